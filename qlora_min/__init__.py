@@ -1,0 +1,8 @@
+"""qlora_min: QLoRA fine-tuning from scratch in raw PyTorch."""
+
+import logging
+
+__version__ = "0.1.0"
+
+# On import it warns that a CPU kernel can't be downloaded, which we switch off in any case (see model.py).
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
