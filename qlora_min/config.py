@@ -1,0 +1,264 @@
+"""Every option of a training run, in one frozen dataclass: its default, its check, its help.
+
+The command line, the TOML file and a run's config.json are all made from the fields below, so an option exists in one
+place only. `learning_rate` here is `--learning-rate` on the command line and `learning-rate` (or `learning_rate`) in
+the file. The command line wins over the file, the file over the defaults.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def option(default: Any, help: str, *, check: Callable[[Any], bool] | None = None, expected: str = "", **meta: Any):
+    """A dataclass field that is also an option: `check(value)` must hold, `expected` says so in words."""
+    return dataclasses.field(default=default, metadata={"help": help, "check": check, "expected": expected, **meta})
+
+
+def _choice(default: str, choices: Sequence[str], help: str):
+    return option(default, help, check=lambda v: v in choices, expected=f"one of {', '.join(choices)}", choices=choices)
+
+
+def _positive(default: int | None, help: str):
+    return option(default, help, check=lambda v: v is None or v >= 1, expected="an integer of at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of one training run. Without arguments: the reference configuration.
+
+    Raises:
+        ValueError: a value fails its field's check; the message gives option, value and what was expected.
+    """
+
+    model: str = option("Qwen/Qwen2-0.5B-Instruct", "base model: a hub id or a local folder")
+    dataset: tuple[str, ...] = option(
+        ("medalpaca/medical_meadow_medqa",),
+        "training data: hub ids or local .jsonl/.json/.csv/.parquet files; several are mixed",
+        check=bool,
+        expected="at least one data set",
+    )
+    eval_dataset: tuple[str, ...] = option((), "held-out data; without it, a share of --dataset is held out")
+    eval_fraction: float = option(
+        0.1, "share of --dataset held out (0: no evaluation)", check=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
+    )
+    max_length: int = _positive(512, "longest row in tokens; longer rows are left out whole")
+    limit: int | None = _positive(None, "use at most the first N rows of each training data set")
+    eval_limit: int | None = _positive(None, "use at most the first N held-out rows (of each held-out data set)")
+
+    epochs: float = option(3.0, "passes over the data", check=lambda v: v > 0, expected="a number above 0")
+    max_steps: int | None = _positive(None, "end after N optimizer steps, whatever the epochs")
+    batch_size: int = _positive(4, "rows in a micro-batch")
+    grad_accum: int = _positive(4, "micro-batches in an optimizer step")
+    learning_rate: float = option(
+        2e-4, "peak learning rate; cosine to 0 after the warm-up", check=lambda v: v > 0, expected="a number above 0"
+    )
+    warmup_ratio: float = option(
+        0.03, "share of the steps that warm up", check=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
+    )
+    weight_decay: float = option(0.0, "AdamW's weight decay", check=lambda v: v >= 0, expected="a number of at least 0")
+    max_grad_norm: float = option(
+        1.0, "clip the gradients to this global norm", check=lambda v: v > 0, expected="a number above 0"
+    )
+    optimizer: str = _choice(
+        "paged_adamw8bit", ("paged_adamw8bit", "adamw"), "bitsandbytes' paged 8-bit AdamW, or torch's AdamW"
+    )
+
+    rank: int = _positive(16, "r: the update of a layer is a product of two matrices with r rows")
+    alpha: float = option(
+        32.0, "the update is scaled by alpha / rank", check=lambda v: v > 0, expected="a number above 0"
+    )
+    dropout: float = option(
+        0.05, "dropout on the update's input", check=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
+    )
+    targets: tuple[str, ...] = option(
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "the linear layers that get an update, by name",
+        check=bool,
+        expected="at least one name",
+        separator=",",
+    )
+    quantization: str = _choice(
+        "nf4", ("nf4", "fp4", "none"), "the frozen base's 4-bit type, doubly quantised; or none"
+    )
+    precision: str = _choice(
+        "auto",
+        ("auto", "bf16", "fp16", "fp32"),
+        "compute dtype; auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 on a CPU",
+    )
+    gradient_checkpointing: str = _choice("on", ("on", "off"), "recompute activations: less memory, more time")
+
+    eval_every: int | None = _positive(None, "steps between evaluations (default: a quarter of an epoch)")
+    patience: int = _positive(3, "stop after N evaluations in a row without improvement")
+    log_every: int = _positive(10, "steps between lines in metrics.jsonl")
+    output_dir: str | None = option(None, "the run directory (default: runs/MODEL-DATASET-TIME)")
+    seed: int = option(
+        42, "seed of the split, the order, the adapter and dropout", check=lambda v: v >= 0, expected="at least 0"
+    )
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, check = getattr(self, f.name), f.metadata["check"]
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if not finite or (check and not check(value)):
+                shown = ",".join(value) if isinstance(value, tuple) else value
+                raise ValueError(f"{flag(f.name)}: got {shown!r}, expected {f.metadata['expected'] or 'a number'}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Field -> value, ready for JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> "Config":
+        """The reverse of `as_dict`; names may be in kebab-case; `source` says in errors where the values are from."""
+        return cls(**parse_values(values, source))
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def flag(name: str) -> str:
+    """learning_rate -> --learning-rate"""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """ ", did you mean X?", or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _kinds(f: dataclasses.Field) -> set[type]:
+    """The types that a field admits: {int, NoneType} for `int | None`."""
+    return set(typing.get_args(f.type)) or {f.type}
+
+
+def _convert(f: dataclasses.Field, value: Any) -> Any:
+    """A value from a TOML or JSON file as the field's type; raises TypeError where it is of another."""
+    kinds = _kinds(f)
+    if value is None and type(None) in kinds:
+        return None
+    if f.type == tuple[str, ...]:
+        items = value if isinstance(value, list | tuple) else str(value).split(",")
+        if not all(isinstance(i, str) for i in items):
+            raise TypeError
+        return tuple(i.strip() for i in items if i.strip())
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if int in kinds and number and value == int(value):
+        return int(value)
+    if float in kinds and number:
+        return float(value)
+    if str in kinds and isinstance(value, str):
+        return value
+    if "choices" in f.metadata and isinstance(value, bool):  # gradient-checkpointing = true
+        return "on" if value else "off"
+    raise TypeError
+
+
+def parse_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Check names and types of option values read from a file.
+
+    Raises:
+        ValueError: an unknown name (the nearest known one is suggested) or a value of another type.
+    """
+    out = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in FIELDS:
+            raise ValueError(f"{source}: unknown option '{key}'{nearest(name, list(FIELDS)).replace('_', '-')}")
+        try:
+            out[name] = _convert(FIELDS[name], value)
+        except (TypeError, ValueError, OverflowError):
+            kinds = (
+                "list"
+                if FIELDS[name].type == tuple[str, ...]
+                else "/".join(k.__name__ for k in _kinds(FIELDS[name]) - {type(None)})
+            )
+            raise ValueError(f"{source}: option '{key}': got {value!r}, expected {kinds}") from None
+    return out
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """Option values from a TOML file.
+
+    Raises:
+        ValueError: no such file, not TOML, an unknown name or a value of another type.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"--config {path}: can't be read ({e.strerror}); expected a TOML file of options") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"--config {path}: not valid TOML ({e})") from None
+    return parse_values(values, path)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr, with the nearest known option, and exit code 2."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [s for a in self._actions for s in a.option_strings]
+            name = unknown[0].split("=")[0]
+            self.error(f"unknown option '{name}'{nearest(name, known) if name.startswith('-') else ''}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add every field of Config as an option. Options that are not given stay out of the namespace."""
+    group = parser.add_argument_group("options of the run")
+    for f in FIELDS.values():
+        meta, kinds = f.metadata, _kinds(f)
+        if f.type == tuple[str, ...]:
+            if meta.get("separator"):
+                kwargs = {"type": lambda s: tuple(p.strip() for p in s.split(",") if p.strip()), "metavar": "A,B,..."}
+            else:
+                kwargs = {"nargs": "+", "metavar": "NAME"}
+        elif "choices" in meta:
+            kwargs = {"choices": meta["choices"]}
+        elif int in kinds:
+            kwargs = {"type": int, "metavar": "N"}
+        elif float in kinds:
+            kwargs = {"type": float, "metavar": "X"}
+        else:
+            kwargs = {"metavar": "NAME"}
+        default = f.default if not isinstance(f.default, tuple) else ",".join(f.default)
+        text = meta["help"] + (f" [{default}]" if default not in (None, "") else "")
+        group.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kwargs)
+
+
+def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The Config fields that the command line gave."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(namespace).items() if k in FIELDS}
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's main: a ValueError (what a user can cause) is one line on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        sys.exit(main() or 0)
+    except ValueError as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `... | head`
+        sys.stderr.close()
+        sys.exit(141)
