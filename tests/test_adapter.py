@@ -1,0 +1,398 @@
+"""Adapters on disk: PEFT reads ours, we read PEFT's, and what does not fit is refused in one message."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_min import demo
+from qlora_min.adapter import (
+    CONFIG,
+    HARMLESS,
+    ORIGIN,
+    PEFT_PREFIX,
+    READ,
+    WEIGHTS,
+    AdapterConfig,
+    check_base,
+    load_adapter,
+    load_weights,
+    read_config,
+    save_adapter,
+)
+from qlora_min.lora import lora_parameters
+from qlora_min.model import Base, add_lora, hidden_states, load_base, output_head
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+VARIANTS = [(16, 32.0, ATTENTION), (1, 1.0, ("q_proj",)), (8, 12.5, ("self_attn.v_proj", "down_proj")),
+            (24, 16.0, ATTENTION + MLP)]  # fmt: skip
+IDS = torch.arange(5, 29).view(2, 12)
+
+
+def plain_model() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return output_head(model)(hidden_states(model, IDS))
+
+
+@torch.no_grad()
+def give_effect(parameters, seed: int = 0) -> None:
+    """Random A and B, large enough that the adapter changes the logits a lot."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+
+
+def adapted(
+    rank: int, alpha: float, targets: tuple[str, ...], quantization: str = "none"
+) -> tuple[Base, AdapterConfig]:
+    base = load_base(str(demo.MODEL_DIR), quantization)
+    add_lora(base, targets, rank, alpha, 0.1)
+    base.model.eval()
+    give_effect(lora_parameters(base.model).values())
+    config = AdapterConfig(
+        rank, alpha, 0.1, targets, base.name, base.revision, base.fingerprint, quantization=quantization
+    )
+    return base, config
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[Path, Base]:
+    """A folder with our adapter of rank 4 on q_proj and v_proj of the unquantised base, and the model with it."""
+    base, config = adapted(4, 8.0, ("q_proj", "v_proj"))
+    save_adapter(tmp_path, base.model, config, base.encoder.tokenizer)
+    return tmp_path, base
+
+
+def edit(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both ways
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank, alpha, targets", VARIANTS)
+def test_ours_into_peft(tmp_path, rank, alpha, targets):
+    base, config = adapted(rank, alpha, targets)
+    save_adapter(tmp_path, base.model, config, base.encoder.tokenizer)
+    theirs = peft.PeftModel.from_pretrained(plain_model(), tmp_path).eval()
+
+    ours = lora_parameters(base.model)
+    read = {
+        n.removeprefix(PEFT_PREFIX).removesuffix(".default.weight"): p
+        for n, p in theirs.named_parameters() if ".lora_" in n
+    }  # fmt: skip
+    assert ours.keys() == read.keys() and len(ours) == 2 * len(
+        [n for n, m in plain_model().named_modules() if any(n.endswith("." + t) for t in targets)]
+    )
+    for name, p in ours.items():
+        assert p.dtype == read[name].dtype == torch.float32
+        assert torch.equal(p, read[name]), name
+
+    mine, base_alone = logits(base.model), logits(plain_model())
+    with torch.no_grad():
+        assert (mine - theirs(IDS).logits).abs().max() <= 1e-5
+    assert (mine - base_alone).abs().max() > 1e-3  # the adapter does something
+
+
+def save_peft(folder: Path, **options) -> tuple[peft.PeftModel, Path]:
+    """An adapter made and saved by PEFT."""
+    options = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"], **options}
+    model = peft.get_peft_model(plain_model(), peft.LoraConfig(**options)).eval()
+    give_effect([p for n, p in model.named_parameters() if ".lora_" in n])
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("rank, alpha, targets", VARIANTS)
+def test_peft_into_ours(tmp_path, rank, alpha, targets):
+    theirs, _ = save_peft(tmp_path, r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.1)
+    base = load_adapter(tmp_path, quantization="none")
+    assert not base.model.training
+    stored = load_file(tmp_path / WEIGHTS)
+    ours = lora_parameters(base.model)
+    assert {f"{PEFT_PREFIX}{n}.weight" for n in ours} == stored.keys()
+    assert all(torch.equal(p, stored[f"{PEFT_PREFIX}{n}.weight"]) for n, p in ours.items())
+    with torch.no_grad():
+        assert (logits(base.model) - theirs(IDS).logits).abs().max() <= 1e-5
+    layer = next(m for m in base.model.modules() if hasattr(m, "lora_A"))
+    assert (layer.rank, layer.alpha, layer.scaling, layer.dropout.p) == (rank, alpha, alpha / rank, 0.1)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_ours_into_ours(tmp_path, quantization):
+    base, config = adapted(4, 6.0, ATTENTION, quantization)
+    save_adapter(tmp_path, base.model, config, base.encoder.tokenizer)
+    assert read_config(tmp_path) == config
+    again = load_adapter(tmp_path)
+    for (name, a), (other, b) in zip(lora_parameters(base.model).items(), lora_parameters(again.model).items()):
+        assert name == other and torch.equal(a, b)
+    assert torch.equal(logits(base.model), logits(again.model))
+
+
+def test_tokenizer_and_chat_template_are_saved(saved):
+    folder, base = saved
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == base.encoder.tokenizer.chat_template
+    text = "Which drug? <|im_end|>"
+    assert tokenizer(text)["input_ids"] == base.encoder.tokenizer(text)["input_ids"]
+
+
+def test_the_files_say_what_the_adapter_is(saved):
+    folder, base = saved
+    config = json.loads((folder / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ["q_proj", "v_proj"])
+    assert config["base_model_name_or_path"] == str(demo.MODEL_DIR)
+    origin = json.loads((folder / ORIGIN).read_text())
+    assert (origin["fingerprint"], origin["quantization"]) == (base.fingerprint, "none")
+    assert all(t.dtype == torch.float32 for t in load_file(folder / WEIGHTS).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights that do not fit
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_does_not_fit_is_listed_at_once(saved):
+    folder, base = saved
+    tensors = load_file(folder / WEIGHTS)
+    names = sorted(tensors)
+    del tensors[names[0]]
+    tensors[names[1]] = tensors[names[1]][:-1].clone()
+    tensors[names[2]] = tensors[names[2]].T.contiguous()
+    tensors[names[3]][0, 0] = float("nan")
+    tensors[names[4]][1, 0] = float("inf")
+    tensors[PEFT_PREFIX + "model.layers.0.self_attn.k_proj.lora_A.weight"] = torch.ones(4, 64)
+    tensors["stray"] = torch.ones(1)
+    save_file(tensors, folder / WEIGHTS)
+    before = {n: p.clone() for n, p in lora_parameters(base.model).items()}
+    with pytest.raises(ValueError) as error:
+        load_weights(folder, base.model)
+    message, short = str(error.value), [n.removeprefix(PEFT_PREFIX).removesuffix(".weight") for n in names]
+    assert message.startswith(f"adapter '{folder}' does not fit the model: ") and "\n" not in message
+    shape = tuple(before[short[1]].shape)
+    for part in (
+        f"missing {short[0]}",
+        f"{short[1]} of shape {(shape[0] - 1, shape[1])}, expected {shape}",
+        f"{short[2]} of shape {tuple(before[short[2]].T.shape)}, expected {tuple(before[short[2]].shape)}",
+        f"{short[3]} holds NaN or infinite values",
+        f"{short[4]} holds NaN or infinite values",
+        "unexpected model.layers.0.self_attn.k_proj.lora_A",
+        "unexpected stray",
+    ):
+        assert part in message
+    assert message.count(";") == 6 and short[5] not in message
+    assert all(torch.equal(p, before[n]) for n, p in lora_parameters(base.model).items())  # nothing half loaded
+
+
+def test_another_ranks_tensors(saved):
+    folder, _ = saved
+    edit(folder / CONFIG, r=8)
+    with pytest.raises(ValueError, match=r"q_proj.lora_A of shape \(4, 64\), expected \(8, 64\)"):
+        load_adapter(folder)
+
+
+def test_unreadable_weights(saved):
+    folder, base = saved
+    content = (folder / WEIGHTS).read_bytes()
+    for broken in (content[: len(content) // 2], b"", b"{}" * 40):
+        (folder / WEIGHTS).write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{WEIGHTS} can't be read"):
+            load_weights(folder, base.model)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"{WEIGHTS} can't be read"):
+        load_weights(folder, base.model)
+
+
+def test_another_base_is_refused(saved, tmp_path_factory):
+    folder, base = saved
+    other = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(demo.MODEL_DIR, other)
+    tensors = load_file(other / "model.safetensors")
+    norm = "model.layers.0.input_layernorm.weight"
+    tensors[norm] = tensors[norm] * 1.01
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        load_adapter(folder, model=str(other))
+    for part in ("another base", str(demo.MODEL_DIR), base.fingerprint[:12], str(other), "--model"):
+        assert part in str(error.value)
+    (folder / ORIGIN).unlink()  # an adapter of another tool has no fingerprint to compare
+    assert load_adapter(folder, model=str(other), quantization="none")
+
+
+def test_the_same_base_elsewhere_is_accepted(saved, tmp_path_factory):
+    folder, base = saved
+    copy = tmp_path_factory.mktemp("copy") / "model"
+    shutil.copytree(demo.MODEL_DIR, copy)
+    assert torch.equal(logits(load_adapter(folder, model=str(copy)).model), logits(base.model))
+    config = read_config(folder)
+    check_base(config, base.fingerprint, folder, "x")
+    with pytest.raises(ValueError, match="another base"):
+        check_base(config, "0" * 64, folder, "x")
+
+
+def test_a_target_that_the_base_does_not_have(saved):
+    folder, _ = saved
+    edit(folder / CONFIG, target_modules=["q_proj", "qkv_proj"])
+    with pytest.raises(ValueError, match=r"'qkv_proj' matches no linear layer .* down_proj, gate_proj, k_proj"):
+        load_adapter(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adapter_config.json
+# ---------------------------------------------------------------------------------------------------------------------
+
+REFUSED = {  # what changes the adapter's function, or where it applies
+    "use_dora": True,
+    "use_rslora": True,
+    "use_qalora": True,
+    "lora_bias": True,
+    "fan_in_fan_out": True,
+    "bias": "all",
+    "modules_to_save": ["lm_head"],
+    "exclude_modules": ["v_proj"],
+    "layers_to_transform": [0],
+    "layers_pattern": "layers",
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 64},
+    "layer_replication": [[0, 2], [1, 2]],
+    "trainable_token_indices": [1, 2],
+    "target_parameters": ["experts.gate_up_proj"],
+    "alora_invocation_tokens": [5],
+    "arrow_config": {"top_k": 3},
+    "velora_config": {"rank": 2},
+    "monteclora_config": {"a": 1},
+    "kasa_config": {"a": 1},
+    "use_bdlora": {"a": 1},
+    "megatron_config": {"a": 1},
+    "ensure_weight_tying": True,
+    "a_field_of_the_future": "on",
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_field_that_changes_what_is_computed_is_refused_by_name(saved, field):
+    folder, _ = saved
+    edit(folder / CONFIG, **{field: REFUSED[field]})
+    with pytest.raises(ValueError, match=rf"{CONFIG} asks for .*{field}=.*, which qlora_min does not implement"):
+        read_config(folder)
+    with pytest.raises(ValueError, match=field):
+        load_adapter(folder)
+
+
+def test_layer_zero_is_a_layer(saved):
+    folder, _ = saved
+    edit(folder / CONFIG, layers_to_transform=0)
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        read_config(folder)
+
+
+def test_lora_only_bias_is_refused_and_several_fields_are_named_together(saved):
+    folder, _ = saved
+    edit(folder / CONFIG, bias="lora_only", use_dora=True)
+    with pytest.raises(ValueError, match="bias='lora_only', use_dora=True"):
+        read_config(folder)
+
+
+def installed_fields() -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
+
+
+def test_every_field_of_the_installed_peft_is_known_here():
+    """READ and HARMLESS name no field by mistake, and what neither names is refused when set to anything unknown."""
+    read_or_harmless = READ | HARMLESS
+    assert not read_or_harmless & REFUSED.keys()
+    old = {"megatron_core", "auto_mapping", "runtime_config", "peft_version"}  # fields that versions add and remove
+    assert read_or_harmless - old <= installed_fields().keys()
+
+
+@pytest.mark.parametrize("field", sorted(installed_fields().keys() - READ - HARMLESS))
+def test_a_field_that_is_neither_read_nor_harmless_is_refused(saved, field):
+    folder, _ = saved
+    edit(folder / CONFIG, **{field: "something"})
+    with pytest.raises(ValueError, match=field):
+        read_config(folder)
+
+
+def test_a_default_config_of_the_installed_peft_loads(tmp_path):
+    _, folder = save_peft(tmp_path)
+    written = json.loads((folder / CONFIG).read_text())
+    assert written["r"] == 4
+    assert read_config(folder).targets == ("q_proj",)
+
+
+INIT_ONLY = [True, False, "gaussian", "orthogonal"]  # how A and B begin: nothing that an adapter computes later
+CHANGES_BASE = ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"]  # these take a part out of W
+
+
+@pytest.mark.parametrize("init", INIT_ONLY)
+def test_how_the_adapter_was_initialised_does_not_matter(saved, init):
+    folder, base = saved
+    edit(folder / CONFIG, init_lora_weights=init)
+    assert torch.equal(logits(load_adapter(folder).model), logits(base.model))
+
+
+@pytest.mark.parametrize("init", CHANGES_BASE)
+def test_an_initialisation_that_changes_the_base_is_refused(saved, init):
+    folder, _ = saved
+    edit(folder / CONFIG, init_lora_weights=init)
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        read_config(folder)
+
+
+def test_peft_itself_computes_another_function_with_pissa(tmp_path):
+    """Why those are refused: the same tensors on the untouched W are not what PEFT computes."""
+    theirs, folder = save_peft(tmp_path, init_lora_weights="pissa")
+    edit(folder / CONFIG, init_lora_weights=True)
+    ignored = peft.PeftModel.from_pretrained(plain_model(), folder).eval()
+    with torch.no_grad():
+        assert (theirs(IDS).logits - ignored(IDS).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3', expected 'LORA'"),
+        ({"target_modules": ".*q_proj"}, r"target_modules '\.\*q_proj', expected a list of names"),
+        ({"target_modules": []}, r"target_modules \[\], expected a list of names"),
+        ({"target_modules": None}, "target_modules None, expected a list of names"),
+        ({"target_modules": [1]}, r"target_modules \[1\], expected a list of names"),
+        ({"r": None}, "missing or malformed field"),
+        ({"r": "many"}, "missing or malformed field"),
+        ({"lora_alpha": [8]}, "missing or malformed field"),
+    ],
+)
+def test_a_malformed_config(saved, values, message):
+    folder, _ = saved
+    edit(folder / CONFIG, **values)
+    with pytest.raises(ValueError, match=rf"adapter '{folder}': .*{message}"):
+        read_config(folder)
+
+
+def test_a_config_that_is_no_config(saved):
+    folder, _ = saved
+    path = folder / CONFIG
+    for content, message in (("{", "not readable JSON"), ("[]", "a JSON list, expected an object")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"{path}: {message}"):
+            read_config(folder)
+    path.write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    with pytest.raises(ValueError, match=r"missing or malformed field \('r'\)"):
+        read_config(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"no {CONFIG}; expected a folder that train.py or PEFT saved"):
+        read_config(folder)
+    with pytest.raises(ValueError, match="no-such-folder': no"):
+        load_adapter(folder / "no-such-folder")
