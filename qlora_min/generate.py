@@ -1,0 +1,58 @@
+"""Answers to prompts, greedily, by transformers' own `generate` with its key-value cache.
+
+Prompts come from the encoder that training uses, so the model meets the tokens that it was trained on. Generation stops
+at the end token of the chat template or at any end token that the model's generation config names.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from .model import Base, autocast
+
+
+@torch.no_grad()
+def generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, streamer: Any = None) -> list[str]:
+    """The model's answer to each prompt, as text without the end token.
+
+    Args:
+        prompts: token ids of conversations that wait for an answer, from `ChatEncoder.prompt` or a row's beginning.
+        max_new_tokens: an answer is cut here if it has not ended.
+        streamer: transformers' TextStreamer, for one prompt: prints while generating.
+    """
+    model, encoder = base.model, base.encoder
+    width = max(map(len, prompts))
+    device = next(model.parameters()).device
+    # Generation appends on the right, so prompts of different lengths are padded on the left and masked.
+    input_ids = torch.tensor([[encoder.end_id] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
+    attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ends = end_ids(base)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(ends),
+        pad_token_id=encoder.end_id,
+        use_cache=True,
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(device, base.dtype):
+            out = model.generate(
+                input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer
+            )
+    finally:
+        model.train(was_training)
+    answers = []
+    for ids in out[:, width:].tolist():  # (B, new)
+        end = next((i for i, t in enumerate(ids) if t in ends), len(ids))
+        answers.append(encoder.tokenizer.decode(ids[:end], skip_special_tokens=True).strip())
+    return answers
+
+
+def end_ids(base: Base) -> set[int]:
+    """Tokens that end an answer: the chat template's, and those of the model's generation config."""
+    eos = getattr(base.model.generation_config, "eos_token_id", None)
+    return {base.encoder.end_id, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])}

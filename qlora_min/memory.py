@@ -1,0 +1,106 @@
+"""A forecast of training's peak memory, from shapes alone, and where the peak comes from.
+
+At the peak, in the backward pass, these are on the device at once:
+
+    base          the frozen weights, as they are stored
+    adapter       A and B, their gradients (fp32) and AdamW's two moments (8 bits, or fp32)
+    activations   what the backward pass needs of the forward: with checkpointing the input of each layer and all of
+                  one layer, without it all of every layer
+    logits        N supervised positions x V: in the compute dtype, in fp32, and the gradients of both
+
+The activations' count follows the decoder layer of Qwen2 and Llama line by line, with the residual stream in fp32.
+"""
+
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from transformers import PreTrainedModel
+
+from .lora import lora_layers, lora_parameters
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes by what they are for."""
+
+    base: int
+    adapter: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.activations + self.logits
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{k} {getattr(self, k) / GIB:.2f}" for k in ("base", "adapter", "activations", "logits"))
+        return f"{self.total / GIB:.2f} GiB ({parts})"
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Bytes of every parameter and buffer, quantisation scales included, tied ones once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            nested = [state.state2.absmax] if state.nested else []
+            tensors.update({id(t): t for t in [state.absmax, *nested]})
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def forecast(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
+    supervised: int,
+    checkpointing: bool,
+    bits8: bool,
+) -> Forecast:
+    """Forecast the peak of training on micro-batches of `batch` rows of `length` tokens.
+
+    Args:
+        supervised: supervised tokens in the micro-batch.
+        bits8: 8-bit optimizer state.
+    """
+    c = model.config
+    s = dtype.itemsize
+    d, inner, vocab = c.hidden_size, c.intermediate_size, c.vocab_size
+    head = getattr(c, "head_dim", None) or d // c.num_attention_heads
+    q, kv = c.num_attention_heads * head, c.num_key_value_heads * head
+    lora_inputs = sum(layer.in_features for layer in lora_layers(model).values()) / c.num_hidden_layers
+
+    per_token = (  # bytes of one layer that wait for the backward pass, a token
+        2 * (4 * d + 4 * d)  # two norms: input and normalised input, fp32
+        + lora_inputs * (1 + s)  # per LoRA layer: dropout's mask and the dropped input
+        + 4 * 2 * (q + kv)  # q and k before and after the rotary embedding, fp32
+        + s * (2 * q + 2 * kv)  # attention: q, k, v and its output
+        + 4 * 3 * inner  # gate, its activation, up: fp32
+    )
+    tokens, layers = batch * length, c.num_hidden_layers
+    largest = max(m.in_features * m.out_features for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)
+                  ) if any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) else 0  # fmt: skip
+    activations = tokens * ((4 * d * layers + per_token) if checkpointing else per_token * layers)
+    activations += 2 * 4 * tokens * inner + largest * s  # the gradients in flight and one dequantised weight
+    trained = sum(p.numel() for p in lora_parameters(model).values())
+    stored = stored_bytes(model)
+    return Forecast(
+        base=stored - 4 * trained,
+        adapter=trained * (4 + 4 + (2 if bits8 else 8)),
+        activations=int(activations),
+        logits=supervised * vocab * (2 * s + 8),
+    )
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    import resource
+    import sys
+
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB

@@ -1,0 +1,130 @@
+"""The optimizer, its schedule, and when a step is taken: paged 8-bit AdamW, cosine with warm-up, fp16 loss scaling.
+
+One optimizer step is: scale the loss, backward (once per micro-batch), unscale once, clip, step, update the scale. The
+order matters: clipping scaled gradients would clip to another norm, and unscaling twice divides twice.
+
+fp16 loss scaling: gradients below 6e-8 vanish in fp16, so the loss is multiplied by a scale S (65,536 at first) and
+the gradients are divided by it again in fp32. When they overflow, the step is skipped and S halved; after 2,000 good
+steps S doubles. A skipped step must leave no trace: weights, optimizer state and schedule stay where they were. A
+GradScaler by itself goes on for ever when every step overflows, its scale sinking to 0; we end the run after 20 skips
+in a row. The same rule guards bf16 and fp32, where non-finite gradients mean that something is broken.
+
+8-bit AdamW (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization") keeps both moments in 8 bits, in
+blocks of 256 values with an absmax each: 2.03 bytes a parameter instead of 8. Tensors below 4,096 elements keep fp32
+state. Paging (QLoRA, section 3) lets state move to CPU memory when the GPU runs out, but bitsandbytes pages only
+tensors of 100,000 elements and more: at rank 16 on Qwen2-0.5B the largest has 14,336, and nothing is paged.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+SKIPS_IN_A_ROW = 20  # non-finite steps before the run ends
+PAGED_FROM = 100_000  # elements, bitsandbytes' threshold
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is safe."""
+
+
+def cosine_with_warmup(total: int, warmup_ratio: float) -> Callable[[int], float]:
+    """step (0-based) -> factor of the peak learning rate, for `total` steps.
+
+    Linear over the first w = ceil(warmup_ratio * total) steps, (step + 1) / (w + 1), so that the first step already
+    trains; then half a cosine from 1 to 0, as transformers' get_cosine_schedule_with_warmup.
+    """
+    warmup = math.ceil(warmup_ratio * total)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def make_optimizer(
+    name: str, params: Sequence[torch.nn.Parameter], learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """`paged_adamw8bit`: bitsandbytes' PagedAdamW8bit; `adamw`: torch's. Betas 0.9 and 0.999, eps 1e-8."""
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # train.py says it in a line
+    return PagedAdamW8bit(params, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+
+
+class Stepper:
+    """Backward passes and optimizer steps, with loss scaling, clipping, the schedule, and the policy on overflows.
+
+    Args:
+        factor: step -> factor of the peak learning rate.
+        fp16: scale the loss. For bf16 and fp32 the scaler is off and passes everything through.
+
+    Attributes:
+        taken: optimizer steps taken; the schedule's position. skipped: steps skipped in all.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        learning_rate: float,
+        factor: Callable[[int], float],
+        max_grad_norm: float,
+        fp16: bool,
+        device: torch.device,
+    ):
+        self.optimizer, self.learning_rate, self.factor = optimizer, learning_rate, factor
+        self.max_grad_norm = max_grad_norm
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.taken = self.skipped = self.skipped_in_a_row = 0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.learning_rate * self.factor(self.taken)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one micro-batch's share of the step's loss."""
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> tuple[float, bool]:
+        """Take the optimizer step, unless a gradient is not finite.
+
+        Returns:
+            (global gradient norm before clipping, whether the step was taken).
+
+        Raises:
+            TrainingError: this was the 20th skip in a row.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
+        taken = math.isfinite(norm)
+        if taken:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.taken += taken
+        self.skipped += not taken
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise TrainingError(f"{SKIPS_IN_A_ROW} optimizer steps in a row had gradients that are not finite")
+        return norm, taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs: optimizer, scaler and counters."""
+        counters = {k: getattr(self, k) for k in ("taken", "skipped", "skipped_in_a_row")}
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), **counters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.taken, self.skipped, self.skipped_in_a_row = (state[k] for k in ("taken", "skipped", "skipped_in_a_row"))

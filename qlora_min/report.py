@@ -1,0 +1,50 @@
+"""Curves of a run, from its events. matplotlib is an extra: without it there is a note, and no picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw_curves(events: Sequence[dict[str, Any]], path: Path) -> str | None:
+    """Draw loss and learning rate over optimizer steps into a PNG.
+
+    Returns:
+        None, or the reason why there is no picture.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return "no curves.png: matplotlib is not installed (pip install 'qlora_min[plot]')"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train = [e for e in events if e["event"] == "train"]
+    held = [e for e in events if e["event"] == "eval"]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(8, 6), sharex=True, gridspec_kw={"height_ratios": [3, 1]}, layout="constrained"
+    )
+    top.plot([e["step"] for e in train], [e["loss"] for e in train], color="tab:blue", alpha=0.7, label="training")
+    top.plot([e["step"] for e in held], [e["eval_loss"] for e in held], "o-", color="tab:orange", label="held out")
+    if held:
+        best = min(held, key=lambda e: e["eval_loss"])
+        right = best["step"] > held[-1]["step"] / 2  # keep the words inside the picture
+        top.annotate(
+            f"best {best['eval_loss']:.3f}",
+            (best["step"], best["eval_loss"]),
+            xytext=(0, 12),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            color="tab:orange",
+        )
+    top.set_ylabel("loss per supervised token")
+    top.set_ylim(bottom=0)
+    top.grid(alpha=0.3)
+    top.legend()
+    bottom.plot([e["step"] for e in train], [e["lr"] for e in train], color="tab:green")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("optimizer step")
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    bottom.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return None

@@ -1,0 +1,536 @@
+"""Training: the loop, in the order a reader expects, and early stopping.
+
+    prepare   data -> base in NF4 -> LoRA injected, the rest frozen -> optimizer
+    loop      micro-batches: forward, masked loss, backward -> clip and step -> log -> evaluate and save
+    finish    the best adapter back in, samples, curves, and what to do next
+
+The loss of one optimizer step is (sum of token losses over its micro-batches) / (number of supervised tokens in them).
+The count is known from the data before the first forward, so each micro-batch's sum is divided by it at once, and the
+gradients add up to the step's, however the rows are cut into micro-batches.
+"""
+
+import math
+import platform
+import random
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import __version__, checkpoint, memory, report
+from .adapter import AdapterConfig, load_weights, save_adapter
+from .config import FIELDS, Config, flag
+from .data import (
+    Batch,
+    ChatEncoder,
+    Encoded,
+    Row,
+    collate,
+    data_hash,
+    encode_all,
+    optimizer_steps,
+    read,
+    split,
+    steps_per_epoch,
+    table,
+)  # fmt: skip
+from .evaluate import Evaluation, evaluate
+from .generate import generate
+from .lora import lora_disabled, lora_parameters
+from .loss import masked_cross_entropy
+from .model import (
+    add_lora,
+    autocast,
+    checkpoint_layers,
+    hidden_states,
+    load_base,
+    load_encoder,
+    output_head,
+    parameter_count,
+    pick_device,
+    resolve_precision,
+)  # fmt: skip
+from .optim import PAGED_FROM, Stepper, TrainingError, cosine_with_warmup, make_optimizer
+
+MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
+SMALL = 256  # hidden size up to which a second CPU thread costs more than it brings
+SAMPLES = 4  # held-out prompts answered before and after
+SAMPLE_TOKENS = 48
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0  # optimizer steps behind us, skipped ones included: the position in the data
+    tokens: int = 0  # real tokens seen
+    seconds: float = 0.0  # training time, evaluations left out
+    before: dict[str, Any] | None = None  # the evaluation before training
+    best: dict[str, Any] | None = None  # the best evaluation so far
+    best_step: int = 0
+    bad_evaluations: int = 0  # in a row, without improvement
+    stopped_early: bool = False
+
+
+def read_data(config: Config, encoder: ChatEncoder) -> tuple[list[Encoded], list[Encoded]]:
+    """(training, held-out) data, encoded, one part a data set. Without --eval-dataset a share of --dataset is held out.
+
+    Raises:
+        ValueError: a data set that can't be read, or none of whose rows fits.
+    """
+    sources = {name: read(name, config.limit) for name in config.dataset}
+    everything = [e for examples in sources.values() for e in examples]
+    fraction = 0.0 if config.eval_dataset else config.eval_fraction
+    out = {id(e) for e in split(everything, fraction, config.seed)[1]}
+    train, held = [], []
+    for name, examples in sources.items():
+        kept, apart = ([e for e in examples if (id(e) in out) == side] for side in (False, True))
+        train.append(encode_all(name, kept, encoder, config.max_length))
+        held.append(encode_all(f"{name} (held out)", apart[: config.eval_limit], encoder, config.max_length))
+    for name in config.eval_dataset:
+        held.append(encode_all(name, read(name, config.eval_limit), encoder, config.max_length))
+    if not any(part.rows for part in train):
+        raise ValueError(f"{', '.join(config.dataset)}: no rows left to train on; lower --eval-fraction or add data")
+    return train, [part for part in held if part.rows]
+
+
+def evaluation_data(
+    adapter: Path, encoder: ChatEncoder, datasets: Sequence[str], limit: int | None, max_length: int
+) -> list[Encoded]:
+    """What to evaluate an adapter on: the data sets named, or else the rows that its own run held out.
+
+    Raises:
+        ValueError: no data set was named, and the adapter lies in no run directory or its run held out no rows.
+    """
+    if datasets:
+        return [encode_all(name, read(name, limit), encoder, max_length) for name in datasets]
+    config_file = adapter.parent / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"adapter '{adapter}' lies in no run directory; say with --dataset what to evaluate on")
+    options = Config.from_dict(checkpoint.read_record(adapter.parent)["options"], str(config_file))
+    fewer = [n for n in (limit, options.eval_limit) if n]
+    _, parts = read_data(replace(options, eval_limit=min(fewer) if fewer else None), encoder)
+    if not parts:
+        raise ValueError(f"adapter '{adapter}': its run held out no rows; say with --dataset what to evaluate on")
+    return parts
+
+
+def versions() -> dict[str, str]:
+    """Of everything that computes."""
+    import bitsandbytes
+    import transformers
+
+    found = {"qlora_min": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    found |= {m.__name__: m.__version__ for m in (transformers, bitsandbytes)}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+class Trainer:
+    """One training run, from options to the best adapter on disk.
+
+    Args:
+        config: the options. With `resume`, as they were resolved when the run began.
+        resume: the directory of a run to continue.
+
+    Raises:
+        ValueError: an option, the model, the data or the output directory is not usable; nothing has been written.
+    """
+
+    def __init__(self, config: Config, resume: Path | None = None):
+        self.device = pick_device()
+        self.precision = resolve_precision(config.precision, self.device)
+        self.run = resume or output_directory(config)
+        encoder = load_encoder(config.model)
+        train, held = read_data(config, encoder)
+        print(table([*train, *held]), flush=True)
+        self.rows: list[Row] = [r for part in train for r in part.rows]
+        self.held: list[Row] = [r for part in held for r in part.rows]
+
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(config.seed)
+        self.base = load_base(config.model, config.quantization, self.precision, self.device)
+        self.model = self.base.model
+        if self.device.type == "cpu" and self.model.config.hidden_size <= SMALL:
+            torch.set_num_threads(1)
+        self.wrapped = add_lora(self.base, config.targets, config.rank, config.alpha, config.dropout)
+        self.trained = lora_parameters(self.model)
+        self.initial = {n: w.detach().clone() for n, w in self.trained.items()}  # until all have moved
+        if config.gradient_checkpointing == "on":
+            checkpoint_layers(self.model)
+        self.model.train()
+
+        self.steps_per_epoch = steps_per_epoch(len(self.rows), config.batch_size, config.grad_accum)
+        total = math.ceil(config.epochs * self.steps_per_epoch)
+        self.total_steps = min(total, config.max_steps or total)
+        every = config.eval_every or math.ceil(self.steps_per_epoch / 4)
+        self.config = replace(config, eval_every=every, output_dir=str(self.run))
+        self.stepper = Stepper(
+            make_optimizer(config.optimizer, list(self.trained.values()), config.learning_rate, config.weight_decay),
+            config.learning_rate,
+            cosine_with_warmup(self.total_steps, config.warmup_ratio),
+            config.max_grad_norm,
+            self.precision == "fp16",
+            self.device,
+        )
+        self.progress = Progress()
+        self.metrics = checkpoint.Metrics(self.run)
+        self.record = {
+            "options": self.config.as_dict(),
+            "precision": self.precision,
+            "total_steps": self.total_steps,
+            "base": {"name": config.model, "revision": self.base.revision, "fingerprint": self.base.fingerprint},
+            "data": {"rows": len(self.rows), "held_out": len(self.held), "sha256": data_hash(self.rows, self.held)},
+            "versions": versions(),
+        }
+        self.restored = bool(resume) and self._restore()
+        if not resume:
+            self.run.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(self.run / "config.json", self.record)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The loop
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def train(self) -> Progress:
+        """Run to the end, or to the early stop; returns where it ended."""
+        p, c = self.progress, self.config
+        print(self.describe(), flush=True)
+        if not self.restored:
+            self._evaluate_and_save()
+        window_loss, window_supervised, window_tokens, window_start = 0.0, 0, 0, time.perf_counter()
+        bar = tqdm(total=self.total_steps, initial=p.step, unit="step", dynamic_ncols=True, disable=None)
+        with bar:
+            while p.step < self.total_steps and not p.stopped_early:
+                # The rows of this step, and how many tokens of them are supervised.
+                batches, where = self.step_batches(p.step)
+                supervised = sum(b.n_supervised for b in batches)
+
+                # Forward and backward, a micro-batch at a time; the gradients add up.
+                lr = self.stepper.lr
+                for batch in batches:
+                    loss = self.loss(batch.to(self.device))
+                    self.stepper.backward(loss / supervised)
+                    window_loss = window_loss + loss.detach()
+
+                # Clip and step.
+                try:
+                    grad_norm, taken = self.stepper.step()
+                except TrainingError as e:
+                    raise TrainingError(self._explain(e, where)) from None
+                p.step += 1
+                if self.initial and self.stepper.taken == MOVED_BY:
+                    self._check_that_all_moved()
+                if not taken:
+                    tqdm.write(f"step {p.step}: skipped, a gradient is not finite")
+
+                # Log.
+                window_supervised += supervised
+                window_tokens += sum(int(b.lengths.sum()) for b in batches)
+                evaluation_due = bool(self.held) and p.step % c.eval_every == 0
+                last = p.step == self.total_steps
+                if p.step % c.log_every == 0 or evaluation_due or last:
+                    mean = float(window_loss) / window_supervised  # waits for the device: all of the window is timed
+                    seconds = time.perf_counter() - window_start
+                    p.tokens, p.seconds = p.tokens + window_tokens, p.seconds + seconds
+                    self._log(mean, lr, grad_norm, window_tokens / seconds, bar)
+                    window_loss, window_supervised, window_tokens, window_start = 0.0, 0, 0, time.perf_counter()
+                bar.update()
+
+                # Evaluate and save.
+                if evaluation_due or last:
+                    self._evaluate_and_save()
+                    window_start = time.perf_counter()
+        return self._finish()
+
+    def step_batches(self, step: int) -> tuple[list[Batch], list[str]]:
+        """The micro-batches of an optimizer step (0-based), and where their rows stand."""
+        c = self.config
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if getattr(self, "_order", (None,))[0] != epoch:
+            self._order = (epoch, optimizer_steps(len(self.rows), c.batch_size, c.grad_accum, c.seed, epoch))
+        micro_batches = [[self.rows[i] for i in part] for part in self._order[1][index]]
+        return [collate(part) for part in micro_batches], [r.where for part in micro_batches for r in part]
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The sum of a micro-batch's supervised token losses: 0-dim, fp32."""
+        with autocast(self.device, self.base.dtype):
+            hidden = hidden_states(self.model, batch.input_ids)  # (B, T, D)
+            total, _ = masked_cross_entropy(hidden, output_head(self.model), batch.input_ids, batch.supervised)
+        return total
+
+    def _check_that_all_moved(self) -> None:
+        """Is it really training? Every A and B must differ from what it was, or the layer gets no gradient."""
+        still = [n for n, w in self.trained.items() if torch.equal(w, self.initial[n])]
+        if still:
+            raise TrainingError(
+                f"after {MOVED_BY} optimizer steps {len(still)} of {len(self.trained)} trained matrices did not move: "
+                f"{', '.join(still[:8])}; those layers take no part in the model's output, or get no gradient"
+            )
+        self.initial = {}
+
+    def _log(self, loss: float, lr: float, grad_norm: float, tokens_per_second: float, bar: tqdm) -> None:
+        p = self.progress
+        peak = memory.peak_gib(self.device)
+        self.metrics.write(
+            "train", step=p.step, epoch=p.step / self.steps_per_epoch, loss=loss, lr=lr, grad_norm=grad_norm,
+            skipped=self.stepper.skipped, tokens_per_second=round(tokens_per_second, 1), peak_memory_gib=round(peak, 3),
+            seconds=round(p.seconds, 2),
+        )  # fmt: skip
+        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tok/s, {peak:.2f} GiB")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluating, saving, resuming
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _evaluate_and_save(self) -> None:
+        """Evaluate on the held-out rows; keep the adapter if it is the best so far; write a checkpoint."""
+        p = self.progress
+        if self.held:
+            result = self.evaluate()
+            line = f"step {p.step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}"
+            if result.option_accuracy is not None:
+                line += f", option accuracy {result.option_accuracy:.1%} (chance {result.chance:.1%})"
+            if p.before is None:
+                p.before = result.as_dict()
+            improved = p.best is None or result.loss < p.best["loss"]
+            if improved:
+                p.best, p.best_step, p.bad_evaluations = result.as_dict(), p.step, 0
+            else:
+                p.bad_evaluations += 1
+                p.stopped_early = p.bad_evaluations >= self.config.patience
+            tqdm.write(line + (" *" if improved and p.step else ""), file=sys.stdout)
+            self.metrics.write(
+                "eval", step=p.step, epoch=p.step / self.steps_per_epoch, eval_loss=result.loss,
+                perplexity=result.perplexity, token_accuracy=result.token_accuracy,
+                option_accuracy=result.option_accuracy,
+            )  # fmt: skip
+        else:
+            improved, p.best_step = True, p.step
+        if improved:
+            self._save_adapter()
+        state = {
+            "progress": asdict(p),
+            "adapter": {n: w.detach() for n, w in self.trained.items()},
+            "stepper": self.stepper.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "metrics_bytes": self.metrics.size(),
+        }
+        checkpoint.save_checkpoint(self.run, p.step, state, keep={p.best_step})
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate on the held-out rows, with a bar."""
+        return evaluate(self.base, self.held, self.config.batch_size, progress="evaluating")
+
+    def _save_adapter(self) -> None:
+        c = self.config
+        described = AdapterConfig(
+            c.rank, c.alpha, c.dropout, c.targets, c.model, self.base.revision, self.base.fingerprint, c.quantization
+        )
+        with checkpoint.atomic_folder(self.run / "adapter") as folder:
+            save_adapter(folder, self.model, described, self.base.encoder.tokenizer)
+
+    def _restore(self) -> bool:
+        """Continue from the newest good checkpoint; False where there is none yet.
+
+        Raises:
+            ValueError: the data, the base or the precision is not what it was; the message names it.
+        """
+        recorded = checkpoint.read_record(self.run)
+        for what in ("base", "data"):
+            for key, value in recorded[what].items():
+                if self.record[what][key] != value:
+                    raise ValueError(
+                        f"--resume {self.run}: the {what} has changed: {key} was {value}, now {self.record[what][key]}"
+                    )
+        if self.record["precision"] != recorded["precision"]:
+            raise ValueError(
+                f"--resume {self.run}: it was trained in {recorded['precision']}, here --precision auto is "
+                f"{self.precision}; expected the same kind of hardware"
+            )
+        for key, value in recorded["versions"].items():
+            if self.record["versions"].get(key) != value:
+                now = self.record["versions"].get(key)
+                print(
+                    f"note: {key} was {value}, now {now}: the run goes on, but not bitwise as it would have", flush=True
+                )
+        found = checkpoint.newest_checkpoint(self.run)
+        if found is None:
+            print(f"no checkpoint in {self.run}: starting from the beginning")
+            self.metrics.cut(0)
+            return False
+        _, state = found
+        with torch.no_grad():
+            for name, weight in self.trained.items():
+                weight.copy_(state["adapter"][name])
+        assert all(w.dtype == torch.float32 for w in self.trained.values())
+        self.stepper.load_state_dict(state["stepper"])
+        self.progress = Progress(**state["progress"])
+        self.metrics.cut(state["metrics_bytes"])
+        checkpoint.set_rng_state(state["rng"])
+        return True
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The beginning and the end
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """What is about to happen, and what memory it is expected to take."""
+        c, name = self.config, "CPU"
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory / memory.GIB
+            name = f"{torch.cuda.get_device_name(self.device)}, {total:.0f} GiB"
+        trained = sum(w.numel() for w in self.trained.values())
+        whole = parameter_count(self.model) - trained
+        longest = sorted(self.rows, key=len)[-c.batch_size :]
+        taught = sum(sorted(int(r.supervised.sum()) for r in self.rows)[-c.batch_size :])
+        forecast = memory.forecast(
+            self.model, self.base.dtype, c.batch_size, len(longest[-1]), taught, c.gradient_checkpointing == "on",
+            c.optimizer == "paged_adamw8bit",
+        )  # fmt: skip
+        per_step = sum(map(len, self.rows)) / self.steps_per_epoch
+        lines = [
+            f"trained     {trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
+            f"{len(self.wrapped)} layers",
+            f"base        {c.model}, {c.quantization}, fingerprint {self.base.fingerprint[:12]}",
+            f"computes    {self.precision} on {name}",
+            f"steps       {self.total_steps:,} ({c.epochs:g} epochs of {self.steps_per_epoch:,}), "
+            f"{c.batch_size} x {c.grad_accum} rows and about {per_step:,.0f} tokens each",
+            f"memory      {forecast} forecast peak",
+        ]
+        if c.optimizer == "paged_adamw8bit":
+            largest = max(w.numel() for w in self.trained.values())
+            paged = "none of it paged" if largest < PAGED_FROM or self.device.type == "cpu" else "paged where large"
+            lines.append(
+                f"optimizer   8-bit state, {paged} (largest tensor {largest:,}; paged from {PAGED_FROM:,} on a GPU)"
+            )
+        lines.append(f"writes to   {self.run}")
+        return "\n".join(lines)
+
+    def _explain(self, error: TrainingError, where: list[str]) -> str:
+        saved = checkpoint.checkpoint_steps(self.run)
+        return (
+            f"{error}, the last at step {self.progress.step + 1} with rows {', '.join(where[:8])}; "
+            f"last good checkpoint: {self.run / 'checkpoints' / f'step-{saved[-1]}' if saved else 'none'}. "
+            f"Lower --learning-rate, look at those rows, or use --precision bf16 or fp32"
+        )
+
+    def _finish(self) -> Progress:
+        """The best adapter back into the model, samples, curves, and what to do next."""
+        p = self.progress
+        load_weights(self.run / "adapter", self.model)
+        self._write_samples()
+        note = report.draw_curves(checkpoint.read_metrics(self.run), self.run / "curves.png")
+        speed = p.tokens / p.seconds if p.seconds else 0.0
+        skipped = f", {self.stepper.skipped} steps skipped" if self.stepper.skipped else ""
+        lines = [f"done: {p.step:,} steps in {p.seconds:.0f} s of training, {speed:,.0f} tokens/s{skipped}"]
+        if p.stopped_early:
+            lines[0] += f"; stopped early after {p.bad_evaluations} evaluations without improvement"
+        if p.before and p.best:
+            lines.append(f"best step {p.best_step}, on {p.best['rows']} held-out rows:")
+            for label, key, form in (
+                ("loss", "loss", "{:.4f}"),
+                ("perplexity", "perplexity", "{:.3f}"),
+                ("token accuracy", "token_accuracy", "{:.1%}"),
+                ("option accuracy", "option_accuracy", "{:.1%}"),
+            ):
+                if p.best[key] is not None:
+                    lines.append(f"  {label:<16}{form.format(p.before[key]):>10} -> {form.format(p.best[key])}")
+        lines.append(f"adapter, metrics, samples and curves: {self.run}")
+        if note:
+            lines.append(note)
+        adapter = shlex.quote(str(self.run / "adapter"))
+        lines.append(f"next: python scripts/eval.py --adapter {adapter}")
+        lines.append(f"      python scripts/chat.py --adapter {adapter} --compare")
+        print("\n".join(lines), flush=True)
+        self.metrics.write(
+            "end",
+            step=p.step,
+            best_step=p.best_step,
+            before=p.before,
+            best=p.best,
+            skipped=self.stepper.skipped,
+            tokens=p.tokens,
+            seconds=round(p.seconds, 2),
+            tokens_per_second=round(speed, 1),
+            peak_memory_gib=round(memory.peak_gib(self.device), 3),
+        )
+        return p
+
+    def _write_samples(self) -> None:
+        rows = self.held[:SAMPLES]
+        if not rows:
+            return
+        prompts = [r.ids[: r.answer_start].tolist() for r in rows]
+        with lora_disabled(self.model):
+            before = generate(self.base, prompts, SAMPLE_TOKENS)
+        after = generate(self.base, prompts, SAMPLE_TOKENS)
+        decode = self.base.encoder.tokenizer.decode
+        samples = [
+            {
+                "where": row.where,
+                "prompt": decode(prompt),
+                "reference": decode(row.ids[row.answer_start :].tolist(), skip_special_tokens=True),
+                "before": b,
+                "after": a,
+            }
+            for row, prompt, b, a in zip(rows, prompts, before, after)
+        ]
+        checkpoint.write_jsonl(self.run / "samples.jsonl", samples)
+        first = samples[0]
+        print(f"sample: expected {first['reference']!r}\n  before {first['before']!r}\n  after  {first['after']!r}")
+
+
+def output_directory(config: Config) -> Path:
+    """Where a new run writes.
+
+    Raises:
+        ValueError: the directory holds something already.
+    """
+    if config.output_dir is None:
+        data = "+".join(Path(d).stem for d in config.dataset)
+        name = f"{Path(config.model).name}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return Path("runs") / name
+    run = Path(config.output_dir)
+    if (run / "config.json").is_file():
+        state = "a finished" if checkpoint.is_finished(run) else "an unfinished"
+        fix = (
+            "choose another --output-dir"
+            if state == "a finished"
+            else f"continue it with --resume {run}, or choose another"
+        )
+        raise ValueError(f"--output-dir {run}: holds {state} run, which is never overwritten; {fix}")
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"--output-dir {run}: exists and is not an empty directory; choose another")
+    return run
+
+
+def resume_config(directory: str, given: dict[str, Any]) -> tuple[Config, Path]:
+    """The options and the directory of a run to continue; "" stands for the newest unfinished one under runs/.
+
+    Args:
+        given: options of the command line; each must be as it was when the run began.
+
+    Raises:
+        ValueError: no such run, it is finished, or an option differs.
+    """
+    run = Path(directory) if directory else checkpoint.newest_unfinished(Path("runs"))
+    record = checkpoint.read_record(run)
+    if checkpoint.is_finished(run):
+        raise ValueError(f"--resume {run}: that run is finished; start a new one without --resume")
+    config = Config.from_dict(record["options"], str(run / "config.json"))
+    for name, value in given.items():
+        if name in FIELDS and name != "output_dir" and getattr(config, name) != value:
+            raise ValueError(
+                f"--resume {run}: {flag(name)} was {getattr(config, name)!r} when the run began, now {value!r}; "
+                "leave it out, or start a new run"
+            )
+    return config, run

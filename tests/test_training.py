@@ -1,0 +1,543 @@
+"""The loop: it trains as peft does, what must not change anything changes nothing, and a stopped run goes on."""
+
+import math
+import random
+from pathlib import Path
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import qlora_min.train
+from qlora_min import checkpoint, demo
+from qlora_min.config import Config
+from qlora_min.data import Row
+from qlora_min.evaluate import Evaluation
+from qlora_min.lora import lora_layers
+from qlora_min.model import add_lora, load_base
+from qlora_min.optim import TrainingError
+from qlora_min.train import Trainer, resume_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Bitwise claims are about one device; and samples need not be long here."""
+    monkeypatch.setattr(qlora_min.train, "pick_device", lambda: CPU)
+    monkeypatch.setattr(qlora_min.train, "SAMPLE_TOKENS", 4)
+
+
+def conversations(count: int, seed: int) -> list[dict]:
+    """Rows with one to three of the demo's questions each: ragged, with several answers in some."""
+    questions = iter(demo.rows(demo.CONDITIONS, 3 * count, seed))
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        messages = []
+        for _ in range(rng.randint(1, 3)):
+            q = next(questions)
+            messages.append({"role": "user", "content": f"{q['instruction']}\n\n{q['input']}"})
+            messages.append({"role": "assistant", "content": q["output"]})
+        rows.append({"messages": messages})
+    return rows
+
+
+@pytest.fixture
+def make(tmp_path, write_rows):
+    """make(name, rows=N, held=N, **options) -> a Trainer on N conversations that writes to tmp_path/name."""
+
+    def trainer(name: str = "run", rows: int = 10, held: int = 0, **options) -> Trainer:
+        given = {
+            "model": str(demo.MODEL_DIR),
+            "dataset": (str(write_rows(conversations(rows, seed=1), "train.jsonl")),),
+            "eval_dataset": (str(write_rows(conversations(held, seed=2), "held.jsonl")),) if held else (),
+            "eval_fraction": 0.0,
+            "output_dir": str(tmp_path / name),
+            "batch_size": 2,
+            "grad_accum": 2,
+            "learning_rate": 1e-2,
+            "rank": 16,
+            "alpha": 24.0,  # alpha / rank is no power of two, so the order of operations shows
+            "dropout": 0.1,
+            "precision": "fp32",
+            "gradient_checkpointing": "off",
+            "log_every": 1,
+        }
+        return Trainer(Config(**given | options))
+
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.trained.items()}
+
+
+def last_checkpoint(run: Path) -> dict:
+    return checkpoint.load_checkpoint(run / "checkpoints" / f"step-{checkpoint.checkpoint_steps(run)[-1]}")
+
+
+def assert_same(a, b, path: str = "") -> None:
+    """Nested states are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a:
+            assert_same(a[k], b[k], f"{path}/{k}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}/{i}")
+    else:
+        assert repr(a) == repr(b), path  # exact, and NaN is NaN
+
+
+def relative(mine: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((mine - reference).norm() / reference.norm()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against peft
+# ---------------------------------------------------------------------------------------------------------------------
+
+STEPS = 30
+BOUND = {"adamw": 1e-5, "paged_adamw8bit": 1e-3}  # 8-bit state amplifies rounding
+
+
+def train_ours(trainer: Trainer) -> list[float]:
+    """30 optimizer steps as the loop takes them; the losses."""
+    losses = []
+    for step in range(STEPS):
+        batches, _ = trainer.step_batches(step)
+        supervised = sum(b.n_supervised for b in batches)
+        total = 0.0
+        for batch in batches:
+            loss = trainer.loss(batch)
+            trainer.stepper.backward(loss / supervised)
+            total += loss.item()
+        assert trainer.stepper.step()[1]
+        losses.append(total / supervised)
+    return losses
+
+
+def peft_model(trainer: Trainer) -> nn.Module:
+    """peft's model around a second load of the base, with our initial adapter."""
+    c = trainer.config
+    base = load_base(c.model, c.quantization, "fp32", CPU).model
+    base.is_loaded_in_4bit = True  # what transformers' own loading sets, and what peft asks for
+    config = peft.LoraConfig(r=c.rank, lora_alpha=c.alpha, lora_dropout=0.0, target_modules=list(c.targets))
+    model = peft.get_peft_model(base, config).train()
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert {type(m) for m in layers} == {peft.tuners.lora.Linear4bit}
+    with torch.no_grad():
+        for name, p in peft_weights(model).items():
+            p.copy_(trainer.trained[name])
+    return model
+
+
+def peft_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains in peft's model, under our names."""
+    named = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    return {n.removeprefix("base_model.model.").replace(".default.weight", ""): p for n, p in named}
+
+
+def full_logits_loss(model: nn.Module, rows: list[Row]) -> torch.Tensor:
+    """As everybody does it: padding and an attention mask, logits everywhere, labels -100 where nothing is learned."""
+    longest = max(map(len, rows))
+    ids, labels, mask = (torch.full((len(rows), longest), fill) for fill in (3, -100, 0))
+    for i, r in enumerate(rows):
+        ids[i, : len(r)], mask[i, : len(r)] = r.ids, 1
+        labels[i, : len(r)] = torch.where(r.supervised, r.ids, -100)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+
+def same_order_loss(model: nn.Module, rows: list[Row]) -> torch.Tensor:
+    """The same number by our order of operations: padding with 0, no mask, logits at the supervised positions."""
+    ids = nn.utils.rnn.pad_sequence([r.ids.long() for r in rows], batch_first=True)
+    learned = nn.utils.rnn.pad_sequence([r.supervised for r in rows], batch_first=True)[:, 1:]
+    inner = model.get_base_model()
+    hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][learned]
+    return F.cross_entropy(inner.lm_head(hidden), ids[:, 1:][learned], reduction="sum")
+
+
+def train_peft(model: nn.Module, trainer: Trainer, loss_of) -> list[float]:
+    """A plain training loop around peft's model. From the trainer: options, and which rows make up a step."""
+    c, params = trainer.config, list(peft_weights(model).values())
+    kind = {"adamw": torch.optim.AdamW, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}[c.optimizer]
+    optimizer = kind(params, lr=c.learning_rate, weight_decay=0.0)
+    warmup = math.ceil(c.warmup_ratio * STEPS)
+    n, size = len(trainer.rows), c.batch_size * c.grad_accum
+    per_epoch = -(-n // size)
+    losses = []
+    for step in range(STEPS):
+        epoch, index = divmod(step, per_epoch)
+        order = list(range(n))
+        random.Random(f"{c.seed}/{epoch}").shuffle(order)
+        rows = [trainer.rows[i] for i in order[index * size : (index + 1) * size]]
+        count = sum(int(r.supervised.sum()) for r in rows)
+        total = 0.0
+        for i in range(0, len(rows), c.batch_size):
+            loss = loss_of(model, rows[i : i + c.batch_size])
+            (loss / count).backward()
+            total += loss.item()
+        done = (step - warmup) / (STEPS - warmup)
+        factor = (step + 1) / (warmup + 1) if step < warmup else 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = c.learning_rate * factor
+        nn.utils.clip_grad_norm_(params, c.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / count)
+    return losses
+
+
+def compare_with_peft(trainer: Trainer, loss_of, bound: float) -> None:
+    """30 steps of both: losses and every tensor of the adapters within `bound`, or equal where it is 0."""
+    start = weights(trainer)
+    model = peft_model(trainer)
+    reference = train_peft(model, trainer, loss_of)
+    losses = train_ours(trainer)
+    theirs = peft_weights(model)
+    assert losses[-1] < 0.9 * losses[0], "nothing was learned: the comparison shows nothing"
+    assert theirs.keys() == trainer.trained.keys()
+    for name, p in trainer.trained.items():
+        assert relative(p, start[name]) > 0.01, f"{name} has not moved"
+        assert relative(p, theirs[name]) <= bound, name
+    state = trainer.stepper.optimizer.state
+    kinds = {v.dtype for s in state.values() for k, v in s.items() if k in ("state1", "exp_avg")}
+    assert (torch.uint8 in kinds) == (trainer.config.optimizer == "paged_adamw8bit")
+    assert losses == (pytest.approx(reference, rel=bound) if bound else reference)
+
+
+def options_of_the_comparison(optimizer: str) -> dict:
+    """Ragged rows, the last step of each epoch incomplete (10 rows, 4 a step), no dropout, alpha / rank = 24 / 16."""
+    rank = {"adamw": 16, "paged_adamw8bit": 64}[optimizer]  # at 64 the larger tensors have 4,096 elements: 8-bit state
+    return {
+        "optimizer": optimizer, "rank": rank, "alpha": 1.5 * rank, "dropout": 0.0, "learning_rate": 5e-4,
+        "epochs": 100, "max_steps": STEPS, "warmup_ratio": 0.1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
+def test_trains_as_peft_bit_for_bit_in_the_same_order(make, optimizer):
+    compare_with_peft(make(**options_of_the_comparison(optimizer)), same_order_loss, 0.0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
+def test_trains_as_peft_in_a_plain_loop(make, optimizer):
+    """With an attention mask and all logits, whose sums run in another order."""
+    compare_with_peft(make(**options_of_the_comparison(optimizer)), full_logits_loss, BOUND[optimizer])
+
+
+def smollm2_options(optimizer: str, smollm2: Path, write_rows) -> dict:
+    """Three rows of 23 to 36 tokens, at the reference learning rate."""
+    rows = [
+        [("user", "Niacin?"), ("assistant", "Yes")],
+        [
+            ("user", "Why?"),
+            ("assistant", "Beta blockers slow the heart, so that it needs less oxygen when it works hard"),
+        ],
+        [("user", "Which?"), ("assistant", "B"), ("user", "Sure?"), ("assistant", "Ask your doctor")],
+    ]
+    messages = [[("system", "Hi."), *row] for row in rows]
+    path = write_rows([{"messages": [{"role": r, "content": text} for r, text in row]} for row in messages])
+    options = options_of_the_comparison(optimizer)
+    own = {"model": str(smollm2), "dataset": (str(path),), "learning_rate": 2e-4, "rank": 16, "alpha": 24.0}
+    return options | own
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
+def test_trains_as_peft_on_smollm2_bit_for_bit_in_the_same_order(make, smollm2, write_rows, optimizer):
+    """Steps of a padded batch of two and of one row."""
+    trainer = make(**smollm2_options(optimizer, smollm2, write_rows) | {"grad_accum": 1})
+    compare_with_peft(trainer, same_order_loss, 0.0)
+
+
+@pytest.mark.real
+def test_trains_as_peft_on_smollm2_in_a_plain_loop(make, smollm2, write_rows):
+    """Steps of two micro-batches and of one, a row each. The bound is that of peft against itself in another order:
+    the gradients of q and k are what cancellation leaves of larger numbers, and Adam takes their signs at first."""
+    trainer = make(**smollm2_options("adamw", smollm2, write_rows) | {"batch_size": 1})
+    compare_with_peft(trainer, full_logits_loss, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must change nothing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_gradient_checkpointing_changes_no_gradient(make, precision):
+    """With dropout, whose mask the second forward has to draw again: equal bit for bit."""
+    results = {}
+    for setting in ("off", "on"):
+        trainer = make(setting, gradient_checkpointing=setting, precision=precision, dropout=0.1)
+        for layer in lora_layers(trainer.model).values():
+            nn.init.normal_(layer.lora_B, std=0.05, generator=torch.Generator().manual_seed(3))
+        calls = []
+        trainer.model.get_decoder().layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        batches, _ = trainer.step_batches(0)
+        torch.manual_seed(4)
+        losses = []
+        for batch in batches:
+            losses.append(trainer.loss(batch))
+            losses[-1].backward()
+        assert len(calls) == {"off": 1, "on": 2}[setting] * len(batches)  # it is off, and it is on
+        results[setting] = (losses, {n: p.grad for n, p in trainer.trained.items()})
+    assert all(g.any() for g in results["off"][1].values())
+    assert_same(results["on"], results["off"])
+
+
+def test_evaluation_changes_nothing(make):
+    """Adapter, optimizer, random state and logged losses after 7 steps, with 7 evaluations and with none."""
+    states, losses = [], []
+    for name, held in (("with", 6), ("without", 0)):
+        trainer = make(name, held=held, epochs=3, max_steps=7, eval_every=1, patience=100)
+        trainer.train()
+        states.append(last_checkpoint(trainer.run))
+        events = checkpoint.read_metrics(trainer.run)
+        assert sum(e["event"] == "eval" for e in events) == (8 if held else 0)
+        losses.append([(e["loss"], e["grad_norm"], e["lr"]) for e in events if e["event"] == "train"])
+    assert len(losses[0]) == 7
+    assert losses[0] == losses[1]
+    for key in ("adapter", "stepper", "rng"):
+        assert_same(states[0][key], states[1][key], key)
+
+
+def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that must not move: codes, both levels of scales, norms, embedding, biases, buffers."""
+    found = {n: p for n, p in model.named_parameters() if not n.endswith(("lora_A", "lora_B"))}
+    found |= dict(model.named_buffers())
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            found |= {f"{name}.absmax": state.absmax, f"{name}.code": state.code, f"{name}.offset": state.offset}
+            found |= {f"{name}.absmax2": state.state2.absmax, f"{name}.code2": state.state2.code}
+    return {n: t.detach().clone() for n, t in found.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_base_does_not_move(make, precision):
+    trainer = make(held=4, epochs=1, precision=precision, weight_decay=0.1)
+    before, start = frozen(trainer.model), weights(trainer)
+    layers = trainer.model.config.num_hidden_layers
+    assert sum(n.endswith(".absmax2") for n in before) == 7 * layers  # all linears of a layer are quantised
+    assert sum(t.dtype == torch.uint8 for t in before.values()) >= 7 * layers
+    trainer.train()
+    assert_same(frozen(trainer.model), before)
+    end = last_checkpoint(trainer.run)["adapter"]
+    assert all(not torch.equal(end[n], w) for n, w in start.items()), "the adapter has not moved: nothing was trained"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_trains_is_fp32_and_nothing_else_trains(make, precision):
+    trainer = make(precision=precision)
+    training = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert training.keys() == trainer.trained.keys()
+    assert {p.dtype for p in training.values()} == {torch.float32}
+    linear = trainer.model.get_decoder().layers[0].self_attn.q_proj.base
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert linear.compute_dtype == linear.weight.quant_state.dtype == dtype
+    assert trainer.model.config._attn_implementation == "sdpa"  # eager overflows fp16
+
+
+def test_trainable_weights_in_half_precision_are_refused():
+    base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with pytest.raises(AssertionError):
+            add_lora(base, ("q_proj",), 4, 6.0, 0.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_fp16_trains_on_the_cpu(make):
+    """Autocast in fp16 and a loss scale: the loss begins as in fp32 and falls, and all stays finite."""
+    losses = {}
+    for precision in ("fp16", "fp32"):
+        trainer = make(precision, precision=precision, dropout=0.0, epochs=4)
+        assert trainer.stepper.scaler.is_enabled() == (precision == "fp16")
+        trainer.train()
+        events = checkpoint.read_metrics(trainer.run)
+        losses[precision] = [e["loss"] for e in events if e["event"] == "train"]
+        assert all(p.isfinite().all() for p in trainer.trained.values())
+        assert events[-1]["skipped"] == trainer.stepper.skipped <= (5 if precision == "fp16" else 0)
+        if precision == "fp16":
+            assert trainer.stepper.scaler.get_scale() == 65536 / 2**trainer.stepper.skipped
+    assert losses["fp16"][0] != losses["fp32"][0], "fp16 computed in fp32"
+    assert losses["fp16"][0] == pytest.approx(losses["fp32"][0], rel=0.01)
+    assert all(map(math.isfinite, losses["fp16"]))
+    assert losses["fp16"][-1] < 0.8 * losses["fp16"][0]
+
+
+def scale_that_fits(trainer: Trainer) -> None:
+    """Begin with a loss scale at which this model's gradients do not overflow by themselves, as at 65,536 they may."""
+    trainer.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+
+
+def break_gradients(trainer: Trainer, steps: set[int]) -> None:
+    """Put an inf into one gradient just before the optimizer steps (0-based) of `steps`."""
+    inner, at, name = trainer.stepper.step, iter(range(10_000)), next(reversed(trainer.trained))
+
+    def step():
+        if next(at) in steps:
+            trainer.trained[name].grad[0, 0] = math.inf
+        return inner()
+
+    trainer.stepper.step = step
+
+
+def test_a_skipped_step_is_counted_and_the_run_goes_on(make):
+    trainer = make(precision="fp16", epochs=2)  # 6 steps
+    scale_that_fits(trainer)
+    break_gradients(trainer, {1, 4})
+    end = trainer.train()
+    events = checkpoint.read_metrics(trainer.run)
+    steps = [e for e in events if e["event"] == "train"]
+    assert end.step == 6
+    assert [e["skipped"] for e in steps] == [0, 1, 1, 1, 2, 2]
+    assert steps[1]["lr"] == steps[2]["lr"], "the schedule went on over a skipped step"
+    assert events[-1]["skipped"] == 2
+    assert last_checkpoint(trainer.run)["stepper"]["taken"] == 4
+
+
+def test_twenty_skips_name_step_rows_and_checkpoint(make):
+    trainer = make(rows=3, precision="fp16", held=1, epochs=20, batch_size=1, eval_every=5, patience=100)
+    scale_that_fits(trainer)
+    break_gradients(trainer, set(range(2, 100)))
+    with pytest.raises(TrainingError) as error:
+        trainer.train()
+    _, where = trainer.step_batches(21)  # steps 3 to 22 were skipped, the last with the one row of an epoch's end
+    assert len(where) == 1
+    message = str(error.value)
+    assert "20 optimizer steps in a row" in message
+    assert "step 22 " in message
+    assert f"with rows {where[0]};" in message
+    assert str(trainer.run / "checkpoints" / "step-20") in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Early stopping
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def result(loss: float) -> Evaluation:
+    return Evaluation(rows=1, supervised_tokens=1, loss=loss, token_accuracy=0.0)
+
+
+def saved_adapter(run: Path) -> dict[str, torch.Tensor]:
+    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    return {n.removeprefix("base_model.model.").removesuffix(".weight"): t for n, t in stored.items()}
+
+
+def test_early_stopping_counts_in_a_row_and_keeps_the_best(make, monkeypatch):
+    """Losses 3, 2, then one worse, the best, and two in a row not better: stopped there with patience 2."""
+    losses, seen = iter([3.0, 2.0, 2.5, 1.5, 1.5, math.nan, 0.1, 0.1]), []
+
+    def evaluate(self):
+        seen.append(weights(self))
+        return result(next(losses))
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    trainer = make(held=2, epochs=5, eval_every=2, patience=2)
+    end = trainer.train()
+    assert (end.step, end.best_step, end.best["loss"], end.stopped_early) == (10, 6, 1.5, True)
+    assert end.before["loss"] == 3.0
+    assert len(seen) == 6
+    assert not torch.equal(seen[3]["model.layers.0.self_attn.q_proj.lora_A"],
+                           seen[5]["model.layers.0.self_attn.q_proj.lora_A"])  # fmt: skip
+    assert_same(saved_adapter(trainer.run), seen[3])
+    assert_same(weights(trainer), seen[3])  # the model that is left has it too
+
+
+def test_early_stopping_of_a_run_that_gets_worse(make, monkeypatch):
+    """Real evaluations, under a learning rate that destroys: it stops 3 after the best, whose adapter is kept."""
+    seen, evaluate = [], Trainer.evaluate
+
+    def record(self):
+        seen.append((evaluate(self).loss, weights(self)))
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", record)
+    trainer = make(held=4, epochs=20, eval_every=1, patience=3, learning_rate=30.0)
+    end = trainer.train()
+    losses = [loss for loss, _ in seen]
+    best = losses.index(min(losses))
+    assert losses[-1] > losses[best]
+    assert (end.step, end.best_step, end.stopped_early) == (best + 3, best, True)
+    assert end.best["loss"] == losses[best]
+    assert_same(saved_adapter(trainer.run), seen[best][1])
+    assert {best, best + 2, best + 3} == set(checkpoint.checkpoint_steps(trainer.run))  # the best and the last two
+    assert checkpoint.is_finished(trainer.run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+# ---------------------------------------------------------------------------------------------------------------------
+
+CLOCK = {"seconds", "tokens_per_second", "peak_memory_gib"}
+
+
+def outcome(run: Path) -> dict:
+    """All that a run leaves, apart from times and memory."""
+    events = [{k: v for k, v in e.items() if k not in CLOCK} for e in checkpoint.read_metrics(run)]
+    state = last_checkpoint(run)
+    state["progress"].pop("seconds")
+    state.pop("metrics_bytes")
+    samples = (run / "samples.jsonl").read_text()
+    return {"events": events, "state": state, "adapter": saved_adapter(run), "samples": samples}
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("precision", "stopped_at"), [("fp32", 0), ("fp32", 6), ("fp16", 6)])
+def test_a_stopped_run_goes_on_as_if_it_never_had(make, monkeypatch, precision, stopped_at):
+    """Stopped in the evaluation of step 6 (or of step 0, before any checkpoint), with steps logged since the last
+    checkpoint; with dropout, 8-bit optimizer state, a skipped step behind it, over the end of an epoch: the same
+    adapter, optimizer state, metrics and samples, bit for bit."""
+    options = {"held": 5, "epochs": 3, "eval_every": 3, "patience": 100, "precision": precision}  # 9 steps
+    options |= {"rank": 64, "alpha": 96.0}  # the larger tensors have 8-bit state
+    whole = make("whole", **options)
+    break_gradients(whole, {1})
+    whole.train()
+
+    stopped = make("stopped", **options)
+    break_gradients(stopped, {1})
+    evaluate = Trainer.evaluate
+
+    def crash(self):
+        if self.progress.step == stopped_at:
+            raise Crash
+        return evaluate(self)
+
+    with monkeypatch.context() as m, pytest.raises(Crash):
+        m.setattr(Trainer, "evaluate", crash)
+        stopped.train()
+    assert checkpoint.checkpoint_steps(stopped.run) == ([0, 3] if stopped_at else [])
+    assert sum(e["event"] == "train" for e in checkpoint.read_metrics(stopped.run)) == stopped_at
+    del stopped
+
+    torch.manual_seed(999), random.seed(999)  # another process knows nothing of this one's random numbers
+    config, run = resume_config(str(whole.run.with_name("stopped")), {})
+    resumed = Trainer(config, resume=run)
+    assert resumed.progress.step == (3 if stopped_at else 0)
+    assert {p.dtype for p in resumed.trained.values()} == {torch.float32}
+    if not stopped_at:
+        break_gradients(resumed, {1})
+    resumed.train()
+    assert_same(outcome(run), outcome(whole.run))
+    assert sum(e["event"] == "train" for e in checkpoint.read_metrics(run)) == 9
