@@ -1,0 +1,526 @@
+"""Merged checkpoints compute what the adapter computed; folders appear whole or not at all; damage is noticed."""
+
+import ast
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+import qlora_min.merge
+from qlora_min import checkpoint, data, demo
+from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
+from qlora_min.generate import end_ids, generate
+from qlora_min.lora import lora_layers, lora_parameters
+from qlora_min.loss import masked_cross_entropy
+from qlora_min.merge import BOUNDS, MergeError, fold, merge
+from qlora_min.model import DTYPES, add_lora, dequantized_weight, hidden_states, load_base, output_head
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, demo_data) -> Path:
+    """An adapter with real effect: 20 steps of AdamW on the demo's data at a high learning rate."""
+    base = load_base(str(demo.MODEL_DIR), "nf4")
+    torch.manual_seed(0)
+    add_lora(base, TARGETS, 8, 16.0, 0.0)
+    rows = data.encode_all("demo", data.read(str(demo_data[0]), 320), base.encoder, 64).rows
+    parameters = list(lora_parameters(base.model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3)
+    losses = []
+    for start in range(0, 320, 16):
+        batch = data.collate(rows[start : start + 16])
+        hidden = hidden_states(base.model, batch.input_ids)
+        loss, count = masked_cross_entropy(hidden, output_head(base.model), batch.input_ids, batch.supervised)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((loss / count).item())
+    assert losses[-1] < losses[0]
+    folder = tmp_path_factory.mktemp("trained")
+    config = AdapterConfig(8, 16.0, 0.0, TARGETS, base.name, None, base.fingerprint)
+    save_adapter(folder, base.model, config, base.encoder.tokenizer)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return output_head(model)(hidden_states(model, ids)).float()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """norm(difference) / norm(reference b)"""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def some_ids() -> torch.Tensor:
+    return torch.randint(0, 290, (4, 24), generator=torch.Generator().manual_seed(3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_file_computes_what_the_adapter_did(trained, tmp_path, dtype, base):
+    out = tmp_path / "merged"
+    result = merge(trained, out, dtype, base)
+    bound = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}[dtype]
+    assert result.bound == BOUNDS[dtype] == bound
+    assert 0 <= result.difference <= bound and result.agreement > 0.9
+
+    # Our own measurement, on other rows than merge's.
+    reference = load_adapter(trained, quantization=None if base == "dequantized" else "none")
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = some_ids()
+    assert distance(logits(merged, ids), logits(reference.model, ids)) <= bound
+    with torch.no_grad():
+        assert distance(merged(ids).logits, logits(reference.model, ids)) <= bound
+    without = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32).eval()
+    assert distance(logits(without, ids), logits(reference.model, ids)) > 0.05  # the adapter has an effect
+    if base == "dequantized":
+        assert result.from_trained == result.difference
+    else:
+        assert result.from_trained > 10 * BOUNDS["fp32"]  # NF4's error
+
+    # An ordinary checkpoint, in its dtype.
+    assert merged.config.architectures == ["Qwen2ForCausalLM"]
+    stored = load_file(out / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {DTYPES[dtype]}
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == DTYPES[dtype]
+    config = json.loads((out / "config.json").read_text())
+    assert config["use_cache"] is True and "quantization_config" not in config
+    assert not any(p.name.startswith("adapter") for p in out.iterdir())
+
+
+def test_the_merged_folder_is_complete(trained, tmp_path):
+    out = tmp_path / "merged"
+    merge(trained, out, "fp32")
+    original = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == original.chat_template is not None
+    assert tokenizer.get_vocab() == original.get_vocab()
+    generation = json.loads((out / "generation_config.json").read_text())
+    before = json.loads((demo.MODEL_DIR / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == before["eos_token_id"]
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.tie_word_embeddings
+    assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")  # one copy on disk
+
+
+def test_merged_generates_the_same_tokens(trained, tmp_path, demo_data):
+    out = tmp_path / "merged"
+    merge(trained, out, "fp32")
+    adapter, merged = load_adapter(trained), load_base(str(out), "none")
+    examples = data.read(str(demo_data[1]), 8)
+    prompts = [adapter.encoder.prompt(e.messages[:-1]) for e in examples]
+    assert prompts == [merged.encoder.prompt(e.messages[:-1]) for e in examples]
+    answers = generate(adapter, prompts, 16)
+    assert answers == generate(merged, prompts, 16)
+    assert any(answers) and end_ids(adapter) == end_ids(merged)
+    ids = [
+        b.model.generate(torch.tensor([prompts[0]]), max_new_tokens=16, min_new_tokens=16, do_sample=False)
+        for b in (adapter, merged)
+    ]
+    assert torch.equal(*ids)
+
+
+@pytest.mark.slow
+def test_a_tied_head_of_qwen2_0_5b_s_shape(tmp_path):
+    """Its widths, heads and vocabulary, with 2 of its 24 layers."""
+    config = Qwen2Config(
+        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=2, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None, eos_token_id=AutoTokenizer.from_pretrained(demo.MODEL_DIR).eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"), "nf4", "fp32", torch.device("cpu"))
+    add_lora(base, TARGETS, 16, 32.0, 0.0)
+    with torch.no_grad():
+        for p in lora_parameters(base.model).values():
+            p.normal_(std=0.05)
+    (tmp_path / "adapter").mkdir()
+    described = AdapterConfig(16, 32.0, 0.0, TARGETS, base.name, None, base.fingerprint)
+    save_adapter(tmp_path / "adapter", base.model, described, base.encoder.tokenizer)
+    base.model.eval()
+    merge(tmp_path / "adapter", tmp_path / "merged", "fp32")
+    assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+    merged = load_base(str(tmp_path / "merged"), "none", "fp32", torch.device("cpu"))
+    assert merged.model.get_output_embeddings().weight is merged.model.get_input_embeddings().weight
+    prompt = torch.tensor([base.encoder.prompt([{"role": "user", "content": "Which drug?"}])])
+    tokens = [
+        m.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False) for m in (base.model, merged.model)
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_a_difference_above_the_bound_keeps_nothing(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(qlora_min.merge, "BOUNDS", dict.fromkeys(BOUNDS, 0.0))
+    out = tmp_path / "merged"
+    with pytest.raises(
+        MergeError, match=r"logits are \d\.\de-\d\d from the adapter's, the bound for fp16 is 0\.0e\+00"
+    ):
+        merge(trained, out, "fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_merge_is_noticed(trained, tmp_path, monkeypatch):
+    """The check reads what was written: a merge that forgets the update, or spoils a weight, fails."""
+    for spoil in (
+        lambda model: [p.zero_() for n, p in lora_parameters(model).items() if n.endswith("lora_B")],
+        lambda model: [p.mul_(1.01) for p in model.get_decoder().norm.parameters()],
+    ):
+
+        @torch.no_grad()
+        def spoiled(model, spoil=spoil):
+            spoil(model)
+            fold(model)
+
+        monkeypatch.setattr(qlora_min.merge, "fold", spoiled)
+        with pytest.raises(MergeError):
+            merge(trained, tmp_path / "merged", "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_number_is_above_any_bound(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(qlora_min.merge, "_distance", lambda a, b: float("nan"))
+    with pytest.raises(MergeError):
+        merge(trained, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_never_overwritten(trained, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep me")
+    (tmp_path / "file").write_text("keep me too")
+    for name in ("full", "file"):
+        with pytest.raises(ValueError, match=f"--output-dir {tmp_path / name}: exists and is not an empty directory"):
+            merge(trained, tmp_path / name)
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    assert (tmp_path / "file").read_text() == "keep me too"
+    (tmp_path / "empty").mkdir()
+    merge(trained, tmp_path / "empty")
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+
+
+def test_fold_adds_the_update_to_the_weight_that_computes():
+    base = load_base(str(demo.MODEL_DIR), "nf4")
+    add_lora(base, ("q_proj",), 4, 6.0, 0.0)
+    with torch.no_grad():
+        for p in lora_parameters(base.model).values():
+            p.normal_()
+    expected = {}
+    for name, module in base.model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            expected[name.removesuffix(".base")] = dequantized_weight(module).clone()
+    for name, layer in lora_layers(base.model).items():
+        expected[name] += (layer.lora_B @ layer.lora_A).detach() * (6.0 / 4)
+    biases = {n: p.clone() for n, p in base.model.named_parameters() if n.endswith("bias")}
+    fold(base.model)
+    linears = {n: m for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    assert linears.keys() == expected.keys() and {type(m) for m in linears.values()} == {torch.nn.Linear}
+    assert all(torch.equal(m.weight, expected[n]) for n, m in linears.items())
+    assert {n.replace(".base.", "."): 0 for n in biases} == {
+        f"{n}.bias": 0 for n, m in linears.items() if m.bias is not None
+    }
+    assert all(torch.equal(b, linears[n.replace(".base.", ".").removesuffix(".bias")].bias) for n, b in biases.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Atomic folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def everything(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_atomic_folder_appears_whole(tmp_path):
+    out = tmp_path / "a" / "b"
+    with checkpoint.atomic_folder(out) as new:
+        assert new.parent == out.parent and not out.exists()
+        (new / "deep").mkdir()
+        (new / "deep" / "x").write_text("1")
+        assert not out.exists()
+    assert everything(tmp_path) == {"a/b/deep/x": "1"}
+    with checkpoint.atomic_folder(out) as new:
+        (new / "y").write_text("2")
+        assert everything(out) == {"deep/x": "1"}
+    assert everything(tmp_path) == {"a/b/y": "2"}
+    assert [p.name for p in out.parent.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("former", [True, False])
+def test_atomic_folder_leaves_nothing_behind_after_an_error(tmp_path, former, error):
+    out = tmp_path / "out"
+    if former:
+        out.mkdir()
+        (out / "x").write_text("former")
+    with pytest.raises(error), checkpoint.atomic_folder(out) as new:
+        (new / "x").write_text("half")
+        raise error
+    assert everything(tmp_path) == ({"out/x": "former"} if former else {})
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if former else [])
+
+
+def test_atomic_folder_keeps_the_former_content_when_the_rename_fails(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "x").write_text("former")
+    rename = Path.rename
+
+    def full_disk(self, target):
+        if ".new-" in self.name:
+            raise OSError("No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full_disk)
+    with pytest.raises(OSError, match="No space"), checkpoint.atomic_folder(out) as new:
+        (new / "x").write_text("latter")
+    assert everything(tmp_path) == {"out/x": "former"}
+
+
+def test_files_written_whole(tmp_path):
+    checkpoint.write_json(tmp_path / "a.json", {"x": 1})
+    checkpoint.write_jsonl(tmp_path / "b.jsonl", [{"é": 1}, 2])
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text("utf-8").splitlines()] == [{"é": 1}, 2]
+    with pytest.raises(TypeError):
+        checkpoint.write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+leaves = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text()
+    | st.builds(
+        lambda shape, dtype, seed: (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 9).to(dtype),
+        st.sampled_from([(), (0,), (3,), (2, 3)]),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool]),
+        st.integers(0, 99),
+    )
+)  # fmt: skip
+states = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text("aé. ", max_size=3), inner, max_size=3)
+        | st.dictionaries(st.integers(), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return type(b) is dict and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@settings(deadline=None)
+@given(state=states)
+def test_flatten_and_back(state):
+    tensors: dict[str, torch.Tensor] = {}
+    plain = json.loads(json.dumps(checkpoint.flatten(state, tensors)))
+    assert same(checkpoint.unflatten(plain, tensors), state)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"a/b": torch.ones(1), "a": {"b": torch.zeros(1)}}, {0: torch.ones(1), "0": torch.zeros(1)}],
+    ids=["slash", "number"],
+)
+def test_two_keys_do_not_share_a_tensors_name(state):
+    tensors: dict[str, torch.Tensor] = {}
+    plain = json.loads(json.dumps(checkpoint.flatten(state, tensors)))
+    assert same(checkpoint.unflatten(plain, tensors), state)
+
+
+def some_state(step: int = 0) -> dict:
+    shared = torch.arange(6.0)
+    return {
+        "progress": {"step": step, "best": None, "losses": [0.1, 1 / 3]},
+        "adapter": {"x": torch.randn(4, 5), "view": shared[:3], "whole": shared, "transposed": torch.randn(3, 2).T},
+        "stepper": {
+            "optimizer": {"state": {0: {"m": torch.zeros(3, dtype=torch.uint8)}, 1: {}}, "betas": (0.9, 0.999)}
+        },
+        "rng": checkpoint.rng_state(),
+    }
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    state = some_state()
+    folder = checkpoint.save_checkpoint(tmp_path, 7, state, keep=set())
+    assert folder == tmp_path / "checkpoints" / "step-7"
+    assert same(checkpoint.load_checkpoint(folder), state)
+    step, newest = checkpoint.newest_checkpoint(tmp_path)
+    assert step == 7 and same(newest, state)
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "state.json", "tensors.safetensors"]
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    def draw() -> tuple:
+        return random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1), np.random.randn()
+
+    draw()
+    checkpoint.save_checkpoint(tmp_path, 1, {"rng": checkpoint.rng_state()}, keep=set())
+    expected = draw()
+    assert draw() != expected
+    checkpoint.set_rng_state(checkpoint.newest_checkpoint(tmp_path)[1]["rng"])
+    assert draw() == expected
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    for step in (0, 5, 10, 15, 100):
+        checkpoint.save_checkpoint(tmp_path, step, {"step": step}, keep={5})
+    assert checkpoint.checkpoint_steps(tmp_path) == [5, 15, 100]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-100", "step-15", "step-5"]
+    assert checkpoint.checkpoint_steps(tmp_path / "nowhere") == []
+    assert checkpoint.newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = [truncate, empty, flip, Path.unlink]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", [checkpoint.STATE, checkpoint.TENSORS, checkpoint.MANIFEST])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name, damage):
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, step, some_state(step), keep=set())
+    newest = tmp_path / "checkpoints" / "step-2"
+    damage(newest / name)
+    with pytest.raises(ValueError, match=r"step-2|Expecting|delimiter|column"):
+        checkpoint.load_checkpoint(newest)
+    step, state = checkpoint.newest_checkpoint(tmp_path)
+    assert step == 1 and state["progress"]["step"] == 1
+    assert "note: passed over a damaged checkpoint" in capsys.readouterr().err
+    damage(tmp_path / "checkpoints" / "step-1" / name)
+    assert checkpoint.newest_checkpoint(tmp_path) is None
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    folder = checkpoint.save_checkpoint(tmp_path, 3, {}, keep=set())
+    empty(folder / checkpoint.MANIFEST)
+    with pytest.raises(ValueError, match="step-3"):
+        checkpoint.load_checkpoint(folder)
+
+
+def test_a_folder_half_written_is_no_checkpoint(tmp_path):
+    checkpoint.save_checkpoint(tmp_path, 3, {}, keep=set())
+    for name in (".step-9.new-77", "step-", "step-9x", ".step-2.old"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert checkpoint.checkpoint_steps(tmp_path) == [3]
+
+
+def test_metrics(tmp_path):
+    metrics = checkpoint.Metrics(tmp_path)
+    assert checkpoint.read_metrics(tmp_path) == [] and metrics.size() == 0
+    metrics.write("train", step=1, loss=0.5)
+    size = metrics.size()
+    metrics.write("eval", step=1)
+    assert [e["event"] for e in checkpoint.read_metrics(tmp_path)] == ["train", "eval"]
+    metrics.cut(size)
+    assert checkpoint.read_metrics(tmp_path) == [{"event": "train", "step": 1, "loss": 0.5}]
+    with metrics.path.open("a") as f:
+        f.write('{"event": "ev')  # a crash
+    assert len(checkpoint.read_metrics(tmp_path)) == 1
+    assert not checkpoint.is_finished(tmp_path)
+
+
+def test_the_newest_unfinished_run(tmp_path):
+    with pytest.raises(ValueError, match="--resume: no unfinished run under"):
+        checkpoint.newest_unfinished(tmp_path)
+    for age, (name, finished) in enumerate({"old": False, "newer": False, "newest": True}.items()):
+        run = tmp_path / name
+        run.mkdir()
+        checkpoint.write_json(run / "config.json", {"name": name})
+        os.utime(run / "config.json", (1e9 + age, 1e9 + age))
+        if finished:
+            checkpoint.Metrics(run).write("end")
+    assert checkpoint.newest_unfinished(tmp_path).name == "newer"
+    assert checkpoint.read_record(tmp_path / "old") == {"name": "old"}
+    with pytest.raises(ValueError, match="holds no run"):
+        checkpoint.read_record(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading weights runs no code
+# ---------------------------------------------------------------------------------------------------------------------
+
+SOURCES = sorted([*(ROOT / "qlora_min").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
+FORBIDDEN_CALLS = {"torch.load", "torch.save", "eval", "exec", "pickle.load", "pickle.loads", "np.load", "numpy.load"}
+FORBIDDEN_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle", "peft", "trl", "accelerate"}
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def offences(code: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and dotted(node.func) in FORBIDDEN_CALLS:
+            found.append(f"{node.lineno}: {dotted(node.func)}")
+        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle", "weights_only"):
+            found.append(f"{node.value.lineno}: {node.arg}")
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            found += [f"{node.lineno}: {m}" for m in modules if m.split(".")[0] in FORBIDDEN_IMPORTS]
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_no_pickle_and_no_remote_code(path):
+    code = path.read_text(encoding="utf-8")
+    assert offences(code) == []
+    assert not re.search(r"trust_remote_code|torch\.load\(|\.bin\b.*allow_patterns", code)
+
+
+def test_the_reader_of_the_code_finds_what_it_looks_for():
+    code = "import torch, pickle\nfrom peft import x\ntorch.load('x')\nf(trust_remote_code=True)\nmodel.eval()\n"
+    assert offences(code) == ["1: pickle", "2: peft", "3: torch.load", "4: trust_remote_code"]
+    assert len(SOURCES) > 15
