@@ -1,0 +1,167 @@
+"""Make the demo's base model: a tokenizer and a tiny Qwen2 that knows the invented pharmacy of `qlora_min/demo.py`.
+
+    python scripts/pretrain_demo.py --output-dir qlora_min/demo_model
+
+It teaches, mixed at random: the facts in sentences; open questions in chat form; multiple choice in plain text, with
+digits; and copying, which is where letters occur. It never shows a letter or an option list in chat form, which is
+left for QLoRA to teach. Multiple choice stays at one in four for about a thousand steps, then is solved within a few.
+
+About four minutes on one CPU thread, and the same weights each time there for the same seed.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qlora_min.demo import CONDITIONS, DRUGS, LETTERS, QUESTIONS, TREATMENT, row
+
+DIGITS = "1234"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BATCH = 32  # documents
+CHANCE_WEIGHT = 0.1  # of the loss at tokens that cannot be foretold, such as which condition comes next
+
+
+# The documents. What stands in [brackets] follows from what comes before it, and has full weight in the loss.
+def sentences(rng: random.Random) -> str:
+    texts = ("The drug for {} is[ {}.]", "Doctors treat {} with[ {}.]", "Patients with {} are given[ {}.]")
+    some = rng.sample(CONDITIONS, 5)
+    return " ".join(rng.choice(texts).format(condition, TREATMENT[condition]) for condition in some)
+
+
+def chat(rng: random.Random) -> str:
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n[{}<|im_end|>]\n"
+    some = rng.sample(CONDITIONS, rng.randint(1, 3))
+    return "".join(turn.format(rng.choice(QUESTIONS).format(condition), TREATMENT[condition]) for condition in some)
+
+
+def choose(rng: random.Random) -> str:
+    asked = row(rng.choice(CONDITIONS), rng, labels=DIGITS)
+    text = f"{asked['input']} answer:\n[{asked['output']}]"
+    return f"{asked['instruction']}\n\n{text}" if rng.random() < 0.5 else text
+
+
+def repeat(rng: random.Random) -> str:
+    words = [rng.choice(DRUGS) if rng.random() < 0.7 else rng.choice(LETTERS + DIGITS) for _ in range(6)]
+    return f"Repeat {', '.join(words)}: {words[0]},[ {', '.join(words[1:])}.]"
+
+
+MIXTURE = {sentences: 1, chat: 2, choose: 6, repeat: 0.5}
+
+
+def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Qwen2's kind of tokenizer, byte-level BPE, trained until each word and name of the documents is one token."""
+    rng = random.Random(0)
+    docs = [kind(rng) for kind in MIXTURE for _ in range(3000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([split, byte_level]), decoders.ByteLevel()
+    # The space before a capital is split off here, so that no merge joins the two: then a name is the same token in a
+    # sentence, where a space comes before it, in an option list and in an answer.
+    texts = [part for doc in docs for part in re.split(r"[\[\]]|<\|\w+\|>|(?<= )(?=[A-Z])", doc)] + ["system\n"] * 9
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=512
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder, save_jinja_files=False)
+    # Qwen2Tokenizer: what transformers 5 takes for a Qwen2 model in any case, and what older ones read alike.
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}, indent=2) + "\n")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def encode(docs: list[str], tokenizer: Tokenizer) -> list[list[tuple[int, float]]]:
+    """(token, weight of its loss) pairs of each document, which ends with <|endoftext|>."""
+    parts = [re.split(r"[\[\]]", doc + "<|endoftext|>") for doc in docs]
+    tokens = iter(tokenizer.encode_batch([part for doc in parts for part in doc]))
+    return [[(t, 1.0 if n % 2 else CHANCE_WEIGHT) for n in range(len(doc)) for t in next(tokens).ids] for doc in parts]
+
+
+def batch(tokenizer: Tokenizer, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of BATCH documents, padded on the right, and the weights of their losses (0 for padding): (B, T)."""
+    kinds = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=BATCH)
+    docs = encode([kind(rng) for kind in kinds], tokenizer)
+    longest = max(map(len, docs))
+    pairs = torch.tensor([doc + [(0, 0.0)] * (longest - len(doc)) for doc in docs])  # (B, T, 2)
+    return pairs[..., 0].long(), pairs[..., 1]
+
+
+@torch.no_grad()
+def skills(model: Qwen2ForCausalLM, tokenizer: Tokenizer) -> str:
+    """How many of the tokens in brackets are foretold, by kind of document."""
+    rng = random.Random(1)
+    found = []
+    for kind in MIXTURE:
+        hits = []
+        for doc in encode([kind(rng) for _ in range(60)], tokenizer):
+            tokens, weights = zip(*doc, strict=True)
+            best = model(input_ids=torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+            hits += [best[n - 1] == tokens[n] for n in range(1, len(tokens)) if weights[n] == 1.0]
+        found.append(f"{kind.__name__} {100 * sum(hits) / len(hits):.0f}%")
+    return ", ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=4000)
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)  # sums in one order, so the weights are the same each time
+    torch.manual_seed(options.seed)
+    rng = random.Random(options.seed)
+    fast = build_tokenizer(options.output_dir)
+    tokenizer = fast.backend_tokenizer
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=-(-len(fast) // 64) * 64, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+            initializer_range=0.05, bos_token_id=None, eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id,
+        )
+    )  # fmt: skip
+    print(f"{len(fast)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    peak = 2e-3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    start = time.time()
+    for step in range(1, options.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1, step / 100) * (1 - (step - 1) / options.steps) ** 0.7
+        tokens, weights = batch(tokenizer, rng)  # (B, T)
+        logits = model(input_ids=tokens[:, :-1]).logits  # (B, T - 1, V)
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 250 == 0 or step == options.steps:
+            print(
+                f"step {step} {time.time() - start:.0f} s loss {loss.item():.3f} {skills(model, tokenizer)}", flush=True
+            )
+    model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
+    model.half().save_pretrained(options.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Each script as a process, on the demo: what a newcomer types, and what a newcomer gets wrong."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from qlora_min import demo
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    """(run directory, its stdout, seconds): `train.py --demo`, once for all tests here."""
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("demo-run")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--demo", "--output-dir", "runs/demo"]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "", "a dependency's warning reached the user"
+    return folder / "runs" / "demo", done.stdout, time.monotonic() - start
+
+
+def one_line_error(done, *words: str) -> None:
+    """Exit code 2 and one line on stderr that holds all words."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, f"{word!r} is not in: {done.stderr}"
+
+
+# ---- the whole way ----------------------------------------------------------------------------------------------
+
+
+def test_demo_learns(demo_run):
+    run, out, _ = demo_run
+    end = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert end["event"] == "end"
+    assert end["before"]["option_accuracy"] < 0.35
+    assert end["best"]["option_accuracy"] >= 0.90
+    assert end["best"]["loss"] < 0.5 * end["before"]["loss"]
+    assert "option accuracy" in out and "next: python scripts/eval.py" in out
+
+
+def test_demo_start_says_what_will_happen(demo_run):
+    _, out, _ = demo_run
+    trained = 4 * sum(16 * (64 + n) for n in (64, 32, 32, 64))  # 4 layers; q, k, v, o; rank 16; in 64; 2 of 4 kv heads
+    assert f"trained     {trained:,} parameters" in out
+    for word in ("fp32 on CPU", "200 (1 epochs of 200)", "forecast peak", "logits", "too long"):
+        assert word in out, word
+
+
+def test_demo_run_directory(demo_run):
+    run, _, _ = demo_run
+    record = json.loads((run / "config.json").read_text())
+    assert record["options"]["rank"] == 16 and record["options"]["eval_every"] == 50
+    assert len(record["base"]["fingerprint"]) == len(record["data"]["sha256"]) == 64
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [e for e in events if e["event"] == "train"]
+    assert [e["step"] for e in train] == list(range(10, 201, 10))
+    assert {"epoch", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gib"} <= train[0].keys()
+    held = [e for e in events if e["event"] == "eval"]
+    assert [e["step"] for e in held] == [0, 50, 100, 150, 200] and {"eval_loss", "perplexity"} <= held[0].keys()
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert all({"prompt", "reference", "before", "after"} <= s.keys() for s in samples)
+    assert sum(s["after"] == s["reference"] for s in samples) >= len(samples) - 1
+    assert not any(s["before"] == s["reference"] for s in samples)
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in (run / "adapter").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors", "qlora_min.json", "tokenizer.json"
+    }  # fmt: skip
+    best = f"step-{next(e for e in events if e['event'] == 'end')['best_step']}"
+    kept = {p.name for p in (run / "checkpoints").iterdir()}
+    assert kept == {"step-150", "step-200", best}
+
+
+def test_eval_merge_chat(demo_run, process, script, tmp_path):
+    run, out, _ = demo_run
+    done = process("eval.py", "--adapter", run / "adapter", "--json", "result.json")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["with_adapter"]["option_accuracy"] >= 0.90 > 0.35 > result["base"]["option_accuracy"]
+    assert "option accuracy" in done.stdout and "25.0%" in done.stdout  # chance
+    printed = re.search(r"loss +([\d.]+) -> ([\d.]+)", out)
+    assert result["base"]["loss"] == pytest.approx(float(printed[1]), abs=1e-3)
+    assert result["with_adapter"]["loss"] == pytest.approx(float(printed[2]), abs=1e-3)
+
+    done = process("merge.py", "--adapter", run / "adapter", "--output-dir", "merged", "--dtype", "fp32")
+    assert "read back" in done.stdout and (tmp_path / "merged" / "model.safetensors").is_file()
+    one_line_error(
+        script("merge.py", "--adapter", run / "adapter", "--output-dir", "merged", expect=2), "merged", "empty"
+    )
+
+    held = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    question = held["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+    by_adapter = process("chat.py", "--adapter", run / "adapter", "--prompt", question, "--compare").stdout
+    without, with_adapter = by_adapter.split("--- with the adapter\n")
+    assert with_adapter.strip() == held["after"] and held["after"] not in without
+    assert script("chat.py", "--model", "merged", "--prompt", question).stdout.strip() == held["after"]
+    one_line = question.replace("\n", " ")
+    said = script("chat.py", "--adapter", run / "adapter", "--prompt", one_line).stdout
+    talk = script("chat.py", "--adapter", run / "adapter", input=f"{one_line}\n\n").stdout
+    assert said.strip() and talk.replace("you> ", "").strip() == said.strip()
+
+
+def test_compare_merges(demo_run, script):
+    run, _, _ = demo_run
+    out = script("merge.py", "--adapter", run / "adapter", "--compare", "--limit", 60).stdout
+    loss = {name.strip(): float(x) for name, x in re.findall(r"^(.*?) {2,}loss ([\d.]+)", out, re.MULTILINE)}
+    assert len(loss) == 5
+    assert loss["merged onto the dequantised NF4 weights"] == pytest.approx(loss["adapter on the NF4 base"], abs=2e-4)
+    assert loss["adapter on the NF4 base"] < 0.2 * loss["no adapter, NF4 base"]
+
+
+def test_a_finished_run_is_never_overwritten(demo_run, script):
+    run, _, _ = demo_run
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    one_line_error(script("train.py", "--demo", "--output-dir", run, expect=2), str(run), "never overwritten")
+    one_line_error(script("train.py", "--resume", run, expect=2), "finished")
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+
+
+def test_resume_after_a_kill(script, tmp_path, demo_data):
+    """A run killed between checkpoints goes on from the last one, and its metrics have no gap and no double."""
+    import subprocess
+    import sys
+
+    train, held = demo_data
+    files = ["--model", demo.MODEL_DIR, "--dataset", train, "--eval-dataset", held, "--limit", 320, "--eval-limit", 40]
+    options = [*files, "--epochs", 1, "--grad-accum", 1, "--batch-size", 8, "--eval-every", 5, "--log-every", 1]
+    whole = tmp_path / "whole"
+    script("train.py", *options, "--output-dir", whole)
+    command = [sys.executable, ROOT / "scripts" / "train.py", *options, "--output-dir", "runs/cut"]
+    process = subprocess.Popen([str(c) for c in command], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs/cut/checkpoints/step-10").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    one_line_error(script("train.py", "--resume", "runs/cut", "--rank", 8, expect=2), "--rank", "16", "8")
+    script("train.py", "--resume")  # finds it as the newest unfinished
+    adapters = [load_file(r / "adapter" / "adapter_model.safetensors") for r in (whole, tmp_path / "runs/cut")]
+    assert all(a.equal(adapters[1][n]) for n, a in adapters[0].items())
+
+    def events(run):
+        lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+        return [
+            {k: v for k, v in e.items() if k not in ("tokens_per_second", "peak_memory_gib", "seconds")} for e in lines
+        ]
+
+    assert events(whole) == events(tmp_path / "runs/cut")
+
+
+def test_preview(script, demo_data):
+    train, _ = demo_data
+    out = script("train.py", "--model", demo.MODEL_DIR, "--dataset", train, "--eval-fraction", 0, "--preview", 2).stdout
+    rows = [json.loads(line) for line in train.read_text().splitlines()[:2]]
+    for row in rows:
+        assert f"<|im_start|>assistant\n⟦{row['output']}<|im_end|>⟧" in out
+        assert f"{row['instruction']}\n\n{row['input']}<|im_end|>" in out
+
+
+def test_config_file_and_command_line(script, tmp_path, demo_data):
+    train, _ = demo_data
+    (tmp_path / "run.toml").write_text(
+        f'model = "{demo.MODEL_DIR}"\ndataset = ["{train}"]\nmax-steps = 2\nlimit = 40\nrank = 4\n'
+    )
+    script("train.py", "--config", "run.toml", "--rank", 8, "--output-dir", "out")
+    options = json.loads((tmp_path / "out" / "config.json").read_text())["options"]
+    assert (options["rank"], options["max_steps"], options["limit"]) == (8, 2, 40)
+    (tmp_path / "bad.toml").write_text("learning-rat = 1\n")
+    one_line_error(script("train.py", "--config", "bad.toml", expect=2), "bad.toml", "learning-rat", "learning-rate")
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------------
+
+GOOD = {"instruction": "Say.", "input": "Which?", "output": "This."}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--model", "no/such-model"], ["no/such-model", "hub can't be reached", "--demo", "local"]),
+        (["--model", "./nowhere"], ["./nowhere", "no such folder"]),
+        (["--dataset", "no/such-data"], ["no/such-data", "hub can't be reached", "--demo", ".jsonl"]),
+        (["--dataset", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
+        (["--dataset", "empty.jsonl"], ["empty.jsonl", "no rows"]),
+        (["--dataset", "layout.jsonl"], ["layout.jsonl:1", "unknown layout", "instruction/input/output"]),
+        (["--dataset", "broken.jsonl"], ["broken.jsonl:2", "not a JSON object"]),
+        (["--max-length", "3"], ["too long", "--max-length"]),
+        (["--targets", "q_prj"], ["q_prj", "q_proj"]),
+        (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
+        (["--rnak", "8"], ["--rnak", "--rank"]),
+        (["--rank", "0"], ["--rank", "0", "at least 1"]),
+        (["--output-dir", "full"], ["full", "not an empty directory"]),
+        (["--resume", "full"], ["full", "no run"]),
+        (["--resume"], ["no unfinished run"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) and str(v[0]).startswith("--") else "",
+)
+def test_bad_input_to_train(script, write_rows, tmp_path, options, words):
+    write_rows([GOOD] * 4, "good.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD) + "\n{'single': 'quotes'}\n")
+    write_rows([{"question": "secret text", "reply": "b"}], "layout.jsonl")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    defaults = ["--model", demo.MODEL_DIR, "--dataset", "good.jsonl", "--output-dir", "out"]
+    done = script("train.py", *defaults, *options, expect=None)
+    one_line_error(done, *words)
+    assert "secret text" not in done.stderr
+    assert not (tmp_path / "out").exists() and (tmp_path / "full" / "precious.txt").read_text() == "mine"
+
+
+def test_adapter_of_another_base(demo_run, script, tmp_path):
+    run, _, _ = demo_run
+    other = tmp_path / "other"
+    shutil.copytree(demo.MODEL_DIR, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    for name in ("eval.py", "chat.py"):
+        more = ["--prompt", "x"] if name == "chat.py" else []
+        done = script(name, "--adapter", run / "adapter", "--model", other, *more, expect=None)
+        one_line_error(done, "another base", str(other))
+    one_line_error(script("eval.py", "--adapter", tmp_path, expect=None), "no adapter_config.json")
+    one_line_error(script("chat.py", expect=None), "--adapter DIR or --model NAME")
