@@ -134,6 +134,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def say(line: str) -> None:
+    """Print a line above the bars, at once also where the output is a file."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
 class Trainer:
     """One training run, from options to the best adapter on disk.
 
@@ -230,7 +236,7 @@ class Trainer:
                 if self.initial and self.stepper.taken == MOVED_BY:
                     self._check_that_all_moved()
                 if not taken:
-                    tqdm.write(f"step {p.step}: skipped, a gradient is not finite")
+                    say(f"step {p.step}: skipped, a gradient is not finite")
 
                 # Log.
                 window_supervised += supervised
@@ -307,7 +313,7 @@ class Trainer:
             else:
                 p.bad_evaluations += 1
                 p.stopped_early = p.bad_evaluations >= self.config.patience
-            tqdm.write(line + (" *" if improved and p.step else ""), file=sys.stdout)
+            say(line + (" *" if improved and p.step else ""))
             self.metrics.write(
                 "eval", step=p.step, epoch=p.step / self.steps_per_epoch, eval_loss=result.loss,
                 perplexity=result.perplexity, token_accuracy=result.token_accuracy,

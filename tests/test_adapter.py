@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +27,7 @@ from qlora_min.adapter import (
     read_config,
     save_adapter,
 )
-from qlora_min.lora import lora_parameters
+from qlora_min.lora import lora_disabled, lora_parameters
 from qlora_min.model import Base, add_lora, hidden_states, load_base, output_head
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -396,3 +397,36 @@ def test_a_config_that_is_no_config(saved):
         read_config(folder)
     with pytest.raises(ValueError, match="no-such-folder': no"):
         load_adapter(folder / "no-such-folder")
+
+
+@pytest.mark.real
+def test_peft_computes_the_same_on_smollm2_in_nf4(tmp_path, smollm2):
+    """Transformers' own 4-bit base (it needs accelerate) with our adapter loaded by PEFT: the same logits."""
+    pytest.importorskip("accelerate")
+    base = load_base(str(smollm2), "nf4", "fp32", torch.device("cpu"))
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    torch.manual_seed(0)
+    add_lora(base, targets, 16, 24, 0.0)
+    give_effect(list(lora_parameters(base.model).values()))
+    described = AdapterConfig(16, 24, 0.0, targets, str(smollm2), None, base.fingerprint)
+    save_adapter(tmp_path, base.model, described, base.encoder.tokenizer)
+
+    quantized = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2, quantization_config=quantized, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    for module in theirs.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # see model.py
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    with torch.no_grad():
+        mine = logits(base.model)
+        difference = (theirs(IDS).logits - mine).abs().max()
+    with lora_disabled(base.model):
+        assert (logits(base.model) - mine).abs().max() > 0.1  # the adapter has an effect
+    assert difference <= 1e-5 * max(1.0, mine.abs().max())

@@ -446,6 +446,16 @@ def saved_adapter(run: Path) -> dict[str, torch.Tensor]:
     return {n.removeprefix("base_model.model.").removesuffix(".weight"): t for n, t in stored.items()}
 
 
+def test_a_layer_that_does_not_train_is_named(make):
+    """Is it really training? A layer whose update takes no part in the output ends the run after three steps."""
+    trainer = make(rows=16)
+    name = trainer.wrapped[5]
+    trainer.model.get_submodule(name).enabled = False
+    with pytest.raises(TrainingError, match=rf"2 of 32 trained matrices did not move: {name}\.lora_A, {name}\.lora_B"):
+        trainer.train()
+    assert trainer.progress.step == 3
+
+
 def test_early_stopping_counts_in_a_row_and_keeps_the_best(make, monkeypatch):
     """Losses 3, 2, then one worse, the best, and two in a row not better: stopped there with patience 2."""
     losses, seen = iter([3.0, 2.0, 2.5, 1.5, 1.5, math.nan, 0.1, 0.1]), []
@@ -510,8 +520,8 @@ class Crash(Exception):
 
 @pytest.mark.parametrize(("precision", "stopped_at"), [("fp32", 0), ("fp32", 6), ("fp16", 6)])
 def test_a_stopped_run_goes_on_as_if_it_never_had(make, monkeypatch, precision, stopped_at):
-    """Stopped in the evaluation of step 6 (or of step 0, before any checkpoint), with steps logged since the last
-    checkpoint; with dropout, 8-bit optimizer state, a skipped step behind it, over the end of an epoch: the same
+    """Stopped before the checkpoint of step 6 (or of step 0, the first) is written, when metrics and adapter are ahead of
+    the last one; with dropout, 8-bit optimizer state, a skipped step behind it, over the end of an epoch: the same
     adapter, optimizer state, metrics and samples, bit for bit."""
     options = {"held": 5, "epochs": 3, "eval_every": 3, "patience": 100, "precision": precision}  # 9 steps
     options |= {"rank": 64, "alpha": 96.0}  # the larger tensors have 8-bit state
@@ -521,15 +531,15 @@ def test_a_stopped_run_goes_on_as_if_it_never_had(make, monkeypatch, precision, 
 
     stopped = make("stopped", **options)
     break_gradients(stopped, {1})
-    evaluate = Trainer.evaluate
+    save = checkpoint.save_checkpoint
 
-    def crash(self):
-        if self.progress.step == stopped_at:
+    def crash(run, step, *args, **kwargs):
+        if step == stopped_at:
             raise Crash
-        return evaluate(self)
+        return save(run, step, *args, **kwargs)
 
     with monkeypatch.context() as m, pytest.raises(Crash):
-        m.setattr(Trainer, "evaluate", crash)
+        m.setattr(checkpoint, "save_checkpoint", crash)
         stopped.train()
     assert checkpoint.checkpoint_steps(stopped.run) == ([0, 3] if stopped_at else [])
     assert sum(e["event"] == "train" for e in checkpoint.read_metrics(stopped.run)) == stopped_at
