@@ -15,6 +15,7 @@ either runs no code.
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -228,6 +229,8 @@ class Metrics:
         self.path = run / "metrics.jsonl"
 
     def write(self, event: str, **values: Any) -> None:
+        """Append an event; a number that is not finite, for which JSON has no word, becomes null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"event": event, **values}) + "\n")
 

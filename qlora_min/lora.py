@@ -51,10 +51,10 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
         # Drawn on the CPU whatever the base's device, so that one seed gives one adapter everywhere.
-        lora_A = torch.empty(rank, self.in_features)
+        lora_A = torch.empty(rank, self.in_features, dtype=torch.float32)
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as nn.Linear's own default
         self.lora_A = nn.Parameter(lora_A.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=base.weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out): y = W x + (alpha / r) B A dropout(x)."""
@@ -90,7 +90,6 @@ def inject_lora(
     Raises:
         ValueError: a target matches no linear layer (the message lists the candidates), or the model has LoRA already.
     """
-    model.requires_grad_(False)
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has LoRA layers already: load the base anew to inject another adapter")
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(within)]
@@ -102,6 +101,7 @@ def inject_lora(
             f"targets: {', '.join(map(repr, missing)) or 'none given'} matches no linear layer of the model's decoder "
             f"layers; expected names among: {candidates}"
         )
+    model.requires_grad_(False)
     chosen = set().union(*found.values())
     names = [n for n in linears if n in chosen]
     for name in names:

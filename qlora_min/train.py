@@ -241,9 +241,8 @@ class Trainer:
                 # Log.
                 window_supervised += supervised
                 window_tokens += sum(int(b.lengths.sum()) for b in batches)
-                evaluation_due = bool(self.held) and p.step % c.eval_every == 0
-                last = p.step == self.total_steps
-                if p.step % c.log_every == 0 or evaluation_due or last:
+                save_due = p.step % c.eval_every == 0 or p.step == self.total_steps
+                if p.step % c.log_every == 0 or save_due:
                     mean = float(window_loss) / window_supervised  # waits for the device: all of the window is timed
                     seconds = time.perf_counter() - window_start
                     p.tokens, p.seconds = p.tokens + window_tokens, p.seconds + seconds
@@ -252,7 +251,7 @@ class Trainer:
                 bar.update()
 
                 # Evaluate and save.
-                if evaluation_due or last:
+                if save_due:
                     self._evaluate_and_save()
                     window_start = time.perf_counter()
         return self._finish()
@@ -298,7 +297,7 @@ class Trainer:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate on the held-out rows; keep the adapter if it is the best so far; write a checkpoint."""
+        """Evaluate on the held-out rows, if any; keep the adapter if it is the best so far; write a checkpoint."""
         p = self.progress
         if self.held:
             result = self.evaluate()
@@ -307,7 +306,7 @@ class Trainer:
                 line += f", option accuracy {result.option_accuracy:.1%} (chance {result.chance:.1%})"
             if p.before is None:
                 p.before = result.as_dict()
-            improved = p.best is None or result.loss < p.best["loss"]
+            improved = p.best is None or result.loss < p.best["loss"] or math.isnan(p.best["loss"])
             if improved:
                 p.best, p.best_step, p.bad_evaluations = result.as_dict(), p.step, 0
             else:

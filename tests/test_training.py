@@ -12,12 +12,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import qlora_min.model
 import qlora_min.train
 from qlora_min import checkpoint, demo
 from qlora_min.config import Config
 from qlora_min.data import Row
 from qlora_min.evaluate import Evaluation
-from qlora_min.lora import lora_layers
+from qlora_min.lora import inject_lora, lora_layers, lora_parameters
 from qlora_min.model import add_lora, load_base
 from qlora_min.optim import TrainingError
 from qlora_min.train import Trainer, resume_config
@@ -357,14 +358,25 @@ def test_what_trains_is_fp32_and_nothing_else_trains(make, precision):
     assert trainer.model.config._attn_implementation == "sdpa"  # eager overflows fp16
 
 
-def test_trainable_weights_in_half_precision_are_refused():
+def test_the_default_dtype_does_not_reach_what_trains():
     base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
     torch.set_default_dtype(torch.float16)
     try:
-        with pytest.raises(AssertionError):
-            add_lora(base, ("q_proj",), 4, 6.0, 0.0)
+        add_lora(base, ("q_proj",), 4, 6.0, 0.0)
     finally:
         torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in lora_parameters(base.model).values()} == {torch.float32}
+
+
+def test_trainable_weights_in_half_precision_are_refused(monkeypatch):
+    base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
+    monkeypatch.setattr(
+        qlora_min.model,
+        "inject_lora",
+        lambda model, *args, **kwargs: inject_lora(model, *args, **kwargs) and model.half(),
+    )
+    with pytest.raises(AssertionError):
+        add_lora(base, ("q_proj",), 4, 6.0, 0.0)
 
 
 def test_fp16_trains_on_the_cpu(make):
@@ -520,9 +532,11 @@ class Crash(Exception):
 
 @pytest.mark.parametrize(("precision", "stopped_at"), [("fp32", 0), ("fp32", 6), ("fp16", 6)])
 def test_a_stopped_run_goes_on_as_if_it_never_had(make, monkeypatch, precision, stopped_at):
-    """Stopped before the checkpoint of step 6 (or of step 0, the first) is written, when metrics and adapter are ahead of
-    the last one; with dropout, 8-bit optimizer state, a skipped step behind it, over the end of an epoch: the same
-    adapter, optimizer state, metrics and samples, bit for bit."""
+    """The same adapter, optimizer state, metrics and samples, bit for bit.
+
+    Stopped before the checkpoint of step 6 (or of step 0, the first) is written: metrics and adapter are ahead of the
+    last one. With dropout, 8-bit optimizer state, a skipped step behind it, and over the end of an epoch.
+    """
     options = {"held": 5, "epochs": 3, "eval_every": 3, "patience": 100, "precision": precision}  # 9 steps
     options |= {"rank": 64, "alpha": 96.0}  # the larger tensors have 8-bit state
     whole = make("whole", **options)
