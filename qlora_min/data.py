@@ -218,9 +218,8 @@ def to_example(row: Any, where: str) -> Example:
         user = "\n\n".join(part for part in (user, given) if part.strip())
         answer = _text(row, "output", where)
     else:
-        columns = (
-            ", ".join(c if str(c).isidentifier() else "..." for c in row) or "none"
-        )  # a headerless file's are text
+        # Names are shown, and nothing else: in a CSV without a header they are a row's text.
+        columns = ", ".join(repr(c) if str(c).isidentifier() else "..." for c in row) or "none"
         raise ValueError(f"{where}: unknown layout with columns {columns[:200]}; expected {LAYOUTS}")
     return Example(({"role": "user", "content": user}, {"role": "assistant", "content": answer}), where)
 

@@ -19,7 +19,7 @@ def draw_curves(events: Sequence[dict[str, Any]], path: Path) -> str | None:
     import matplotlib.pyplot as plt
 
     train = [e for e in events if e["event"] == "train"]
-    held = [e for e in events if e["event"] == "eval"]
+    held = [e for e in events if e["event"] == "eval" and e["eval_loss"] is not None]  # null: it was not finite
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, gridspec_kw={"height_ratios": [3, 1]}, layout="constrained"
     )
