@@ -89,10 +89,7 @@ def read_config(folder: Path) -> AdapterConfig:
         origin = _read_json(folder / ORIGIN)
     if peft.get("peft_type") != "LORA":
         raise ValueError(f"adapter '{folder}': peft_type {peft.get('peft_type')!r}, expected 'LORA'")
-    unset = (None, False, "none", [], {})
-    asked = {
-        k: v for k, v in peft.items() if k not in READ | HARMLESS and not any(v is u or v == u != 0 for u in unset)
-    }
+    asked = {k: v for k, v in peft.items() if k not in READ | HARMLESS and not _is_unset(v)}
     if peft.get("init_lora_weights") not in INITS:
         asked["init_lora_weights"] = peft["init_lora_weights"]
     if asked:
@@ -175,6 +172,11 @@ def check_base(config: AdapterConfig, fingerprint: str, folder: Path, base: str)
             f"adapter '{folder}' was trained on another base: '{config.base}' with fingerprint "
             f"{config.fingerprint[:12]}, but '{base}' has {fingerprint[:12]}; give its own base with --model"
         )
+
+
+def _is_unset(value: Any) -> bool:
+    """Whether a field of adapter_config.json asks for nothing. 0 does ask: it is a layer's number."""
+    return value is None or value is False or value in ("none", [], {})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

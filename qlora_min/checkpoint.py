@@ -126,13 +126,13 @@ def unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random number generator: python, numpy, torch, and CUDA where there is one."""
+    """The state of every random number generator: python, numpy, torch, and the current GPU where there is one."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -142,8 +142,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: set[int])
         (new / STATE).write_text(json.dumps(plain), encoding="utf-8")
         save_file(tensors, new / TENSORS)
         (new / MANIFEST).write_text(json.dumps({f: _sha256(new / f) for f in (STATE, TENSORS)}, indent=2))
-    done = checkpoint_steps(run)
+    done = [s for s in checkpoint_steps(run) if s <= step]  # newer ones are damaged, or we would not be here
     for old in set(done[:-2]) - keep:
         gone = folder.with_name(f".step-{old}.old")
         folder.with_name(f"step-{old}").rename(gone)  # a half-removed folder must not bear a checkpoint's name
@@ -190,6 +190,15 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     raise ValueError(f"checkpoint '{folder}': {', '.join(changed)} not as it was saved (sha256 differs)")
 
 
+def clean(run: Path) -> None:
+    """Remove what a killed process left half-written, and put an adapter back that it was about to replace."""
+    for old in run.glob(".adapter.old-*"):
+        if not (run / "adapter").exists():
+            old.rename(run / "adapter")
+    for left in [*run.glob(".*"), *(run / "checkpoints").glob(".*")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def newest_checkpoint(run: Path) -> tuple[int, dict[str, Any]] | None:
     """(step, state) of the newest checkpoint that verifies; warns of any it passes over."""
     for step in reversed(checkpoint_steps(run)):
@@ -217,9 +226,20 @@ def read_record(run: Path) -> dict[str, Any]:
         ValueError: the directory holds no run.
     """
     try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((run / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ValueError(f"'{run}' holds no run (its config.json can't be read: {e}); give a run's directory") from None
+    if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
+        raise ValueError(f"'{run}' holds no run (its config.json is another program's); give a run's directory")
+    return record
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's directory, finished or not."""
+    try:
+        return bool(read_record(folder))
+    except ValueError:
+        return False
 
 
 class Metrics:
@@ -267,7 +287,7 @@ def newest_unfinished(runs: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    found = [p.parent for p in runs.glob("*/config.json") if not is_finished(p.parent)]
+    found = [p for p in runs.glob("*") if is_run(p) and not is_finished(p)]
     if not found:
         raise ValueError(f"--resume: no unfinished run under '{runs}'; name its directory: --resume DIR")
     return max(found, key=lambda p: (p / "config.json").stat().st_mtime)

@@ -102,7 +102,10 @@ class Config:
     log_every: int = _positive(10, "steps between lines in metrics.jsonl")
     output_dir: str | None = option(None, "the run directory (default: runs/MODEL-DATASET-TIME)")
     seed: int = option(
-        42, "seed of the split, the order, the adapter and dropout", check=lambda v: v >= 0, expected="at least 0"
+        42,
+        "seed of the split, the order, the adapter and dropout",
+        check=lambda v: 0 <= v < 2**32,
+        expected="from 0 to 2**32 - 1",
     )
 
     def __post_init__(self):
@@ -220,6 +223,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return int(text)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add every field of Config as an option. Options that are not given stay out of the namespace."""
     group = parser.add_argument_group("options of the run")
@@ -249,7 +259,7 @@ def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's main: a ValueError (what a user can cause) is one line on stderr and exit code 2."""
+    """Run a script's main: a ValueError (what a user can cause) or OSError is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         sys.exit(main() or 0)
@@ -262,3 +272,6 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()
         sys.exit(141)
+    except OSError as e:  # a file or folder that can't be read or written
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)

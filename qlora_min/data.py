@@ -196,6 +196,8 @@ def _read_hub(name: str) -> Iterator[tuple[Any, str]]:
             f"data set '{name}': no local file of this name, and the Hugging Face hub can't be reached; "
             f"give a local {'/'.join(FILE_KINDS)} file, or try --demo, which needs no network"
         ) from None
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as e:
+        raise ValueError(f"data set '{name}': can't be loaded ({str(e).strip().splitlines()[0]})") from None
     for number, row in enumerate(data, 1):
         yield row, f"{name}:row {number}"
 

@@ -16,6 +16,7 @@ Cost: 58 tokens a row, 200 steps of 32 rows; about a minute on two CPU cores, st
 """
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -81,11 +82,18 @@ def rows(conditions: list[str], count: int, seed: int) -> list[dict[str, str]]:
     return list(found.values())[:count]
 
 
+def cache_folder() -> Path:
+    """Where the demo's data are kept between commands: ~/.cache/qlora_min/demo, or under $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_min" / "demo"
+
+
 def write_data(folder: Path) -> tuple[Path, Path]:
     """Write `train.jsonl` and `eval.jsonl` into `folder`, the same bytes each time, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     held_out, trained = CONDITIONS[:HELD_OUT], CONDITIONS[HELD_OUT:]
     paths = folder / "train.jsonl", folder / "eval.jsonl"
     for path, some in zip(paths, (rows(trained, TRAIN_ROWS, 4), rows(held_out, EVAL_ROWS, 5)), strict=True):
-        path.write_text("".join(json.dumps(r) + "\n" for r in some), encoding="utf-8")
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_text("".join(json.dumps(r) + "\n" for r in some), encoding="utf-8")
+        new.replace(path)  # another demo may be reading it
     return paths

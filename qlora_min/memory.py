@@ -81,8 +81,8 @@ def forecast(
         + 4 * 3 * inner  # gate, its activation, up: fp32
     )
     tokens, layers = batch * length, c.num_hidden_layers
-    largest = max(m.in_features * m.out_features for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)
-                  ) if any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) else 0  # fmt: skip
+    quantised = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    largest = max((m.in_features * m.out_features for m in quantised), default=0)
     activations = tokens * ((4 * d * layers + per_token) if checkpointing else per_token * layers)
     activations += 2 * 4 * tokens * inner + largest * s  # the gradients in flight and one dequantised weight
     trained = sum(p.numel() for p in lora_parameters(model).values())

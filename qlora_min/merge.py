@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from transformers import AutoModelForCausalLM
 
-from .adapter import load_adapter
+from .adapter import load_adapter, read_config
 from .checkpoint import atomic_folder
 from .data import Row
 from .evaluate import Evaluation, evaluate
@@ -110,6 +110,10 @@ def compare_merges(
 ) -> dict[str, Evaluation]:
     """Evaluate an adapter in each way it can be used: on its base, and merged in the three ways there are."""
     device = pick_device()
+    quantization = read_config(adapter).quantization
+    if quantization == "none":
+        raise ValueError(f"adapter '{adapter}' was trained on an unquantised base: there is one way to merge it")
+    bits = quantization.upper()
     loaded = load_adapter(adapter, model, precision, device)
     results = {}
 
@@ -117,14 +121,14 @@ def compare_merges(
         results[name] = evaluate(loaded, rows, batch_size, name)
 
     with lora_disabled(loaded.model):
-        measure("no adapter, NF4 base")
-    measure("adapter on the NF4 base")
+        measure(f"no adapter, {bits} base")
+    measure(f"adapter on the {bits} base")
     fold(loaded.model)
-    measure("merged onto the dequantised NF4 weights")
+    measure(f"merged onto the dequantised {bits} weights")
     for name, linear in _decoder_linears(loaded.model):
         parent, _, child = name.rpartition(".")
-        setattr(loaded.model.get_submodule(parent), child, quantize_linear(linear, "nf4", loaded.dtype))
-    measure("merged, then quantised to NF4 again")
+        setattr(loaded.model.get_submodule(parent), child, quantize_linear(linear, quantization, loaded.dtype))
+    measure(f"merged, then quantised to {bits} again")
     loaded = load_adapter(adapter, model, precision, device, quantization="none")
     fold(loaded.model)
     measure("merged onto the original weights")

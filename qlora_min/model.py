@@ -165,13 +165,15 @@ def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 class Fingerprint:
     """sha256 over a model's architecture and its weights as stored on disk, fed tensor by tensor."""
 
-    KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "vocab_size", "rms_norm_eps", "rope_parameters", "hidden_act", "sliding_window", "layer_types",
-            "tie_word_embeddings")  # fmt: skip
+    # Plain numbers and names: what is derived from them differs between versions of transformers.
+    KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "vocab_size", "rms_norm_eps", "hidden_act", "sliding_window", "tie_word_embeddings")  # fmt: skip
 
     def __init__(self, config):
         values = config.to_dict()
-        self.digest = hashlib.sha256(json.dumps({k: values.get(k) for k in self.KEYS}, sort_keys=True).encode())
+        rope = values.get("rope_parameters") or {}
+        known = {k: values.get(k) for k in self.KEYS} | {"rope_theta": rope.get("rope_theta", values.get("rope_theta"))}
+        self.digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self.digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -186,13 +188,17 @@ class Fingerprint:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_encoder(name: str) -> ChatEncoder:
-    """The encoder of a model, without its weights; errors as for `load_base`."""
-    folder, _ = find_model(name)
+def load_encoder(name: str, revision: str | None = None) -> ChatEncoder:
+    """The encoder of a model, without its weights; arguments and errors as for `load_base`."""
+    folder, _ = find_model(name, revision)
     try:
-        return ChatEncoder(AutoTokenizer.from_pretrained(folder))
-    except (OSError, KeyError) as e:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as e:  # tokenizers raises bare Exceptions for a damaged tokenizer.json
         raise ValueError(f"model '{name}': no usable tokenizer ({str(e).splitlines()[0]})") from None
+    try:
+        return ChatEncoder(tokenizer)
+    except ValueError as e:
+        raise ValueError(f"model '{name}': {e}") from None
 
 
 def load_base(
@@ -219,6 +225,8 @@ def load_base(
     encoder = load_encoder(str(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
+        has_settings = (folder / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(folder) if has_settings else None
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"model '{name}': {str(e).splitlines()[0]}") from None
     scaled = [k for k in LOGIT_SCALINGS if getattr(config, k, None) not in (None, 1)]
@@ -249,8 +257,8 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation:
+        model.generation_config = generation
     embedding = model.get_input_embeddings()
     if embedding.weight.dtype != torch.float32:  # keep the residual stream in fp32 from its first value on
         embedding.register_forward_hook(lambda module, args, out: out.float())

@@ -13,10 +13,11 @@ def draw_curves(events: Sequence[dict[str, Any]], path: Path) -> str | None:
     """
     try:
         import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
     except ImportError:
         return "no curves.png: matplotlib is not installed (pip install 'qlora_min[plot]')"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     train = [e for e in events if e["event"] == "train"]
     held = [e for e in events if e["event"] == "eval" and e["eval_loss"] is not None]  # null: it was not finite

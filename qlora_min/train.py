@@ -102,24 +102,35 @@ def read_data(config: Config, encoder: ChatEncoder) -> tuple[list[Encoded], list
 
 
 def evaluation_data(
-    adapter: Path, encoder: ChatEncoder, datasets: Sequence[str], limit: int | None, max_length: int
+    adapter: Path, encoder: ChatEncoder, datasets: Sequence[str], limit: int | None, max_length: int = 512
 ) -> list[Encoded]:
     """What to evaluate an adapter on: the data sets named, or else the rows that its own run held out.
 
+    Args:
+        limit: the first N rows of each data set named, or the first N that the run held out.
+        max_length: leave longer rows of the data sets named out.
+
     Raises:
-        ValueError: no data set was named, and the adapter lies in no run directory or its run held out no rows.
+        ValueError: no data set was named, and the adapter lies in no run directory, its run held out no rows, or the
+            data are no longer those of the run (rows that it trained on could pass for held out).
     """
     if datasets:
         return [encode_all(name, read(name, limit), encoder, max_length) for name in datasets]
-    config_file = adapter.parent / "config.json"
-    if not config_file.is_file():
+    run = adapter.parent
+    if not checkpoint.is_run(run):
         raise ValueError(f"adapter '{adapter}' lies in no run directory; say with --dataset what to evaluate on")
-    options = Config.from_dict(checkpoint.read_record(adapter.parent)["options"], str(config_file))
-    fewer = [n for n in (limit, options.eval_limit) if n]
-    _, parts = read_data(replace(options, eval_limit=min(fewer) if fewer else None), encoder)
+    record = checkpoint.read_record(run)
+    options = Config.from_dict(record["options"], str(run / "config.json"))
+    train, parts = read_data(options, encoder)
+    rows, held = ([r for part in side for r in part.rows] for side in (train, parts))
+    if data_hash(rows, held) != record["data"]["sha256"]:
+        raise ValueError(
+            f"adapter '{adapter}': its data have changed since the run, so what was held out can't be told; "
+            "say with --dataset what to evaluate on"
+        )
     if not parts:
         raise ValueError(f"adapter '{adapter}': its run held out no rows; say with --dataset what to evaluate on")
-    return parts
+    return [Encoded(part.name, part.rows[:limit], len(part.rows[:limit])) for part in parts] if limit else parts
 
 
 def versions() -> dict[str, str]:
@@ -155,7 +166,8 @@ class Trainer:
         self.device = pick_device()
         self.precision = resolve_precision(config.precision, self.device)
         self.run = resume or output_directory(config)
-        encoder = load_encoder(config.model)
+        revision = checkpoint.read_record(resume)["base"]["revision"] if resume else None
+        encoder = load_encoder(config.model, revision)
         train, held = read_data(config, encoder)
         print(table([*train, *held]), flush=True)
         self.rows: list[Row] = [r for part in train for r in part.rows]
@@ -163,7 +175,7 @@ class Trainer:
 
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)
-        self.base = load_base(config.model, config.quantization, self.precision, self.device)
+        self.base = load_base(config.model, config.quantization, self.precision, self.device, revision)
         self.model = self.base.model
         if self.device.type == "cpu" and self.model.config.hidden_size <= SMALL:
             torch.set_num_threads(1)
@@ -337,8 +349,10 @@ class Trainer:
 
     def _save_adapter(self) -> None:
         c = self.config
+        local = Path(c.model)  # a folder is named in full, so that the adapter finds it from anywhere
+        base = str(local.resolve()) if local.is_dir() else c.model
         described = AdapterConfig(
-            c.rank, c.alpha, c.dropout, c.targets, c.model, self.base.revision, self.base.fingerprint, c.quantization
+            c.rank, c.alpha, c.dropout, c.targets, base, self.base.revision, self.base.fingerprint, c.quantization
         )
         with checkpoint.atomic_folder(self.run / "adapter") as folder:
             save_adapter(folder, self.model, described, self.base.encoder.tokenizer)
@@ -367,6 +381,7 @@ class Trainer:
                 print(
                     f"note: {key} was {value}, now {now}: the run goes on, but not bitwise as it would have", flush=True
                 )
+        checkpoint.clean(self.run)
         found = checkpoint.newest_checkpoint(self.run)
         if found is None:
             print(f"no checkpoint in {self.run}: starting from the beginning")
@@ -407,7 +422,7 @@ class Trainer:
             f"{len(self.wrapped)} layers",
             f"base        {c.model}, {c.quantization}, fingerprint {self.base.fingerprint[:12]}",
             f"computes    {self.precision} on {name}",
-            f"steps       {self.total_steps:,} ({c.epochs:g} epochs of {self.steps_per_epoch:,}), "
+            f"steps       {self.total_steps:,} ({self.steps_per_epoch:,} an epoch), "
             f"{c.batch_size} x {c.grad_accum} rows and about {per_step:,.0f} tokens each",
             f"memory      {forecast} forecast peak",
         ]
@@ -417,6 +432,8 @@ class Trainer:
             lines.append(
                 f"optimizer   8-bit state, {paged} (largest tensor {largest:,}; paged from {PAGED_FROM:,} on a GPU)"
             )
+        if not self.held:
+            lines.append("held out    nothing: no evaluation and no early stopping; the last adapter is kept")
         lines.append(f"writes to   {self.run}")
         return "\n".join(lines)
 
@@ -437,7 +454,7 @@ class Trainer:
         speed = p.tokens / p.seconds if p.seconds else 0.0
         skipped = f", {self.stepper.skipped} steps skipped" if self.stepper.skipped else ""
         lines = [f"done: {p.step:,} steps in {p.seconds:.0f} s of training, {speed:,.0f} tokens/s{skipped}"]
-        if p.stopped_early:
+        if p.stopped_early and p.step < self.total_steps:
             lines[0] += f"; stopped early after {p.bad_evaluations} evaluations without improvement"
         if p.before and p.best:
             lines.append(f"best step {p.best_step}, on {p.best['rows']} held-out rows:")
@@ -505,14 +522,13 @@ def output_directory(config: Config) -> Path:
         name = f"{Path(config.model).name}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
         return Path("runs") / name
     run = Path(config.output_dir)
-    if (run / "config.json").is_file():
-        state = "a finished" if checkpoint.is_finished(run) else "an unfinished"
-        fix = (
-            "choose another --output-dir"
-            if state == "a finished"
-            else f"continue it with --resume {run}, or choose another"
+    if checkpoint.is_run(run):
+        if checkpoint.is_finished(run):
+            raise ValueError(f"--output-dir {run}: holds a finished run, which is never overwritten; choose another")
+        raise ValueError(
+            f"--output-dir {run}: holds an unfinished run, which is never overwritten; "
+            f"continue it with --resume {shlex.quote(str(run))}, or choose another"
         )
-        raise ValueError(f"--output-dir {run}: holds {state} run, which is never overwritten; {fix}")
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"--output-dir {run}: exists and is not an empty directory; choose another")
     return run

@@ -9,7 +9,7 @@ python scripts/chat.py --model merged
 from contextlib import nullcontext
 from pathlib import Path
 
-from qlora_min.config import Parser, run_script
+from qlora_min.config import Parser, positive, run_script
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt instead of the template's own")
     parser.add_argument("--compare", action="store_true", help="answer without and with the adapter")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="cut answers here [256]")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="cut answers here [256]")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="[auto]")
     args = parser.parse_args()
     if not args.adapter and not args.model:

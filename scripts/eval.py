@@ -6,16 +6,18 @@ python scripts/eval.py --adapter runs/NAME/adapter --dataset FILE.jsonl   other 
 
 from pathlib import Path
 
-from qlora_min.config import Parser, run_script
+from qlora_min.config import Parser, positive, run_script
 
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", required=True, metavar="DIR", help="an adapter saved by train.py or PEFT")
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="hub ids or files [the run's held-out rows]")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most the first N rows of each data set")
-    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="leave longer rows out [512]")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time [8]")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most the first N rows of each data set")
+    parser.add_argument(
+        "--max-length", type=positive, default=512, metavar="N", help="leave longer rows of --dataset out [512]"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows at a time [8]")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="[auto]")
     parser.add_argument("--model", metavar="DIR", help="where the base is, if not where the adapter says")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON too")
@@ -30,7 +32,10 @@ def main() -> None:
     from qlora_min.train import evaluation_data
 
     adapter = Path(args.adapter)
-    encoder = load_encoder(args.model or read_config(adapter).base)
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise ValueError(f"--json {args.json}: its folder does not exist")
+    described = read_config(adapter)
+    encoder = load_encoder(args.model or described.base, None if args.model else described.revision)
     parts = evaluation_data(adapter, encoder, args.dataset or (), args.limit, args.max_length)
     rows = [r for part in parts for r in part.rows]
     print(table(parts), flush=True)

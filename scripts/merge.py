@@ -3,10 +3,11 @@
 python scripts/merge.py --adapter runs/NAME/adapter --output-dir merged
 """
 
+import shlex
 import sys
 from pathlib import Path
 
-from qlora_min.config import Parser, run_script
+from qlora_min.config import Parser, positive, run_script
 
 
 def main() -> int:
@@ -21,7 +22,7 @@ def main() -> int:
     parser.add_argument("--model", metavar="DIR", help="where the base is, if not where the adapter says")
     parser.add_argument("--compare", action="store_true", help="evaluate each way to merge instead, and write nothing")
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="for --compare [the run's held-out rows]")
-    parser.add_argument("--limit", type=int, metavar="N", help="for --compare: at most the first N rows")
+    parser.add_argument("--limit", type=positive, metavar="N", help="for --compare: at most the first N rows")
     args = parser.parse_args()
     if args.compare:
         return compare(args)
@@ -40,7 +41,7 @@ def main() -> int:
           f"top-1 agrees on {result.agreement:.1%}")  # fmt: skip
     if args.base == "original":
         print(f"from the adapter as trained, on the 4-bit base: {result.from_trained:.1e}")
-    print(f"next: python scripts/chat.py --model {args.output_dir}")
+    print(f"next: python scripts/chat.py --model {shlex.quote(args.output_dir)}")
     return 0
 
 
@@ -53,8 +54,9 @@ def compare(args) -> int:
     from qlora_min.train import evaluation_data
 
     adapter = Path(args.adapter)
-    encoder = load_encoder(args.model or read_config(adapter).base)
-    parts = evaluation_data(adapter, encoder, args.dataset or (), args.limit, max_length=512)
+    described = read_config(adapter)
+    encoder = load_encoder(args.model or described.base, None if args.model else described.revision)
+    parts = evaluation_data(adapter, encoder, args.dataset or (), args.limit)
     print(table(parts), flush=True)
     rows = [r for part in parts for r in part.rows]
     results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()), batch_size=8)

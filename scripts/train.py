@@ -6,9 +6,10 @@ python scripts/train.py --model DIR --dataset FILE.jsonl your own
 python scripts/train.py --resume                         continue the newest unfinished run
 """
 
+import shlex
 import sys
 
-from qlora_min.config import Config, Parser, add_options, given_options, read_toml, run_script
+from qlora_min.config import Config, Parser, add_options, given_options, positive, read_toml, run_script
 
 
 def main() -> int:
@@ -16,7 +17,7 @@ def main() -> int:
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line wins")
     parser.add_argument("--demo", action="store_true", help="train the embedded demo: no network, no GPU, a minute")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="continue a run (the newest unfinished)")
-    parser.add_argument("--preview", type=int, metavar="N", help="print N rows as the model sees them, and exit")
+    parser.add_argument("--preview", type=positive, metavar="N", help="print N rows as the model sees them, and exit")
     add_options(parser)
     args = parser.parse_args()
 
@@ -28,10 +29,10 @@ def main() -> int:
     from qlora_min.optim import TrainingError  # late, so that --help and errors in options come at once
     from qlora_min.train import Trainer, resume_config
 
+    config, run = (config, None) if args.resume is None else resume_config(args.resume, options)
     if args.preview:
         preview(config, args.preview)
         return 0
-    config, run = (config, None) if args.resume is None else resume_config(args.resume, options)
     trainer = Trainer(config, run)
     try:
         trainer.train()
@@ -39,19 +40,19 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; continue with: python scripts/train.py --resume {trainer.run}", file=sys.stderr)
+        print(
+            f"interrupted; continue with: python scripts/train.py --resume {shlex.quote(str(trainer.run))}",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
 
 def demo_options(options: dict) -> dict:
-    """The demo's model, data and options, under those given; its data is written to a temporary folder."""
-    import tempfile
-    from pathlib import Path
-
+    """The demo's model, data and options, under those given; its data are written to the user's cache."""
     from qlora_min import demo
 
-    train, held = demo.write_data(Path(tempfile.gettempdir()) / "qlora_min-demo")
+    train, held = demo.write_data(demo.cache_folder())
     files = {"model": str(demo.MODEL_DIR), "dataset": (str(train),), "eval_dataset": (str(held),)}
     return {**files, **demo.OPTIONS, **options}
 

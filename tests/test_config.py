@@ -177,7 +177,8 @@ BAD = [
     ({"eval_every": 0}, "--eval-every: got 0, expected an integer of at least 1"),
     ({"patience": 0}, "--patience: got 0, expected an integer of at least 1"),
     ({"log_every": 0}, "--log-every: got 0, expected an integer of at least 1"),
-    ({"seed": -1}, "--seed: got -1, expected at least 0"),
+    ({"seed": -1}, "--seed: got -1, expected from 0 to 2**32 - 1"),
+    ({"seed": 2**32}, "--seed: got 4294967296, expected from 0 to 2**32 - 1"),
 ]
 
 

@@ -469,18 +469,41 @@ def test_metrics(tmp_path):
     assert not checkpoint.is_finished(tmp_path)
 
 
+def test_a_checkpoint_after_a_fall_back_is_not_pruned(tmp_path):
+    """Newer checkpoints that were damaged don't count as the last two."""
+    for step in (5, 10, 15):
+        checkpoint.save_checkpoint(tmp_path, step, some_state(step), keep={5})
+    for step in (10, 15):
+        (tmp_path / "checkpoints" / f"step-{step}" / checkpoint.TENSORS).write_bytes(b"cut short")
+    assert checkpoint.newest_checkpoint(tmp_path)[0] == 5
+    checkpoint.save_checkpoint(tmp_path, 7, some_state(7), keep={5})
+    assert checkpoint.newest_checkpoint(tmp_path)[0] == 7
+
+
+def test_clean_removes_what_a_kill_left_and_puts_the_adapter_back(tmp_path):
+    (tmp_path / "checkpoints" / ".step-9.new-77").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-5").mkdir()
+    (tmp_path / ".config.json.new").write_text("{")
+    (tmp_path / ".adapter.old-77").mkdir()
+    (tmp_path / ".adapter.old-77" / "x").write_text("the best so far")
+    checkpoint.clean(tmp_path)
+    assert everything(tmp_path) == {"adapter/x": "the best so far"}
+    assert (tmp_path / "checkpoints" / "step-5").is_dir()
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
 def test_the_newest_unfinished_run(tmp_path):
     with pytest.raises(ValueError, match="--resume: no unfinished run under"):
         checkpoint.newest_unfinished(tmp_path)
     for age, (name, finished) in enumerate({"old": False, "newer": False, "newest": True}.items()):
         run = tmp_path / name
         run.mkdir()
-        checkpoint.write_json(run / "config.json", {"name": name})
+        checkpoint.write_json(run / "config.json", {"options": {"name": name}})
         os.utime(run / "config.json", (1e9 + age, 1e9 + age))
         if finished:
             checkpoint.Metrics(run).write("end")
     assert checkpoint.newest_unfinished(tmp_path).name == "newer"
-    assert checkpoint.read_record(tmp_path / "old") == {"name": "old"}
+    assert checkpoint.read_record(tmp_path / "old") == {"options": {"name": "old"}}
     with pytest.raises(ValueError, match="holds no run"):
         checkpoint.read_record(tmp_path)
 

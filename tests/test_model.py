@@ -617,3 +617,11 @@ def test_gemma_2_is_refused(tmp_path):
     folder = save_family(tmp_path, tiny(transformers.Gemma2Config, tokenizer, head_dim=32), tokenizer)
     with pytest.raises(ValueError, match="gemma2"):
         load_base(folder, device=CPU)
+
+
+def test_the_fingerprint_is_the_same_in_every_version():
+    """It is written beside adapters: another value for the same base would refuse them all."""
+    assert (
+        load_base(str(demo.MODEL_DIR), device=CPU).fingerprint
+        == "997bcd7cc4c07ddc53b4ce35c7f43ecaef8dd6856d5d1a12842de3ce49979d84"
+    )
