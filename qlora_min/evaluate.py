@@ -21,6 +21,13 @@ from .data import Row, collate
 from .loss import supervised_logits
 from .model import Base, autocast, hidden_states, output_head
 
+MEASURES = (  # what is shown of an Evaluation: label, field, format
+    ("loss", "loss", "{:.4f}"),
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("token accuracy", "token_accuracy", "{:.1%}"),
+    ("option accuracy", "option_accuracy", "{:.1%}"),
+)
+
 
 @dataclass(frozen=True)
 class Evaluation:

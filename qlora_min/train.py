@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, checkpoint, memory, report
-from .adapter import AdapterConfig, load_weights, save_adapter
+from .adapter import AdapterConfig, load_weights, read_config, save_adapter
 from .config import FIELDS, Config, flag
 from .data import (
     Batch,
@@ -40,8 +40,8 @@ from .data import (
     split,
     steps_per_epoch,
     table,
-)  # fmt: skip
-from .evaluate import Evaluation, evaluate
+)
+from .evaluate import MEASURES, Evaluation, evaluate
 from .generate import generate
 from .lora import lora_disabled, lora_parameters
 from .loss import masked_cross_entropy
@@ -56,7 +56,7 @@ from .model import (
     parameter_count,
     pick_device,
     resolve_precision,
-)  # fmt: skip
+)
 from .optim import PAGED_FROM, Stepper, TrainingError, cosine_with_warmup, make_optimizer
 
 MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
@@ -102,11 +102,12 @@ def read_data(config: Config, encoder: ChatEncoder) -> tuple[list[Encoded], list
 
 
 def evaluation_data(
-    adapter: Path, encoder: ChatEncoder, datasets: Sequence[str], limit: int | None, max_length: int = 512
+    adapter: Path, model: str | None, datasets: Sequence[str] | None, limit: int | None, max_length: int = 512
 ) -> list[Encoded]:
     """What to evaluate an adapter on: the data sets named, or else the rows that its own run held out.
 
     Args:
+        model: where the base is, if not where the adapter's files say.
         limit: the first N rows of each data set named, or the first N that the run held out.
         max_length: leave longer rows of the data sets named out.
 
@@ -114,6 +115,8 @@ def evaluation_data(
         ValueError: no data set was named, and the adapter lies in no run directory, its run held out no rows, or the
             data are no longer those of the run (rows that it trained on could pass for held out).
     """
+    described = read_config(adapter)
+    encoder = load_encoder(model or described.base, None if model else described.revision)
     if datasets:
         return [encode_all(name, read(name, limit), encoder, max_length) for name in datasets]
     run = adapter.parent
@@ -410,10 +413,10 @@ class Trainer:
             name = f"{torch.cuda.get_device_name(self.device)}, {total:.0f} GiB"
         trained = sum(w.numel() for w in self.trained.values())
         whole = parameter_count(self.model) - trained
-        longest = sorted(self.rows, key=len)[-c.batch_size :]
+        longest = max(map(len, self.rows))
         taught = sum(sorted(int(r.supervised.sum()) for r in self.rows)[-c.batch_size :])
         forecast = memory.forecast(
-            self.model, self.base.dtype, c.batch_size, len(longest[-1]), taught, c.gradient_checkpointing == "on",
+            self.model, self.base.dtype, c.batch_size, longest, taught, c.gradient_checkpointing == "on",
             c.optimizer == "paged_adamw8bit",
         )  # fmt: skip
         per_step = sum(map(len, self.rows)) / self.steps_per_epoch
@@ -458,12 +461,7 @@ class Trainer:
             lines[0] += f"; stopped early after {p.bad_evaluations} evaluations without improvement"
         if p.before and p.best:
             lines.append(f"best step {p.best_step}, on {p.best['rows']} held-out rows:")
-            for label, key, form in (
-                ("loss", "loss", "{:.4f}"),
-                ("perplexity", "perplexity", "{:.3f}"),
-                ("token accuracy", "token_accuracy", "{:.1%}"),
-                ("option accuracy", "option_accuracy", "{:.1%}"),
-            ):
+            for label, key, form in MEASURES:
                 if p.best[key] is not None:
                     lines.append(f"  {label:<16}{form.format(p.before[key]):>10} -> {form.format(p.best[key])}")
         lines.append(f"adapter, metrics, samples and curves: {self.run}")

@@ -24,19 +24,17 @@ def main() -> None:
     args = parser.parse_args()
 
     from qlora_min import checkpoint
-    from qlora_min.adapter import load_adapter, read_config
+    from qlora_min.adapter import load_adapter
     from qlora_min.data import table
     from qlora_min.evaluate import evaluate
     from qlora_min.lora import lora_disabled
-    from qlora_min.model import load_encoder, pick_device, resolve_precision
+    from qlora_min.model import pick_device, resolve_precision
     from qlora_min.train import evaluation_data
 
     adapter = Path(args.adapter)
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise ValueError(f"--json {args.json}: its folder does not exist")
-    described = read_config(adapter)
-    encoder = load_encoder(args.model or described.base, None if args.model else described.revision)
-    parts = evaluation_data(adapter, encoder, args.dataset or (), args.limit, args.max_length)
+    parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length)
     rows = [r for part in parts for r in part.rows]
     print(table(parts), flush=True)
 
@@ -54,15 +52,11 @@ def main() -> None:
 
 def side_by_side(before, after) -> str:
     """A table: a line a measure, base and adapter in columns."""
+    from qlora_min.evaluate import MEASURES
+
     lines = [("", "base", "adapter"), ("rows", f"{before.rows:,}", f"{after.rows:,}"),
              ("supervised tokens", f"{before.supervised_tokens:,}", f"{after.supervised_tokens:,}")]  # fmt: skip
-    for label, key, form in (
-        ("loss", "loss", "{:.4f}"),
-        ("perplexity", "perplexity", "{:.3f}"),
-        ("token accuracy", "token_accuracy", "{:.1%}"),
-        ("option accuracy", "option_accuracy", "{:.1%}"),
-        ("  chance", "chance", "{:.1%}"),
-    ):
+    for label, key, form in (*MEASURES, ("  chance", "chance", "{:.1%}")):
         if getattr(before, key) is not None:
             lines.append((label, form.format(getattr(before, key)), form.format(getattr(after, key))))
     return "\n".join(f"{a:<20}{b:>12}{c:>12}" for a, b, c in lines)

@@ -1,6 +1,7 @@
 """Merge an adapter into its base: an ordinary checkpoint, read back and compared before it is kept.
 
 python scripts/merge.py --adapter runs/NAME/adapter --output-dir merged
+python scripts/merge.py --adapter runs/NAME/adapter --compare    held-out loss of each way to merge; writes nothing
 """
 
 import shlex
@@ -47,16 +48,13 @@ def main() -> int:
 
 def compare(args) -> int:
     """Print the held-out loss of the adapter on its base and of each way to merge it."""
-    from qlora_min.adapter import read_config
     from qlora_min.data import table
     from qlora_min.merge import compare_merges
-    from qlora_min.model import load_encoder, pick_device, resolve_precision
+    from qlora_min.model import pick_device, resolve_precision
     from qlora_min.train import evaluation_data
 
     adapter = Path(args.adapter)
-    described = read_config(adapter)
-    encoder = load_encoder(args.model or described.base, None if args.model else described.revision)
-    parts = evaluation_data(adapter, encoder, args.dataset or (), args.limit)
+    parts = evaluation_data(adapter, args.model, args.dataset, args.limit)
     print(table(parts), flush=True)
     rows = [r for part in parts for r in part.rows]
     results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()), batch_size=8)

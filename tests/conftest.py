@@ -23,6 +23,23 @@ SHARED = ROOT.parent / "shared"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def assert_same(a, b, path: str = "") -> None:
+    """Nested states are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a:
+            assert_same(a[k], b[k], f"{path}/{k}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}/{i}")
+    else:
+        assert repr(a) == repr(b), path  # exact, and NaN is NaN
+
+
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory) -> tuple[Path, Path]:
     """The demo's (training, held-out) files."""

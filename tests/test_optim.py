@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from conftest import assert_same
 from transformers import get_cosine_schedule_with_warmup
 
 from qlora_min.checkpoint import flatten, unflatten
@@ -101,23 +102,6 @@ class Setup:
 
 
 PARAMETERS = list(Setup("adamw").params)
-
-
-def assert_same(a, b, path: str = "") -> None:
-    """Nested states are equal, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, path
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for k in a:
-            assert_same(a[k], b[k], f"{path}/{k}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{path}/{i}")
-    else:
-        assert a == b, path
 
 
 def moved(a: dict, b: dict) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import assert_same
 from safetensors.torch import load_file
 
 import qlora_min.model
@@ -80,23 +81,6 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def last_checkpoint(run: Path) -> dict:
     return checkpoint.load_checkpoint(run / "checkpoints" / f"step-{checkpoint.checkpoint_steps(run)[-1]}")
-
-
-def assert_same(a, b, path: str = "") -> None:
-    """Nested states are equal, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, path
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for k in a:
-            assert_same(a[k], b[k], f"{path}/{k}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{path}/{i}")
-    else:
-        assert repr(a) == repr(b), path  # exact, and NaN is NaN
 
 
 def relative(mine: torch.Tensor, reference: torch.Tensor) -> float:
