@@ -48,15 +48,35 @@ def cosine_with_warmup(total: int, warmup_ratio: float) -> Callable[[int], float
 
 
 def make_optimizer(
-    name: str, params: Sequence[torch.nn.Parameter], learning_rate: float, weight_decay: float
+    name: str,
+    params: Sequence[torch.nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    small: Sequence[torch.nn.Parameter] = (),
+    paged: bool = True,
 ) -> torch.optim.Optimizer:
-    """`paged_adamw8bit`: bitsandbytes' PagedAdamW8bit; `adamw`: torch's. Betas 0.9 and 0.999, eps 1e-8."""
+    """`paged_adamw8bit`: bitsandbytes' PagedAdamW8bit; `adamw`: torch's. Betas 0.9 and 0.999, eps 1e-8.
+
+    A flat tensor that many matrices lie in is stepped by one launch, and to the same bits, where each matrix has a
+    multiple of 256 elements: its blocks of 8-bit state are then its own.
+
+    Args:
+        small: further parameters, whose state stays in fp32 (flat tensors of matrices below 4,096 elements).
+        paged: False where no matrix is large enough; a flat tensor as a whole would be.
+    """
+    groups = [{"params": list(params)}, {"params": list(small), "optim_bits": 32}][: 2 if small else 1]
     if name == "adamw":
-        return torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     from bitsandbytes.optim import PagedAdamW8bit
 
+    class AdamW8bit(PagedAdamW8bit):
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            return super().get_config(gindex, pindex, group) | {k: group[k] for k in ("optim_bits",) if k in group}
+
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # train.py says it in a line
-    return PagedAdamW8bit(params, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    optimizer = AdamW8bit(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    optimizer.is_paged = paged
+    return optimizer
 
 
 class Stepper:
@@ -109,9 +129,9 @@ class Stepper:
         if taken:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
-            self.scaler.step(self.optimizer)
+            self.optimizer.step()  # scaler.step would ask the device once more whether the gradients are finite
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)  # they may be views of one flat tensor
         self.taken += taken
         self.skipped += not taken
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1

@@ -1,0 +1,266 @@
+"""The operations of ops.py as Triton kernels: what a step does between its products, each in one pass over memory.
+
+A training step of a small model is bound by memory and by launches, not by arithmetic: written with PyTorch's own
+operations a norm alone is six kernels forward and ten backward, each reading and writing the whole tensor. Here each
+operation reads its inputs once, computes in fp32, and writes its outputs once. The formulas stand in ops.py, in plain
+PyTorch; the tests compare the two.
+
+One program handles one row (a token) unless the docstring says otherwise. Nothing here waits for the device, and no
+result depends on the order in which programs run, so that a step is the same bits every time.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, scales a second-level scale
+CHUNK = 64  # NF4 blocks that one program dequantises: 4,096 weights
+
+
+def _power_of_2(n: int) -> int:
+    return triton.next_power_of_2(n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NF4
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dequantize_kernel(
+    packed_at, scales_at, scales2_at, means, starts, blocks, places, code, code2, out,
+    MATRICES: tl.constexpr, BLOCK: tl.constexpr, SCALE_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A program: CHUNK blocks of one of the MATRICES, found by its place among their first programs."""
+    pid = tl.program_id(0)
+    m = 0
+    for i in tl.static_range(1, MATRICES):
+        m += (pid >= tl.load(starts + i)).to(tl.int32)
+    first, n = tl.load(starts + m), tl.load(blocks + m)
+    block = (pid - first) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
+    there = block < n
+    packed = tl.load(packed_at + m).to(tl.pointer_type(tl.uint8))
+    scales = tl.load(scales_at + m).to(tl.pointer_type(tl.uint8))
+    scales2 = tl.load(scales2_at + m).to(tl.pointer_type(tl.float32))
+    level2 = tl.load(code2 + tl.load(scales + block, mask=there, other=0).to(tl.int32))
+    scale = level2 * tl.load(scales2 + block // SCALE_BLOCK, mask=there, other=0.0) + tl.load(means + m)
+    half = tl.arange(0, BLOCK // 2)
+    pair = tl.load(packed + block[:, None] * (BLOCK // 2) + half[None, :], mask=there[:, None], other=0).to(tl.int32)
+    high = tl.load(code + (pair >> 4)) * scale[:, None]  # [CHUNK, BLOCK/2], the first weight of each pair
+    low = tl.load(code + (pair & 15)) * scale[:, None]
+    w = tl.interleave(high, low)  # [CHUNK, BLOCK]
+    at = out + tl.load(places + m) + block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(at, w.to(out.dtype.element_ty), mask=there[:, None])
+
+
+class Dequantizer:
+    """Doubly quantised 4-bit matrices -> one flat tensor, one behind the other, in one launch.
+
+    Args:
+        states: bitsandbytes' (packed weight, QuantState) of each; all tensors must stay where they are.
+    """
+
+    def __init__(self, states: Sequence[tuple[Tensor, Any]]):
+        device = states[0][0].device
+        blocks = [s.absmax.numel() for _, s in states]
+        programs = [triton.cdiv(b, CHUNK) for b in blocks]
+
+        def table(values, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=device)
+
+        self.arguments = (
+            table(w.data_ptr() for w, _ in states),
+            table(s.absmax.data_ptr() for _, s in states),
+            table(s.state2.absmax.data_ptr() for _, s in states),
+            table((float(s.offset) for _, s in states), torch.float32),
+            table(itertools.accumulate([0, *programs[:-1]]), torch.int32),
+            table(blocks, torch.int32),
+            table(itertools.accumulate([0, *(b * NF4_BLOCK for b in blocks[:-1])])),
+            states[0][1].code.float(),
+            states[0][1].state2.code.float(),
+        )
+        self.programs, self.matrices = sum(programs), len(states)
+
+    def __call__(self, out: Tensor) -> None:
+        _dequantize_kernel[(self.programs,)](
+            *self.arguments, out, MATRICES=self.matrices, BLOCK=NF4_BLOCK, SCALE_BLOCK=SCALE_BLOCK, CHUNK=CHUNK,
+            enable_fp_fusion=False,  # one rounding for the product and one for the sum, as in bitsandbytes
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RMSNorm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _norm_kernel(x, delta, weight, total, y, rstd, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    there = i < D
+    v = tl.load(x + row * D + i, mask=there, other=0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(delta + row * D + i, mask=there, other=0.0).to(tl.float32)
+        tl.store(total + row * D + i, v, mask=there)
+    r = 1 / tl.sqrt(tl.sum(v * v) / D + eps)
+    w = tl.load(weight + i, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + row * D + i, (v * r * w).to(y.dtype.element_ty), mask=there)
+    tl.store(rstd + row, r)
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype):
+    n, d = x.shape
+    y = torch.empty(n, d, dtype=dtype, device=x.device)
+    rstd = torch.empty(n, dtype=torch.float32, device=x.device)
+    total, add = (x, False) if delta is None else (torch.empty_like(x), True)
+    delta = delta if add else x
+    _norm_kernel[(n,)](x, delta, weight, total, y, rstd, d, eps, add, _power_of_2(d))
+    return total, y, rstd
+
+
+@triton.jit
+def _norm_backward_kernel(dy, x, rstd, weight, dresidual, dx, dx_low, D, LOW: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    there = i < D
+    r = tl.load(rstd + row)
+    hat = tl.load(x + row * D + i, mask=there, other=0.0) * r
+    g = tl.load(dy + row * D + i, mask=there, other=0.0).to(tl.float32)
+    g *= tl.load(weight + i, mask=there, other=0.0).to(tl.float32)
+    out = r * (g - hat * (tl.sum(g * hat) / D)) + tl.load(dresidual + row * D + i, mask=there, other=0.0)
+    tl.store(dx + row * D + i, out, mask=there)
+    if LOW:
+        tl.store(dx_low + row * D + i, out.to(dx_low.dtype.element_ty), mask=there)
+
+
+def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, dresidual: Tensor):
+    n, d = x.shape
+    low = dy.dtype != torch.float32
+    dx_low = torch.empty_like(dy) if low else dresidual
+    _norm_backward_kernel[(n,)](dy, x, rstd, weight, dresidual, dresidual, dx_low, d, low, _power_of_2(d))
+    return dresidual, dx_low
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary position embedding, SwiGLU, dropout
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotate_kernel(
+    qkv, cos, sin, positions, WIDTH, HALF, SIGN: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, P: tl.constexpr
+):
+    """The first HEADS heads of a token: (a, b) -> (a cos - b sin, b cos + a sin), backwards with -sin."""
+    row = tl.program_id(0).to(tl.int64)
+    i, h = tl.arange(0, P)[None, :], tl.arange(0, H)[:, None]
+    there = (h < HEADS) & (i < HALF)
+    at = tl.load(positions + row) * HALF
+    c = tl.load(cos + at + i, mask=i < HALF, other=0.0)
+    s = SIGN * tl.load(sin + at + i, mask=i < HALF, other=0.0)
+    first = qkv + row * WIDTH + h * 2 * HALF + i
+    a = tl.load(first, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(first + HALF, mask=there, other=0.0).to(tl.float32)
+    tl.store(first, (a * c - b * s).to(qkv.dtype.element_ty), mask=there)
+    tl.store(first + HALF, (b * c + a * s).to(qkv.dtype.element_ty), mask=there)
+
+
+def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int, backward: bool) -> None:
+    n, half = len(qkv), cos.shape[1]
+    sign, blocks = -1 if backward else 1, (_power_of_2(heads), _power_of_2(half))
+    _rotate_kernel[(n,)](qkv, cos, sin, positions, qkv.stride(0), half, sign, heads, *blocks)
+
+
+@triton.jit
+def _swiglu_kernel(gate_up, h, INNER, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = i < INNER
+    g = tl.load(gate_up + row * 2 * INNER + i, mask=there, other=0.0).to(tl.float32)
+    u = tl.load(gate_up + row * 2 * INNER + INNER + i, mask=there, other=0.0).to(tl.float32)
+    tl.store(h + row * INNER + i, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _swiglu_backward_kernel(dh, gate_up, INNER, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = i < INNER
+    at = gate_up + row * 2 * INNER + i
+    g = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    u = tl.load(at + INNER, mask=there, other=0.0).to(tl.float32)
+    d = tl.load(dh + row * INNER + i, mask=there, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    tl.store(at, (d * u * s * (1 + g * (1 - s))).to(gate_up.dtype.element_ty), mask=there)
+    tl.store(at + INNER, (d * g * s).to(gate_up.dtype.element_ty), mask=there)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    n, inner = len(gate_up), gate_up.shape[1] // 2
+    h = torch.empty(n, inner, dtype=gate_up.dtype, device=gate_up.device)
+    _swiglu_kernel[(n, triton.cdiv(inner, 1024))](gate_up, h, inner, 1024)
+    return h
+
+
+def swiglu_backward_(dh: Tensor, gate_up: Tensor) -> None:
+    n, inner = dh.shape
+    _swiglu_backward_kernel[(n, triton.cdiv(inner, 1024))](dh, gate_up, inner, 1024)
+
+
+@triton.jit
+def _dropout_kernel(x, y, seed, stream, p, n, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements of the flat tensor: y = keep x / (1 - p), or y += that; keep follows from (seed, stream, element)."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < n
+    four = tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # the generator draws four numbers at a time
+    a, b, c, d = tl.rand4x(tl.load(seed) + stream, four)
+    keep = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK,)) >= p
+    v = tl.where(keep, tl.load(x + i, mask=there, other=0.0).to(tl.float32) / (1 - p), 0.0)
+    if ADD:
+        v += tl.load(y + i, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + i, v.to(y.dtype.element_ty), mask=there)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+    y = torch.empty_like(x)
+    _dropout_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, seed, stream, p, x.numel(), False, 1024)
+    return y
+
+
+def dropout_backward_(dx: Tensor, dy: Tensor, p: float, seed: Tensor, stream: int) -> None:
+    _dropout_kernel[(triton.cdiv(dx.numel(), 1024),)](dy, dx, seed, stream, p, dx.numel(), True, 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _cross_entropy_kernel(logits, targets, weights, factor, nll, dlogits, V, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    high, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):  # the largest logit, and the sum of exp(logit - largest) on the way
+        v = tl.load(logits + row * V + start + i, mask=start + i < V, other=-float("inf"))
+        new = tl.maximum(high, tl.max(v))
+        total = total * tl.exp(high - new) + tl.sum(tl.exp(v - new))
+        high = new
+    target, weight = tl.load(targets + row), tl.load(weights + row)
+    lse = high + tl.log(total)
+    tl.store(nll + row, weight * (lse - tl.load(logits + row * V + target)))
+    scale = weight * tl.load(factor)
+    for start in range(0, V, BLOCK):
+        v = tl.load(logits + row * V + start + i, mask=start + i < V, other=-float("inf"))
+        g = scale * (tl.exp(v - lse) - tl.where(start + i == target, 1.0, 0.0))
+        tl.store(dlogits + row * V + start + i, g.to(dlogits.dtype.element_ty), mask=start + i < V)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, factor: Tensor, dtype: torch.dtype):
+    n, v = logits.shape
+    nll = torch.empty(n, dtype=torch.float32, device=logits.device)
+    dlogits = torch.empty(n, v, dtype=dtype, device=logits.device)
+    _cross_entropy_kernel[(n,)](logits, targets, weights, factor, nll, dlogits, v, 4096, num_warps=8)
+    return nll, dlogits
