@@ -31,7 +31,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -39,6 +38,7 @@ import torch.utils.deterministic
 from torch import Tensor
 
 from . import ops
+from .bits import bnb
 from .data import Row
 from .lora import LoRALinear
 from .model import Base, dequantized_weight, output_head
@@ -107,7 +107,7 @@ def pack(rows: Sequence[Row], tokens: int | None = None, supervised: int | None 
 
     Args:
         tokens, supervised, count: fill up to N tokens, S supervised positions and R rows. Not at all if not given.
-        longest: the bound of lengths to state; that of these rows if not given.
+        longest: the bound of lengths to state, the filling's included; the least if not given.
     """
     lengths = [len(r) for r in rows]
     total = sum(lengths)
@@ -119,7 +119,8 @@ def pack(rows: Sequence[Row], tokens: int | None = None, supervised: int | None 
     where = taught.nonzero()[:, 0] - 1
     positions = torch.arange(total) - ends[:-1].repeat_interleave(torch.tensor(lengths))
     more, fewer = tokens - total, (supervised or len(where)) - len(where)
-    assert more >= 0 and fewer >= 0 and (count is None or len(rows) <= count)
+    longest = longest or max([*lengths, more])
+    assert min(more, fewer) >= 0 and len(rows) <= (count or len(rows)) and longest >= max([*lengths, more])
     rest = 1 + count - len(rows) if count else int(more > 0)  # the filling, and rows of no tokens
     ends = torch.cat([ends, ends.new_full((rest,), tokens)])
     return Packed(
@@ -129,7 +130,7 @@ def pack(rows: Sequence[Row], tokens: int | None = None, supervised: int | None 
         where=F.pad(where, (0, fewer)),
         targets=F.pad(ids[where + 1], (0, fewer)),
         weights=F.pad(torch.ones(len(where)), (0, fewer)),
-        longest=longest or max([*lengths, more]),
+        longest=longest,
     )
 
 
@@ -183,7 +184,7 @@ def _deterministic() -> Iterator[None]:
     """Flash attention's backward sums in any order unless asked not to; then the same step is the same bits."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield

@@ -13,10 +13,10 @@ The activations' count follows the decoder layer of Qwen2 and Llama line by line
 
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
 import torch
 from transformers import PreTrainedModel
 
+from .bits import bnb
 from .lora import lora_layers, lora_parameters
 
 GIB = 2**30

@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint
@@ -34,6 +33,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from .bits import bnb
 from .data import ChatEncoder
 from .lora import inject_lora, lora_parameters
 

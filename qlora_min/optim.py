@@ -67,9 +67,9 @@ def make_optimizer(
     groups = [{"params": list(params)}, {"params": list(small), "optim_bits": 32}][: 2 if small else 1]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
-    from bitsandbytes.optim import PagedAdamW8bit
+    from .bits import bnb
 
-    class AdamW8bit(PagedAdamW8bit):
+    class AdamW8bit(bnb.optim.PagedAdamW8bit):
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             return super().get_config(gindex, pindex, group) | {k: group[k] for k in ("optim_bits",) if k in group}
 

@@ -1,16 +1,29 @@
 """What only a GPU can show. Run with: pytest -m gpu"""
 
+import random
+
 import pytest
 import torch
 
-from qlora_min import demo
+from qlora_min import demo, ops
 from qlora_min.config import Config
+from qlora_min.data import Row, collate
+from qlora_min.decoder import Captured, Decoder, dropout_seed, pack
 from qlora_min.lora import lora_parameters
-from qlora_min.model import add_lora, dequantized_weight, load_base, resolve_precision
+from qlora_min.loss import masked_cross_entropy
+from qlora_min.model import (
+    add_lora,
+    autocast,
+    dequantized_weight,
+    hidden_states,
+    load_base,
+    output_head,
+    resolve_precision,
+)
 from qlora_min.train import Trainer, resume_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-CUDA = torch.device("cuda")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def options(demo_data, run, **more):
@@ -86,3 +99,163 @@ def test_adapters_start_equal_on_gpu_and_cpu():
         add_lora(base, ("q_proj",), 8, 16, 0.0)
         made.append([p.cpu() for p in lora_parameters(base.model).values()])
     assert all(torch.equal(a, b) for a, b in zip(*made))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels and graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """plain(function, *args) -> what the formula in ops.py computes on the GPU."""
+
+    def call(function, *args, **kwargs):
+        with monkeypatch.context() as m:
+            m.setattr(ops, "_on_gpu", lambda x: None)
+            return function(*args, **kwargs)
+
+    return call
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+NEAR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def near(mine, reference, dtype=None):
+    assert mine.dtype == reference.dtype and mine.shape == reference.shape
+    error = (mine.double() - reference.double()).norm() / reference.double().norm()
+    assert error < NEAR[dtype or mine.dtype], error
+
+
+@DTYPES
+def test_kernels_compute_the_formulas(plain, dtype):
+    torch.manual_seed(0)
+    n, d, inner, heads, half = 67, 896, 4864, 16, 32  # sizes that are no powers of 2
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(*shape, device=CUDA, dtype=dtype)
+
+    x, delta, w, dres = (
+        draw(n, d, dtype=torch.float32),
+        draw(n, d),
+        draw(d, dtype=torch.float32),
+        draw(n, d, dtype=torch.float32),
+    )
+    for more in (None, delta):
+        mine, reference = ops.add_norm(x, more, w, 1e-6, dtype), plain(ops.add_norm, x, more, w, 1e-6, dtype)
+        for a, b in zip(mine, reference):
+            near(a, b)
+    dy, rstd = draw(n, d), mine[2]
+    for a, b in zip(
+        ops.norm_backward(dy, x, rstd, w, dres.clone()), plain(ops.norm_backward, dy, x, rstd, w, dres.clone())
+    ):
+        near(a, b, dtype)
+    gate_up, dh = draw(n, 2 * inner), draw(n, inner)
+    near(ops.swiglu(gate_up), plain(ops.swiglu, gate_up))
+    a, b = gate_up.clone(), gate_up.clone()
+    ops.swiglu_backward_(dh, a), plain(ops.swiglu_backward_, dh, b)
+    near(a, b)
+    qkv, positions = draw(n, (heads + 2) * 2 * half), torch.arange(n, device=CUDA, dtype=torch.int32)
+    angles = torch.rand(100, half, device=CUDA)
+    for backward in (False, True):
+        a, b = qkv.clone(), qkv.clone()
+        ops.rotate_(a, angles.cos(), angles.sin(), positions, heads, backward)
+        plain(ops.rotate_, b, angles.cos(), angles.sin(), positions, heads, backward)
+        near(a, b)
+        assert torch.equal(a[:, heads * 2 * half :], qkv[:, heads * 2 * half :])
+    vocab = 151936
+    logits, targets = 3 * draw(9, vocab, dtype=torch.float32), torch.randint(vocab, (9,), device=CUDA)
+    weights, factor = (torch.arange(9, device=CUDA) < 7).float(), torch.tensor(8.0, device=CUDA)
+    for a, b in zip(
+        ops.cross_entropy(logits, targets, weights, factor, dtype),
+        plain(ops.cross_entropy, logits, targets, weights, factor, dtype),
+    ):
+        near(a, b)
+
+
+@DTYPES
+def test_the_dropout_kernel(dtype):
+    x, seed = torch.randn(300, 1000, device=CUDA, dtype=dtype).abs() + 1, torch.tensor(5, device=CUDA)
+    y = ops.dropout(x, 0.05, seed, 3)
+    assert (y == 0).float().mean().item() == pytest.approx(0.05, abs=0.003)
+    near(y[y != 0], (x.float() / 0.95).to(dtype)[y != 0])
+    assert torch.equal(y, ops.dropout(x, 0.05, seed, 3))
+    assert not torch.equal(y, ops.dropout(x, 0.05, seed, 4)) and not torch.equal(y, ops.dropout(x, 0.05, seed + 9, 3))
+    dx = torch.ones_like(x)
+    ops.dropout_backward_(dx, x, 0.05, seed, 3)
+    near(dx - 1, y)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_kernel_dequantises_as_bitsandbytes_does(precision, quantization):
+    base = load_base(str(demo.MODEL_DIR), quantization, precision, CUDA)
+    mine = Decoder(base, False, 64)
+    for i, layer in enumerate(mine.layers):
+        mine.scratch.fill_(float("nan"))
+        mine._dequantize(i)
+        for p in layer.projections:
+            assert torch.equal(p.weight, torch.cat([dequantized_weight(m) for m in p.bases]))
+
+
+def decoder_and_batches(precision, checkpointing=False, dropout=0.1):
+    rng = random.Random(0)
+    base = load_base(str(demo.MODEL_DIR), "nf4", precision, CUDA)
+    torch.manual_seed(0)
+    add_lora(base, ("q_proj", "k_proj", "v_proj", "o_proj"), 16, 32.0, dropout)
+    for name, p in lora_parameters(base.model).items():
+        if name.endswith("B"):
+            torch.nn.init.normal_(p, std=0.02)
+    batches = []
+    for _ in range(6):
+        rows = []
+        for _ in range(5):
+            length = rng.randint(5, 60)
+            ids = torch.tensor([rng.randrange(500) for _ in range(length)], dtype=torch.int32)
+            rows.append(Row(ids, torch.tensor([rng.random() < 0.3 for _ in range(length)]), ""))
+        batches.append(rows)
+    return base, Decoder(base, checkpointing, 384), batches
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_decoder_on_a_gpu_is_autograd_through_the_modules(precision, checkpointing):
+    base, mine, batches = decoder_and_batches(precision, checkpointing, dropout=0.0)
+    rows = batches[0]
+    factor = torch.tensor(0.5, device=CUDA)
+    loss = mine.loss_and_gradients(pack(rows, 320, 128, 8).to(CUDA), factor, torch.tensor(1, device=CUDA))
+    grads = mine.grads.clone()
+    mine.grads.zero_()
+    batch = collate(rows).to(CUDA)
+    with autocast(CUDA, base.dtype):
+        hidden = hidden_states(base.model, batch.input_ids)
+        reference, _ = masked_cross_entropy(hidden, output_head(base.model), batch.input_ids, batch.supervised)
+    (reference * factor).backward()
+    bound = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 6e-2}[precision]
+    assert loss.item() == pytest.approx(reference.item(), rel=bound / 4)
+    assert (grads - mine.grads).norm() / mine.grads.norm() < bound
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_graphs_change_nothing(precision, checkpointing):
+    """100 micro-batches of two shapes: losses and gradients as without graphs, bit for bit, dropout included."""
+    _, mine, batches = decoder_and_batches(precision, checkpointing)
+
+    def run(compute, device):
+        losses = []
+        mine.grads.zero_()
+        for i in range(100):
+            batch = pack(batches[i % 6], 320 + 64 * (i % 2), 128, 8, longest=384).to(device)
+            factor = torch.tensor(0.1, device=CUDA)
+            losses.append(compute.loss_and_gradients(batch, factor, dropout_seed(1, i, 0).to(device)).clone())
+        return torch.stack(losses), mine.grads.clone()
+
+    plain, captured = run(mine, CUDA), Captured(mine)
+    first, again = run(captured, CPU), run(captured, CPU)
+    rebuilt = run(Captured(mine), CPU)
+    for other in (first, again, rebuilt):
+        assert torch.equal(plain[0], other[0]) and torch.equal(plain[1], other[1])
+    assert len(captured.graphs) == 2 and plain[1].norm() > 0
+    assert len(set(plain[0].tolist())) > 90  # another mask every time
