@@ -2,30 +2,36 @@
 
     adapter_config.json        rank, alpha, dropout, targets, the base's name       (peft.LoraConfig)
     adapter_model.safetensors  base_model.model.NAME.lora_A.weight (r, in) and .lora_B.weight (out, r), fp32
-    qlora_min.json             which base it was trained on: name, revision, fingerprint, quantization
+    qlora_min.json             which base it was trained on (name, revision, fingerprint, quantization), and the sha256
+                               of the weights
 
 A field of adapter_config.json that changes what the adapter computes, and that our layer doesn't implement, is refused
-by name: ignoring it would load another adapter than was saved.
+by name: ignoring it would load another adapter than was saved. The files may come from anyone: every field that is read
+is checked before it is used, and nothing that they name is imported or run.
 """
 
+import hashlib
 import json
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from .config import clipped, refuse_secrets, shown
 from .lora import lora_parameters
-from .model import Base, add_lora, load_base
+from .model import Base, add_lora, check_links, load_base, read_json, read_tensors, tensor_shapes
 
 WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "qlora_min.json"
 
 # Fields that we read, and fields that say nothing about what the adapter computes.
-READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision", "init_lora_weights"}
-HARMLESS = {"peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version", "megatron_core",
+READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision", "init_lora_weights",
+        "megatron_core"}  # fmt: skip
+HARMLESS = {"peft_type", "task_type", "inference_mode", "peft_version",
             "loftq_config", "corda_config", "eva_config", "runtime_config", "qalora_group_size"}  # fmt: skip
 INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # others (PiSSA, OLoRA, ...) change W as well
 PEFT_PREFIX = "base_model.model."
@@ -68,71 +74,89 @@ def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig, tokenize
 
     origin = {k: asdict(config)[k] for k in ("base", "revision", "fingerprint", "quantization")}
     (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n")
-    (folder / ORIGIN).write_text(json.dumps({"qlora_min": __version__, **origin}, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     tensors = {f"{PEFT_PREFIX}{n}.weight": p.detach().cpu().contiguous() for n, p in lora_parameters(model).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    origin = {"qlora_min": __version__, **origin, "weights_sha256": _sha256(folder / WEIGHTS)}
+    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> AdapterConfig:
     """Read what an adapter is, without its weights.
 
     Raises:
-        ValueError: no adapter there, a broken file, or a field that asks for what we don't implement.
+        ValueError: no adapter there, a broken file, a link out of the folder, a value that no adapter has, or a field
+            that asks for what we don't implement.
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"adapter '{folder}': no {CONFIG}; expected a folder that train.py or PEFT saved an adapter to"
         )
-    peft, origin = _read_json(folder / CONFIG), {}
-    if (folder / ORIGIN).is_file():
-        origin = _read_json(folder / ORIGIN)
+    check_links(folder)
+    peft, origin = read_json(folder / CONFIG), _read_origin(folder)
     if peft.get("peft_type") != "LORA":
-        raise ValueError(f"adapter '{folder}': peft_type {peft.get('peft_type')!r}, expected 'LORA'")
+        raise ValueError(f"adapter '{folder}': peft_type {shown(peft.get('peft_type'))}, expected 'LORA'")
     asked = {k: v for k, v in peft.items() if k not in READ | HARMLESS and not _is_unset(v)}
     if peft.get("init_lora_weights") not in INITS:
         asked["init_lora_weights"] = peft["init_lora_weights"]
+    if peft.get("megatron_core") not in (None, "megatron.core"):  # a module that PEFT would import
+        asked["megatron_core"] = peft["megatron_core"]
     if asked:
-        shown = ", ".join(f"{k}={v!r}" for k, v in sorted(asked.items()))
-        raise ValueError(f"adapter '{folder}': {CONFIG} asks for {shown[:200]}, which qlora_min does not implement")
-    targets = peft.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets) or not targets:
-        raise ValueError(f"adapter '{folder}': target_modules {targets!r}, expected a list of names")
-    try:
-        return AdapterConfig(
-            rank=int(peft["r"]),
-            alpha=float(peft["lora_alpha"]),
-            dropout=float(peft.get("lora_dropout") or 0.0),
-            targets=tuple(targets),
-            base=str(peft["base_model_name_or_path"]),
-            revision=peft.get("revision"),
-            fingerprint=origin.get("fingerprint"),
-            quantization=origin.get("quantization", "nf4"),
+        fields = ", ".join(f"{k}={shown(v)}" for k, v in sorted(asked.items()))
+        raise ValueError(
+            f"adapter '{folder}': {CONFIG} asks for {clipped(fields, 200)}, which qlora_min does not implement"
         )
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"adapter '{folder}': {CONFIG}: missing or malformed field ({e})") from None
+
+    def field(values: dict[str, Any], name: str, default: Any, good: Callable[[Any], bool], expected: str) -> Any:
+        value = default if values.get(name) is None else values[name]
+        if not good(value):
+            raise ValueError(f"adapter '{folder}': {name} {shown(value)}, expected {expected}")
+        return value
+
+    targets = field(peft, "target_modules", None, _is_targets, "a list of at most 1,000 names of layers")
+    base = field(peft, "base_model_name_or_path", None, _is_name, "the base's hub id or full path, without '..'")
+    refuse_secrets(base, f"adapter '{folder}': base_model_name_or_path")
+    return AdapterConfig(
+        rank=field(peft, "r", None, lambda v: type(v) is int and v >= 1, "an integer of at least 1"),
+        alpha=float(field(peft, "lora_alpha", None, lambda v: _is_number(v) and v > 0, "a number above 0")),
+        dropout=float(field(peft, "lora_dropout", 0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")),
+        targets=tuple(targets),
+        base=base,
+        revision=field(peft, "revision", None, lambda v: v is None or _is_revision(v), "a commit or branch"),
+        fingerprint=field(origin, "fingerprint", None, lambda v: v is None or _is_sha256(v), "a sha256"),
+        quantization=field(origin, "quantization", "nf4", lambda v: v in ("nf4", "fp4", "none"), "nf4, fp4 or none"),
+    )
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Copy an adapter's tensors into the LoRA layers of `model`, which must be exactly those it has.
 
     Raises:
-        ValueError: tensors that are missing, unexpected, misshaped or not finite; one message lists them all.
+        ValueError: tensors that are missing, unexpected, misshaped or not finite (one message lists them), or others
+            than were saved.
     """
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"adapter '{folder}': {WEIGHTS} can't be read ({str(e).splitlines()[0]})") from None
-    stored = {k.removeprefix(PEFT_PREFIX).removesuffix(".weight"): t for k, t in tensors.items()}
     params = lora_parameters(model)
-    wrong = [f"missing {n}" for n in params if n not in stored] + [f"unexpected {n}" for n in stored if n not in params]
-    for n in params.keys() & stored.keys():
-        if stored[n].shape != params[n].shape:
-            wrong.append(f"{n} of shape {tuple(stored[n].shape)}, expected {tuple(params[n].shape)}")
-        elif not stored[n].isfinite().all():
-            wrong.append(f"{n} holds NaN or infinite values")
+    keys = {f"{PEFT_PREFIX}{n}.weight": n for n in params}
+    shapes = tensor_shapes(folder / WEIGHTS)  # from the header: a tensor that does not fit is never read
+    wrong = [f"missing {n}" for k, n in keys.items() if k not in shapes]
+    stray = sorted(k.removeprefix(PEFT_PREFIX).removesuffix(".weight") for k in shapes.keys() - keys.keys())
+    wrong += [f"unexpected {clipped(n, 80)}" for n in stray[:3]]
+    wrong += [f"unexpected: {len(stray) - 3:,} more"] if len(stray) > 3 else []
+    fitting = {k for k, n in keys.items() if shapes.get(k) == tuple(params[n].shape)}
+    for key in shapes.keys() & keys.keys() - fitting:
+        expected = tuple(params[keys[key]].shape)
+        wrong.append(f"{keys[key]} of shape {clipped(shapes[key], 40)}, expected {expected}")
+    stored = {keys[k]: t for k, t in read_tensors(folder / WEIGHTS, fitting)}
+    wrong += [f"{n} holds NaN or infinite values" for n, t in stored.items() if not t.isfinite().all()]
     if wrong:
-        raise ValueError(f"adapter '{folder}' does not fit the model: {'; '.join(sorted(wrong))}")
+        more = f"; and {len(wrong) - 8:,} more" if len(wrong) > 8 else ""
+        raise ValueError(f"adapter '{folder}' does not fit the model: {'; '.join(sorted(wrong)[:8])}{more}")
+    saved = _read_origin(folder).get("weights_sha256")
+    if saved is not None and saved != _sha256(folder / WEIGHTS):
+        raise ValueError(
+            f"adapter '{folder}': {WEIGHTS} is not as it was saved (its sha256 differs from the one in {ORIGIN}): "
+            "damaged or exchanged; copy the adapter again"
+        )
     with torch.no_grad():
         for n, p in params.items():
             p.copy_(stored[n])
@@ -168,9 +192,10 @@ def check_base(config: AdapterConfig, fingerprint: str, folder: Path, base: str)
         ValueError: the fingerprints differ.
     """
     if config.fingerprint not in (None, fingerprint):
+        what = "on another base" if base != config.base else "before its base changed or was damaged"
         raise ValueError(
-            f"adapter '{folder}' was trained on another base: '{config.base}' with fingerprint "
-            f"{config.fingerprint[:12]}, but '{base}' has {fingerprint[:12]}; give its own base with --model"
+            f"adapter '{folder}' was trained {what}: '{clipped(config.base, 100)}' had fingerprint "
+            f"{config.fingerprint[:12]}, '{clipped(base, 100)}' has {fingerprint[:12]}; give its own base with --model"
         )
 
 
@@ -179,11 +204,40 @@ def _is_unset(value: Any) -> bool:
     return value is None or value is False or value in ("none", [], {})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not readable JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON {type(value).__name__}, expected an object")
-    return value
+def _read_origin(folder: Path) -> dict[str, Any]:
+    return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# What each field of the files may hold. The values come from anyone, so a check must hold for any JSON.
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # NaN and infinity (1e999) are not
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
+def _is_targets(value: Any) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= 1000 and all(
+        isinstance(t, str) and len(t) <= 200 and re.fullmatch(r"\w+(\.\w+)*", t) for t in value
+    )  # fmt: skip
+
+
+def _is_name(value: Any) -> bool:
+    """A hub id or a folder, without a way out of where it seems to lead."""
+    return (
+        isinstance(value, str) and 1 <= len(value) <= 1000 and value.isprintable()
+        and ".." not in re.split(r"[/\\]", value)
+    )  # fmt: skip
+
+
+def _is_revision(value: Any) -> bool:
+    """A commit, a branch or "refs/pr/1"."""
+    return isinstance(value, str) and len(value) <= 200 and bool(re.fullmatch(r"\w[\w-]*([./]\w[\w-]*)*", value))

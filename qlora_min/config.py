@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import math
 import os
+import re
+import reprlib
 import sys
 import tomllib
 import typing
@@ -17,6 +19,45 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """repr of a value from a file that may be hostile, for an error message: one line, never long."""
+    return clipped(_REPR.repr(value), 120)
+
+
+def clipped(text: object, limit: int = 160) -> str:
+    """Foreign text, such as a library's error, for an error message: one line of at most `limit` characters."""
+    line = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit])
+    line = " ".join(line.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+_SECRETS = re.compile(r"(?<=://)\S*@|[^\s/]+:[^\s/]+@|\bhf_[A-Za-z0-9]{20,}")  # user:password@, tokens of the hub
+
+
+def redacted(text: str) -> str:
+    """Text with *** where it holds a password or a hub token, by its form or because the environment holds it."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if len(token := os.environ.get(name, "")) >= 8:
+            text = text.replace(token, "***")
+    return _SECRETS.sub("***", text)
+
+
+def refuse_secrets(name: str, what: str) -> None:
+    """Names end up in logs and in files, so none may carry a token.
+
+    Raises:
+        ValueError: it does; the message leaves the secret out.
+    """
+    if redacted(name) != name:
+        raise ValueError(
+            f"{what}: '{clipped(redacted(name))}' carries a token or password; give a hub id like OWNER/NAME, "
+            "and the token in the environment variable HF_TOKEN"
+        )
 
 
 def option(default: Any, help: str, *, check: Callable[[Any], bool] | None = None, expected: str = "", **meta: Any):
@@ -111,6 +152,8 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, check = getattr(self, f.name), f.metadata["check"]
+            for name in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+                refuse_secrets(name, flag(f.name))
             finite = not isinstance(value, float) or math.isfinite(value)
             if not finite or (check and not check(value)):
                 shown = ",".join(value) if isinstance(value, tuple) else value
@@ -220,7 +263,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {redacted(message)} (see --help)\n")
 
 
 def positive(text: str) -> int:
@@ -264,8 +307,11 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main() or 0)
     except ValueError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
         sys.exit(2)
+    except MemoryError as e:
+        print(f"error: {e or 'out of memory'}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -273,5 +319,5 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.close()
         sys.exit(141)
     except OSError as e:  # a file or folder that can't be read or written
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
         sys.exit(2)

@@ -88,7 +88,8 @@ def inject_lora(
         The names of the wrapped modules, in the model's order.
 
     Raises:
-        ValueError: a target matches no linear layer (the message lists the candidates), or the model has LoRA already.
+        ValueError: a target matches no linear layer (the message lists the candidates), the rank is larger than a
+            layer, or the model has LoRA already.
     """
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has LoRA layers already: load the base anew to inject another adapter")
@@ -97,13 +98,21 @@ def inject_lora(
     missing = [t for t, names in found.items() if not names]
     if missing or not targets:
         candidates = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears})) or "none"
+        unknown = ", ".join(map(repr, missing[:8])) or "none given"
         raise ValueError(
-            f"targets: {', '.join(map(repr, missing)) or 'none given'} matches no linear layer of the model's decoder "
-            f"layers; expected names among: {candidates}"
+            f"targets: {unknown} matches no linear layer of the model's decoder layers; "
+            f"expected names among: {candidates}"
         )
-    model.requires_grad_(False)
     chosen = set().union(*found.values())
     names = [n for n in linears if n in chosen]
+    for name in names:  # before anything is allocated, and before the model is changed
+        layer = model.get_submodule(name)
+        if rank > min(layer.in_features, layer.out_features):
+            raise ValueError(
+                f"rank {rank:.6g} is above the smaller dimension of '{name}' ({layer.out_features} x "
+                f"{layer.in_features}), where the update has no more to learn; lower it"
+            )
+    model.requires_grad_(False)
     for name in names:
         parent, _, child = name.rpartition(".")
         parent = model.get_submodule(parent)

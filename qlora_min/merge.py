@@ -89,7 +89,9 @@ def merge(
         loaded.encoder.tokenizer.save_pretrained(new)
         del loaded
         gc.collect()
-        reloaded = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32, attn_implementation="sdpa").eval()
+        reloaded = AutoModelForCausalLM.from_pretrained(
+            new, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        ).eval()
         logits = _logits(reloaded, rows)
         result = Merged(
             difference=_distance(logits, reference),

@@ -22,9 +22,12 @@ with the wrong scales: such a model is refused on a CPU.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+import struct
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -34,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .bits import bnb
+from .config import clipped, refuse_secrets, shown
 from .data import ChatEncoder
 from .lora import inject_lora, lora_parameters
 
@@ -103,12 +107,12 @@ def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None
         revision: a commit or branch on the hub; the newest if not given.
 
     Raises:
-        ValueError: no such model, or the hub can't be reached.
+        ValueError: no such model, one that is not to be trusted with being read, or the hub can't be reached.
     """
+    refuse_secrets(name, "model")
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model '{name}': the folder has no config.json; expected a Hugging Face model folder")
+        _check_folder(path, name)
         return path, None
     if path.is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise ValueError(f"model '{name}': no such folder; expected a local model folder or a hub id like OWNER/NAME")
@@ -127,39 +131,168 @@ def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None
             f"model '{name}': no local folder of this name, and the Hugging Face hub can't be reached; "
             "give a local model folder with --model DIR, or try --demo, which needs no network"
         ) from None
+    _check_folder(folder, name)
     return folder, folder.name
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Refuse, before any library reads them, files of a model that ask for more than being read.
+
+    Raises:
+        ValueError: links out of the folder, no readable config.json, an architecture that would need the model's own
+            code, or more layers than there are weights (building them would take for ever).
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model '{name}': the folder has no config.json; expected a Hugging Face model folder")
+    check_links(folder)
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"model '{name}': model_type {shown(kind)} in config.json is none that transformers "
+            f"{transformers.__version__} knows; code that comes with a model is never run"
+        )
+    layers = [v for k, v in config.items() if re.fullmatch("(num|n)(_hidden)?_layers?", k) and isinstance(v, int)]
+    if any(abs(n) > 1000 for n in layers) and max(map(abs, layers)) > len(weight_shapes(folder)):
+        raise ValueError(f"model '{name}': config.json says {max(layers):.3g} layers, more than there are weights")
+
+
+def check_links(folder: Path) -> None:
+    """A model's or an adapter's folder may be a link; its files may not lead out of it.
+
+    The hub's cache is the exception: there a file of models--A--B/snapshots/REVISION is a link into models--A--B/blobs.
+
+    Raises:
+        ValueError: a file whose real path lies elsewhere.
+    """
+    root = folder.resolve()
+    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]:
+        if path.is_file() and not any(path.resolve().is_relative_to(a) for a in allowed):
+            raise ValueError(
+                f"'{folder}': {shown(path.name)} is a link to a file outside of the folder; "
+                "put the file itself there if you trust it"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that may be hostile.
+
+    Raises:
+        ValueError: it can't be read, is no JSON object, is larger than 64 MiB, names a key twice or holds NaN.
+    """
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        if path.stat().st_size > 2**26:
+            raise ValueError("larger than 64 MiB")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=no_constant)
+    except RecursionError:
+        raise ValueError(f"{path}: not readable JSON (nested too deeply)") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: not readable JSON ({clipped(e)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: an object whose keys are all different; which of two counts, each reader decides for itself."""
+    value: dict[str, Any] = {}
+    for key, v in pairs:
+        if key in value:
+            raise ValueError(f"the key {shown(key)} stands there twice")
+        value[key] = v
+    return value
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order.
 
     Raises:
-        ValueError: there are none, or the index names one that is missing.
+        ValueError: there are none, or the index names one that is missing or lies elsewhere.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            elsewhere = [n for n in names if not n or Path(n).name != n or "\0" in n]
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index}: no readable index of weights; copy or download the model again") from None
-        lost = [f.name for f in files if not f.is_file()]
+        if elsewhere:
+            raise ValueError(f"{index}: names {shown(elsewhere[0])}; expected files beside the index")
+        lost = [n for n in names if not (folder / n).is_file()]
         if lost:
-            raise ValueError(f"model '{folder}': {', '.join(lost)} is missing; copy or download the model again")
-        return files
+            raise ValueError(
+                f"model '{folder}': {clipped(', '.join(lost))} is missing; copy or download the model again"
+            )
+        return [folder / n for n in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     raise ValueError(f"model '{folder}': no model.safetensors; expected weights in the safetensors format")
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every weight of a model folder, memory-mapped: one is in memory at a time."""
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as f:
-                for name in sorted(f.keys()):
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a safetensors file, from its header: no tensor is read.
+
+    safetensors itself sees to it that the header is no longer than the file, that its JSON is sound, and that the
+    tensors fill the file exactly, without a gap or an overlap.
+
+    Raises:
+        ValueError: a damaged header, a name that stands there twice, or a tensor that is not fp16, bf16, fp32 or fp64.
+    """
+    shapes = {}
+    try:
+        with safe_open(path, framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118 (it is no dict)
+                part = f.get_slice(name)
+                if part.get_dtype() not in ("F16", "BF16", "F32", "F64"):
+                    raise ValueError(f"{shown(name)} is stored as {part.get_dtype()}, expected fp16, bf16 or fp32")
+                shapes[name] = tuple(part.get_shape())
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            json.loads(file.read(length), object_pairs_hook=_once)
+    except (OSError, SafetensorError, ValueError) as e:
+        raise _unreadable(path, e) from None
+    return shapes
+
+
+def read_tensors(path: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a safetensors file, memory-mapped; only those in `names`, if given."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            for name in sorted(f.keys()):
+                if names is None or name in names:
                     yield name, f.get_tensor(name)
-        except SafetensorError as e:
-            raise ValueError(f"{path}: damaged weights ({e}); copy or download the model again") from None
+    except (OSError, SafetensorError) as e:
+        raise _unreadable(path, e) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: damaged or missing weights ({clipped(error)}); copy or download the file again")
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of a model folder.
+
+    Raises:
+        ValueError: as `weight_files` and `tensor_shapes`; or two files have a weight of one name.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        new = tensor_shapes(path)
+        if twice := shapes.keys() & new.keys():
+            raise ValueError(f"{path}: weight {shown(min(twice))} is in another file too; copy the model again")
+        shapes |= new
+    return shapes
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every weight of a model folder: one is in memory at a time."""
+    for path in weight_files(folder):
+        yield from read_tensors(path)
 
 
 class Fingerprint:
@@ -192,13 +325,17 @@ def load_encoder(name: str, revision: str | None = None) -> ChatEncoder:
     """The encoder of a model, without its weights; arguments and errors as for `load_base`."""
     folder, _ = find_model(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # tokenizers raises bare Exceptions for a damaged tokenizer.json
-        raise ValueError(f"model '{name}': no usable tokenizer ({str(e).splitlines()[0]})") from None
+        raise ValueError(f"model '{name}': no usable tokenizer ({clipped(_first_line(e))})") from None
     try:
         return ChatEncoder(tokenizer)
     except ValueError as e:
-        raise ValueError(f"model '{name}': {e}") from None
+        raise ValueError(f"model '{name}': {clipped(e, 250)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_base(
@@ -224,34 +361,44 @@ def load_base(
     folder, revision = find_model(name, revision)
     encoder = load_encoder(str(folder))
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         has_settings = (folder / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(folder) if has_settings else None
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"model '{name}': {str(e).splitlines()[0]}") from None
+    except Exception as e:  # values of other types end in errors of every kind
+        raise ValueError(f"model '{name}': no usable config.json ({clipped(_first_line(e))})") from None
     scaled = [k for k in LOGIT_SCALINGS if getattr(config, k, None) not in (None, 1)]
     if scaled:
         raise ValueError(
             f"model '{name}': {config.model_type} changes its logits by {scaled[0]}, which is not implemented"
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    _materialise_buffers(model, device)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+            )
+        decoder = decoder_prefix(model)
+    except Exception as e:  # numbers that make no model do so, too
+        raise ValueError(f"model '{name}': config.json makes no model ({clipped(_first_line(e))})") from None
 
-    decoder = decoder_prefix(model)
-    expected = set(model.state_dict()) - set(model._tied_weights_keys or () if config.tie_word_embeddings else ())
-    fingerprint, seen = Fingerprint(config), set()
+    # Names and shapes first, from the files' headers: what does not fit is found before anything is allocated for it.
+    weights = model.state_dict()
+    expected = set(weights) - set(model._tied_weights_keys or () if config.tie_word_embeddings else ())
+    stored = weight_shapes(folder)
+    for key, shape in stored.items():
+        if key in expected and shape != tuple(weights[key].shape):
+            raise ValueError(f"weight '{key}' has shape {shape}, expected {tuple(weights[key].shape)}")
+        # not used are the copy of a tied weight, and buffers that the model computes
+        if key not in weights and not key.endswith("rotary_emb.inv_freq"):
+            raise ValueError(f"model '{name}': unexpected weight {shown(key)} for a {config.model_type} model")
+    if lost := sorted(expected - stored.keys()):
+        raise ValueError(f"model '{name}': {len(lost)} weights are missing, among them '{lost[0]}'")
+
+    _materialise_buffers(model, device)
+    fingerprint = Fingerprint(config)
     for key, tensor in read_weights(folder):
         fingerprint.add(key, tensor)
-        if key not in expected:
-            if key in model.state_dict() or key.endswith("rotary_emb.inv_freq"):
-                continue  # the copy of a tied weight, or a buffer that the model computes
-            raise ValueError(f"model '{name}': unexpected weight '{key}' for a {config.model_type} model")
-        seen.add(key)
-        _place(model, key, tensor, decoder, quantization, dtype, device)
-    if expected - seen:
-        lost = sorted(expected - seen)
-        raise ValueError(f"model '{name}': {len(lost)} weights are missing, among them '{lost[0]}'")
+        if key in expected:
+            _place(model, key, tensor, decoder, quantization, dtype, device)
 
     model.tie_weights()
     model.requires_grad_(False)
@@ -289,10 +436,6 @@ def _place(
     """Put one weight from disk where it belongs, in its dtype, quantised if it is a linear layer's of the decoder."""
     owner, _, leaf = key.rpartition(".")
     module = model.get_submodule(owner)
-    if tuple(getattr(module, leaf).shape) != tuple(tensor.shape):
-        raise ValueError(
-            f"weight '{key}' has shape {tuple(tensor.shape)}, expected {tuple(getattr(module, leaf).shape)}"
-        )
     if not tensor.isfinite().all():
         raise ValueError(f"weight '{key}' holds NaN or infinite values; copy or download the model again")
     linear = isinstance(module, nn.Linear) and key.startswith(decoder)
