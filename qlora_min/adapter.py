@@ -234,7 +234,7 @@ def _is_name(value: Any) -> bool:
     """A hub id or a folder, without a way out of where it seems to lead."""
     return (
         isinstance(value, str) and 1 <= len(value) <= 1000 and value.isprintable()
-        and ".." not in re.split(r"[/\\]", value)
+        and all(part != ".." and len(part) <= 255 for part in re.split(r"[/\\]", value))
     )  # fmt: skip
 
 

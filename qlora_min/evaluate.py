@@ -9,6 +9,7 @@ over the number of options.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from . import memory
 from .data import Row, collate
 from .loss import supervised_logits
 from .model import Base, autocast, hidden_states, output_head
@@ -53,10 +55,14 @@ class Evaluation:
 def evaluate(base: Base, rows: Sequence[Row], batch_size: int, progress: str | None = None) -> Evaluation:
     """Evaluate the model as it is (adapters included) on rows.
 
-    Leaves no trace: training mode is restored, and no random number is drawn.
+    Leaves no trace: training mode is restored, and no random number is drawn. Where memory runs out, the batch is
+    halved and the same rows are tried again, so that every row counts once.
 
     Args:
         progress: the bar's label; None shows none.
+
+    Raises:
+        MemoryError: there is too little for a single row.
     """
     model = base.model
     device = next(model.parameters()).device
@@ -67,24 +73,33 @@ def evaluate(base: Base, rows: Sequence[Row], batch_size: int, progress: str | N
     model.eval()
     bar = tqdm(total=len(rows), desc=progress, unit="row", leave=False, disable=None if progress else True)
     try:
-        for start in range(0, len(order), batch_size):
+        start = 0
+        while start < len(order):
             part = [rows[i] for i in order[start : start + batch_size]]
-            batch = collate(part).to(device)
-            with autocast(device, base.dtype):
-                hidden = hidden_states(model, batch.input_ids)  # (B, T, D)
-                logits, targets = supervised_logits(hidden, output_head(model), batch.input_ids, batch.supervised)
-            loss += F.cross_entropy(logits, targets, reduction="sum").item()
-            right += (logits.argmax(-1) == targets).sum().item()
-            count += len(targets)
-            first = 0  # the row's first supervised token within the batch's
-            for row in part:
+            try:
+                batch_loss, batch_right, batch_count, chosen = _measure(base, part, device)
+            except (RuntimeError, MemoryError) as e:
+                if not memory.is_out_of_memory(e):
+                    raise
+                batch_count = None
+            if batch_count is None:
+                memory.release()
+                if len(part) == 1:
+                    raise MemoryError(
+                        f"evaluating one row of {len(part[0])} tokens takes more memory than there is "
+                        f"({memory.taken(device)}); lower --max-length, or free the device of other programs"
+                    )
+                batch_size = len(part) // 2
+                tqdm.write(f"note: out of memory: evaluation goes on with batches of {batch_size}", file=sys.stderr)
+                continue
+            start += len(part)
+            loss, right, count = loss + batch_loss, right + batch_right, count + batch_count
+            for row, choice in zip(part, chosen):
                 if row.choices:
                     letters, correct = row.choices
                     options += 1
-                    at = first + int(row.supervised[1 : row.answer_start].sum())  # behind any earlier answers
-                    options_right += logits[at, list(letters)].argmax().item() == correct
+                    options_right += choice == correct
                     chance += 1 / len(letters)
-                first += int(row.supervised[1:].sum())
             bar.update(len(part))
     finally:
         bar.close()
@@ -98,3 +113,25 @@ def evaluate(base: Base, rows: Sequence[Row], batch_size: int, progress: str | N
         option_accuracy=options_right / options if options else None,
         chance=chance / options if options else None,
     )
+
+
+def _measure(base: Base, part: Sequence[Row], device: torch.device) -> tuple[float, int, int, list[int | None]]:
+    """(loss sum, right tokens, supervised tokens, each row's chosen option) of one batch.
+
+    A function of its own, so that its tensors are gone once an error for want of memory has been dealt with.
+    """
+    batch = collate(part).to(device)
+    with autocast(device, base.dtype):
+        hidden = hidden_states(base.model, batch.input_ids)  # (B, T, D)
+        logits, targets = supervised_logits(hidden, output_head(base.model), batch.input_ids, batch.supervised)
+    loss = F.cross_entropy(logits, targets, reduction="sum").item()
+    right = (logits.argmax(-1) == targets).sum().item()
+    chosen, first = [], 0  # the row's first supervised token within the batch's
+    for row in part:
+        if row.choices:
+            at = first + int(row.supervised[1 : row.answer_start].sum())  # behind any earlier answers
+            chosen.append(logits[at, list(row.choices[0])].argmax().item())
+        else:
+            chosen.append(None)
+        first += int(row.supervised[1:].sum())
+    return loss, right, len(targets), chosen

@@ -10,18 +10,36 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from . import memory
 from .model import Base, autocast
 
 
-@torch.no_grad()
 def generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, streamer: Any = None) -> list[str]:
-    """The model's answer to each prompt, as text without the end token.
+    """The model's answer to each prompt, as text without the end token; in halves where memory runs out.
 
     Args:
         prompts: token ids of conversations that wait for an answer, from `ChatEncoder.prompt` or a row's beginning.
         max_new_tokens: an answer is cut here if it has not ended.
         streamer: transformers' TextStreamer, for one prompt: prints while generating.
     """
+    try:
+        return _generate(base, prompts, max_new_tokens, streamer)
+    except (RuntimeError, MemoryError) as e:
+        if not memory.is_out_of_memory(e):
+            raise
+    memory.release()
+    half = len(prompts) // 2
+    if not half:
+        device = next(base.model.parameters()).device
+        raise MemoryError(
+            f"answering a prompt of {len(prompts[0])} tokens takes more memory than there is ({memory.taken(device)}); "
+            "shorten it, or free the device of other programs"
+        )
+    return [a for part in (prompts[:half], prompts[half:]) for a in generate(base, part, max_new_tokens, streamer)]
+
+
+@torch.no_grad()
+def _generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any) -> list[str]:
     model, encoder = base.model, base.encoder
     width = max(map(len, prompts))
     device = next(model.parameters()).device

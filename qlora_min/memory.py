@@ -9,11 +9,17 @@ At the peak, in the backward pass, these are on the device at once:
     logits        N supervised positions x V: in the compute dtype, in fp32, and the gradients of both
 
 The activations' count follows the decoder layer of Qwen2 and Llama line by line, with the residual stream in fp32.
+
+When memory runs out all the same, the same forecast says which options would have freed how much.
 """
 
+import gc
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 from transformers import PreTrainedModel
 
 from .bits import bnb
@@ -93,6 +99,87 @@ def forecast(
         activations=int(activations),
         logits=supervised * vocab * (2 * s + 8),
     )
+
+
+def ways_to_save(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
+    supervised: int,
+    checkpointing: bool,
+    bits8: bool,
+    rows_per_step: int,
+    lengths: Sequence[int],
+    available: float,
+) -> list[str]:
+    """What would lower the forecast for such a micro-batch, in order of effect; each way is forecast on its own.
+
+    Args:
+        batch, length, supervised, checkpointing, bits8: as for `forecast`.
+        rows_per_step: micro-batch size times accumulation, which --batch-size need not change.
+        lengths: of all rows, to say how many a smaller --max-length leaves out.
+        available: bytes; of several values of an option, the mildest whose forecast fits is named.
+    """
+    shape = {"batch": batch, "length": length, "supervised": supervised,
+             "checkpointing": checkpointing, "bits8": bits8}  # fmt: skip
+    now = forecast(model, dtype, **shape)
+
+    def total(**changes) -> int:
+        return forecast(model, dtype, **{**shape, **changes}).total
+
+    ways = []
+    if not checkpointing:
+        ways.append((total(checkpointing=True), "--gradient-checkpointing on", "same results, more time"))
+    sizes = [b for b in range(batch // 2, 0, -1) if rows_per_step % b == 0]
+    if sizes:
+        of_size = {b: total(batch=b, supervised=-(-supervised * b // batch)) for b in sizes}
+        b = next((b for b in sizes if of_size[b] <= available), sizes[-1])
+        ways.append((of_size[b], f"--batch-size {b} --grad-accum {rows_per_step // b}", "same steps, but for rounding"))
+    shorter = [n for n in (length * 3 // 4, length // 2, length // 4) if n > 0]
+    if shorter:
+        n = next((n for n in shorter if total(length=n) <= available), shorter[-1])
+        lost = sum(other > n for other in lengths)
+        ways.append((total(length=n), f"--max-length {n}", f"leaves {lost:,} of {len(lengths):,} rows out"))
+    if not bits8:
+        ways.append((total(bits8=True), "--optimizer paged_adamw8bit", "moments in 8 bits"))
+    plain = [m.weight for m in model.get_decoder().layers.modules()
+             if isinstance(m, nn.Linear) and not isinstance(m, bnb.nn.Linear4bit)]  # fmt: skip
+    if plain:
+        saved = sum(w.numel() * (w.element_size() - 4.127 / 8) for w in plain)
+        ways.append((now.total - int(saved), "--quantization nf4", "another base"))
+    return [
+        f"{flag}: {now.total / GIB:.2f} -> {after / GIB:.2f} GiB, {effect}"
+        for after, flag, effect in sorted(ways)
+        if after < 0.98 * now.total
+    ]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whichever device; libraries have several words for it."""
+    words = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    )
+
+
+def release() -> None:
+    """Give back what a failed attempt held. To be called behind its `except`: the error holds the attempt's tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+
+
+def taken(device: torch.device) -> str:
+    """Where memory stands, in words."""
+    return f"peak so far {peak_gib(device):.2f} GiB of {total_bytes(device) / GIB:.2f}"
 
 
 def peak_gib(device: torch.device) -> float:

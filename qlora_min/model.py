@@ -218,7 +218,7 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
-            elsewhere = [n for n in names if not n or Path(n).name != n or "\0" in n]
+            elsewhere = [n for n in names if Path(n).name != n or "\0" in n or not 1 <= len(n) <= 255]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index}: no readable index of weights; copy or download the model again") from None
         if elsewhere:
@@ -325,13 +325,9 @@ def load_encoder(name: str, revision: str | None = None) -> ChatEncoder:
     """The encoder of a model, without its weights; arguments and errors as for `load_base`."""
     folder, _ = find_model(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return ChatEncoder(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except Exception as e:  # tokenizers raises bare Exceptions for a damaged tokenizer.json
         raise ValueError(f"model '{name}': no usable tokenizer ({clipped(_first_line(e))})") from None
-    try:
-        return ChatEncoder(tokenizer)
-    except ValueError as e:
-        raise ValueError(f"model '{name}': {clipped(e, 250)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -235,18 +235,22 @@ class Trainer:
                 batches, where = self.step_batches(p.step)
                 supervised = sum(b.n_supervised for b in batches)
 
-                # Forward and backward, a micro-batch at a time; the gradients add up.
                 lr = self.stepper.lr
-                for batch in batches:
-                    loss = self.loss(batch.to(self.device))
-                    self.stepper.backward(loss / supervised)
-                    window_loss = window_loss + loss.detach()
-
-                # Clip and step.
                 try:
+                    # Forward and backward, a micro-batch at a time; the gradients add up.
+                    for batch in batches:
+                        loss = self.loss(batch.to(self.device))
+                        self.stepper.backward(loss / supervised)
+                        window_loss = window_loss + loss.detach()
+
+                    # Clip and step.
                     grad_norm, taken = self.stepper.step()
                 except TrainingError as e:
                     raise TrainingError(self._explain(e, where)) from None
+                except (RuntimeError, MemoryError) as e:
+                    if not memory.is_out_of_memory(e):
+                        raise
+                    raise TrainingError(self._explain_memory(batch)) from None
                 p.step += 1
                 if self.initial and self.stepper.taken == MOVED_BY:
                     self._check_that_all_moved()
@@ -348,7 +352,10 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out rows, with a bar."""
-        return evaluate(self.base, self.held, self.config.batch_size, progress="evaluating")
+        try:
+            return evaluate(self.base, self.held, self.config.batch_size, progress="evaluating")
+        except MemoryError as e:
+            raise TrainingError(f"{e}\n{self._saved()}") from None
 
     def _save_adapter(self) -> None:
         c = self.config
@@ -440,11 +447,36 @@ class Trainer:
         lines.append(f"writes to   {self.run}")
         return "\n".join(lines)
 
-    def _explain(self, error: TrainingError, where: list[str]) -> str:
+    def _last_checkpoint(self) -> str:
         saved = checkpoint.checkpoint_steps(self.run)
+        return f"last good checkpoint: {self.run / 'checkpoints' / f'step-{saved[-1]}' if saved else 'none'}"
+
+    def _saved(self) -> str:
+        return (
+            f"  {self._last_checkpoint()}; if other programs held the memory, go on with: python scripts/train.py "
+            f"--resume {shlex.quote(str(self.run))}\n  --resume keeps a run's options: with others, start a new run"
+        )
+
+    def _explain_memory(self, batch: Batch) -> str:
+        """Where the memory went in a step that had too little, and what would have taken less."""
+        c, (rows, length) = self.config, batch.input_ids.shape
+        shape = (self.model, self.base.dtype, rows, length, batch.n_supervised, c.gradient_checkpointing == "on",
+                 c.optimizer == "paged_adamw8bit")  # fmt: skip
+        available = 0.9 * memory.total_bytes(self.device)
+        ways = memory.ways_to_save(*shape, c.batch_size * c.grad_accum, [len(r) for r in self.rows], available)
+        return "\n".join([
+            f"out of memory at step {self.progress.step + 1}, in a micro-batch of {rows} x {length} tokens, "
+            f"{batch.n_supervised} supervised; {memory.taken(self.device)}",
+            f"  forecast for this micro-batch: {memory.forecast(*shape)}",
+            "  what would take less, in order of effect:" if ways else "  no option is forecast to take less",
+            *(f"    {way}" for way in ways),
+            self._saved(),
+        ])  # fmt: skip
+
+    def _explain(self, error: TrainingError, where: list[str]) -> str:
         return (
             f"{error}, the last at step {self.progress.step + 1} with rows {', '.join(where[:8])}; "
-            f"last good checkpoint: {self.run / 'checkpoints' / f'step-{saved[-1]}' if saved else 'none'}. "
+            f"{self._last_checkpoint()}. "
             f"Lower --learning-rate, look at those rows, or use --precision bf16 or fp32"
         )
 

@@ -513,8 +513,10 @@ def test_the_newest_unfinished_run(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 SOURCES = sorted([*(ROOT / "qlora_min").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
-FORBIDDEN_CALLS = {"torch.load", "torch.save", "eval", "exec", "pickle.load", "pickle.loads", "np.load", "numpy.load"}
-FORBIDDEN_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle", "peft", "trl", "accelerate"}
+FORBIDDEN_CALLS = {"torch.load", "torch.save", "eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads",
+                   "np.load", "numpy.load"}  # fmt: skip
+FORBIDDEN_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle", "importlib", "runpy",
+                     "peft", "trl", "accelerate"}  # fmt: skip
 
 
 def dotted(node: ast.AST) -> str:
@@ -528,7 +530,9 @@ def offences(code: str) -> list[str]:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call) and dotted(node.func) in FORBIDDEN_CALLS:
             found.append(f"{node.lineno}: {dotted(node.func)}")
-        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle", "weights_only"):
+        # trust_remote_code=False is said aloud: left out, transformers asks on the terminal
+        said = isinstance(node, ast.keyword) and ast.unparse(node) != "trust_remote_code=False"
+        if said and node.arg in ("trust_remote_code", "allow_pickle", "weights_only"):
             found.append(f"{node.value.lineno}: {node.arg}")
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
@@ -540,10 +544,12 @@ def offences(code: str) -> list[str]:
 def test_no_pickle_and_no_remote_code(path):
     code = path.read_text(encoding="utf-8")
     assert offences(code) == []
-    assert not re.search(r"trust_remote_code|torch\.load\(|\.bin\b.*allow_patterns", code)
+    assert not re.search(r"trust_remote_code(?!=False\b)|torch\.load\(|\.bin\b.*allow_patterns", code)
 
 
 def test_the_reader_of_the_code_finds_what_it_looks_for():
     code = "import torch, pickle\nfrom peft import x\ntorch.load('x')\nf(trust_remote_code=True)\nmodel.eval()\n"
     assert offences(code) == ["1: pickle", "2: peft", "3: torch.load", "4: trust_remote_code"]
+    assert offences("f(trust_remote_code=False)\nf(trust_remote_code=x)") == ["2: trust_remote_code"]
+    assert offences("import importlib.util\n__import__(name)") == ["1: importlib.util", "2: __import__"]
     assert len(SOURCES) > 15

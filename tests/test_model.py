@@ -294,7 +294,7 @@ def test_truncated_weights(model_copy, keep):
     path = model_copy / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(ValueError, match=rf"{path}: damaged or missing weights \(.*\); copy or download the file again"):
+    with pytest.raises(ValueError, match=rf"{path}: damaged or missing weights \(.*\); copy or download the file"):
         load_base(str(model_copy), device=CPU)
 
 

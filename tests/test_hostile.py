@@ -1,0 +1,841 @@
+"""Memory that runs out, models and adapters that somebody made to harm, and secrets that must stay so."""
+
+import itertools
+import json
+import random
+import shutil
+import struct
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_scripts import one_line_error
+
+import qlora_min.evaluate
+import qlora_min.generate
+import qlora_min.train
+from qlora_min import demo, memory
+from qlora_min.adapter import (
+    CONFIG,
+    ORIGIN,
+    WEIGHTS,
+    AdapterConfig,
+    load_adapter,
+    load_weights,
+    read_config,
+    save_adapter,
+)
+from qlora_min.config import Config, clipped, redacted, shown
+from qlora_min.data import encode_all, read
+from qlora_min.evaluate import evaluate
+from qlora_min.generate import generate
+from qlora_min.lora import lora_parameters
+from qlora_min.model import Base, add_lora, find_model, load_base, load_encoder
+
+CPU = torch.device("cpu")
+LONGEST = 330  # characters of a message, without the path of the folder
+
+ERRORS = {  # the words that libraries have for it
+    "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "driver": RuntimeError("CUDA error: out of memory"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "Linux": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "Windows": RuntimeError("[enforce fail at alloc_cpu.cpp:80] DefaultCPUAllocator: not enough memory: you tried"),
+    "Python": MemoryError(),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(qlora_min.train, "pick_device", lambda: CPU)
+    monkeypatch.setattr(qlora_min.train, "SAMPLE_TOKENS", 2)
+
+
+def adapted(rank: int = 4) -> Base:
+    """The demo's base with an adapter that has an effect."""
+    base = load_base(str(demo.MODEL_DIR), "none", device=CPU)
+    torch.manual_seed(0)
+    add_lora(base, ("q_proj", "v_proj"), rank, 8.0, 0.0)
+    with torch.no_grad():
+        for p in lora_parameters(base.model).values():
+            p.normal_(std=0.1)
+    return base
+
+
+def message_of(error: pytest.ExceptionInfo, folder: Path) -> str:
+    """An error's message; it must be one line, and short whatever the files hold."""
+    text = str(error.value).replace(str(folder), "FOLDER")
+    assert text.isprintable() and len(text) <= LONGEST, text
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of memory: evaluation and answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held_out(demo_data):
+    return encode_all("demo", read(str(demo_data[1]), 23), load_encoder(str(demo.MODEL_DIR)), 64).rows
+
+
+@pytest.mark.parametrize("words", ERRORS)
+def test_evaluation_goes_on_with_half_the_batch_and_the_same_figures(held_out, monkeypatch, capsys, words):
+    base = adapted()
+    expected = evaluate(base, held_out, 16).as_dict()
+    rng, inner = random.Random(words), qlora_min.evaluate.hidden_states
+    counted, failed, sizes = [], [], []
+
+    def hidden_states(model, ids):
+        if len(ids) > 1 and len(failed) < 4 and (not failed or rng.random() < 0.5):
+            failed.append(len(ids))
+            raise ERRORS[words]
+        counted.extend(map(tuple, ids.tolist()))
+        sizes.append(len(ids))
+        return inner(model, ids)
+
+    monkeypatch.setattr(qlora_min.evaluate, "hidden_states", hidden_states)
+    base.model.train()
+    result = evaluate(base, held_out, 16).as_dict()
+    assert base.model.training
+    assert failed and all(n <= m // 2 for m, n in itertools.pairwise(failed))
+    assert max(sizes[-3:]) <= max(1, min(failed) // 2)
+    rows = sorted(tuple(r.ids.tolist()) for r in held_out)
+    assert sorted(tuple(t[: len(r)]) for t, r in zip(sorted(counted), rows)) == rows  # none twice, none lost
+    for key in ("loss", "perplexity"):
+        assert result.pop(key) == pytest.approx(expected.pop(key), rel=1e-6)
+    assert result == expected
+    err = capsys.readouterr().err
+    assert err.count("note: out of memory: evaluation goes on with batches of") == len(failed)
+
+
+def test_a_failed_batch_is_gone_before_the_next_attempt(held_out, monkeypatch):
+    """What the error still holds, its traceback with it, can't be given back to the device."""
+    base, seen, inner = adapted(), [], qlora_min.evaluate.supervised_logits
+
+    def supervised_logits(hidden, head, ids, supervised):
+        if len(ids) > 4:
+            seen.extend([weakref.ref(hidden), weakref.ref(ids)])
+            raise ERRORS["CUDA"].__class__("CUDA out of memory")
+        return inner(hidden, head, ids, supervised)
+
+    def release():
+        assert len(seen) == 2 * (1 + releases.count(None)) and all(r() is None for r in seen)
+        releases.append(None)
+
+    releases: list[None] = []
+    monkeypatch.setattr(qlora_min.evaluate, "supervised_logits", supervised_logits)
+    monkeypatch.setattr(memory, "release", release)
+    assert evaluate(base, held_out, 16).rows == len(held_out)
+    assert len(releases) == 2  # 16 -> 8 -> 4
+
+
+def test_evaluation_without_memory_for_one_row(held_out, monkeypatch):
+    base = adapted()
+    monkeypatch.setattr(qlora_min.evaluate, "hidden_states", raiser(ERRORS["CUDA"]))
+    with pytest.raises(MemoryError, match=r"evaluating one row of \d+ tokens takes .*; lower --max-length"):
+        evaluate(base, held_out, 16)
+    monkeypatch.setattr(qlora_min.evaluate, "hidden_states", raiser(RuntimeError("mat1 and mat2 have other shapes")))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # what is no want of memory stays what it is
+        evaluate(base, held_out, 16)
+
+
+def raiser(error: BaseException):
+    def f(*args, **kwargs):
+        raise error
+
+    return f
+
+
+def test_answers_in_halves(held_out, monkeypatch):
+    base = adapted()
+    prompts = [r.ids[: r.answer_start].tolist() for r in held_out[:5]]
+    expected, inner = generate(base, prompts, 4), qlora_min.generate._generate
+    assert len(set(expected)) > 1  # else their order would not show
+
+    def at_most_two(base, part, *args):
+        if len(part) > 2:
+            raise ERRORS["CUDA"]
+        return inner(base, part, *args)
+
+    monkeypatch.setattr(qlora_min.generate, "_generate", at_most_two)
+    assert generate(base, prompts, 4) == expected
+    monkeypatch.setattr(qlora_min.generate, "_generate", raiser(ERRORS["Linux"]))
+    with pytest.raises(MemoryError, match=rf"a prompt of {len(prompts[0])} tokens takes more memory than there is"):
+        generate(base, prompts, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of memory: training
+# ---------------------------------------------------------------------------------------------------------------------
+
+OPTIONS = (
+    "--demo",
+    "--limit",
+    "128",
+    "--eval-limit",
+    "8",
+    "--batch-size",
+    "8",
+    "--grad-accum",
+    "2",
+    "--eval-every",
+    "2",
+)
+
+
+def fail_at(monkeypatch, where: str, call: int, error: BaseException) -> None:
+    """The n-th call of a name in train.py fails."""
+    inner, calls = getattr(qlora_min.train, where), []
+
+    def f(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise error
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(qlora_min.train, where, f)
+
+
+def test_training_out_of_memory_says_what_to_change(script, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        fail_at(m, "masked_cross_entropy", 6, ERRORS["CUDA"])  # the second micro-batch of step 3
+        done = script("train.py", *OPTIONS, "--output-dir", "runs/a b", expect=1)
+    lines = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr and len(lines) <= 10
+    assert lines[0].startswith("error: out of memory at step 3, in a micro-batch of 8 x ")
+    assert "peak so far" in lines[0] and "supervised" in lines[0]
+    assert lines[1].startswith("  forecast for this micro-batch: ") and lines[1].count(",") == 3
+    assert lines[2] == "  what would take less, in order of effect:"
+    assert any("--gradient-checkpointing on: " in line for line in lines)  # the demo has it off
+    assert "last good checkpoint: runs/a b/checkpoints/step-2;" in lines[-2]
+    assert lines[-2].endswith("go on with: python scripts/train.py --resume 'runs/a b'")
+    done = script("train.py", "--resume", "runs/a b")  # which is true
+    assert "done: 8 steps" in done.stdout
+    script("train.py", *OPTIONS, "--output-dir", "runs/undisturbed")
+    a, b = (load_file(tmp_path / "runs" / name / "adapter" / WEIGHTS) for name in ("a b", "undisturbed"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("where", ["Stepper.step", "evaluate"])
+def test_memory_may_run_out_elsewhere_in_the_loop(script, monkeypatch, where):
+    if where == "evaluate":  # of step 2: the first one is before training
+        fail_at(monkeypatch, "evaluate", 2, MemoryError("evaluating one row of 33 tokens takes more"))
+    else:
+        monkeypatch.setattr(qlora_min.train.Stepper, "step", raiser(ERRORS["driver"]))
+    done = script("train.py", *OPTIONS, "--output-dir", "out", expect=1)
+    assert "Traceback" not in done.stderr and "last good checkpoint: out/checkpoints/step-0;" in done.stderr
+    assert ("error: out of memory at step 1" in done.stderr) == (where == "Stepper.step")
+
+
+def test_another_error_in_a_step_stays_what_it_is(script, monkeypatch):
+    monkeypatch.setattr(qlora_min.train, "masked_cross_entropy", raiser(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        script("train.py", *OPTIONS, "--output-dir", "out")
+
+
+def test_eval_without_memory_is_one_line(script, adapter_folder, demo_data, monkeypatch):
+    monkeypatch.setattr(qlora_min.evaluate, "hidden_states", raiser(ERRORS["CUDA"]))
+    done = script("eval.py", "--adapter", adapter_folder, "--dataset", demo_data[1], "--limit", 4, expect=1)
+    assert "error: evaluating one row of" in done.stderr and "Traceback" not in done.stderr
+
+
+def ways(available: float = 0.0, **changes) -> list[tuple[str, float, float]]:
+    """(option, GiB before, GiB after) of every way to save, for a shape whose parts all count."""
+    base = adapted()
+    if changes.pop("quantization", "none") == "nf4":
+        base = load_base(str(demo.MODEL_DIR), "nf4", device=CPU)
+        add_lora(base, ("q_proj",), 4, 8.0, 0.0)
+    shape = {"batch": 64, "length": 400, "supervised": 20000, "checkpointing": False, "bits8": False}
+    shape |= changes
+    lines = memory.ways_to_save(
+        base.model, torch.float32, **shape, rows_per_step=64, lengths=[400, 250, 90], available=available
+    )
+    found = []
+    for line in lines:
+        option, _, rest = line.partition(": ")
+        numbers = rest.partition(" GiB, ")[0].split(" -> ")
+        found.append((option, *map(float, numbers)))
+    now = memory.forecast(base.model, torch.float32, **shape).total
+    assert all(abs(before - now / memory.GIB) < 0.006 and after <= before for _, before, after in found)
+    assert [f[2] for f in found] == sorted(f[2] for f in found)  # in order of effect
+    return found
+
+
+def test_the_ways_to_save_follow_the_forecast():
+    names = [w[0] for w in ways()]
+    assert names[0] == "--batch-size 1 --grad-accum 64"  # nothing fits into 0 bytes: the strongest of each option
+    assert "--max-length 100" in names and "--gradient-checkpointing on" in names
+    # Logits dominate where everything is supervised: then checkpointing frees less than a shorter row does not.
+    base = adapted()
+    shape = {"batch": 64, "length": 400, "supervised": 20000, "bits8": False}
+    on, off = (memory.forecast(base.model, torch.float32, **shape, checkpointing=c).total for c in (True, False))
+    ((_, before, after),) = [w for w in ways() if w[0] == "--gradient-checkpointing on"]
+    assert (round(off / memory.GIB, 2), round(on / memory.GIB, 2)) == (before, after)
+    assert "--gradient-checkpointing on" not in [w[0] for w in ways(checkpointing=True)]
+    assert not any("--batch-size" in w[0] for w in ways(batch=1))
+
+
+def test_of_an_options_values_the_mildest_that_fits_is_named():
+    assert [w[0] for w in ways(available=2**60) if "batch" in w[0]] == ["--batch-size 32 --grad-accum 2"]
+    assert [w[0] for w in ways(available=2**60) if "length" in w[0]] == ["--max-length 300"]
+
+
+def test_small_parts_are_named_only_where_they_count():
+    small = {"batch": 1, "length": 8, "supervised": 1}  # here the base and the optimizer are most of it
+    assert "--quantization nf4" in [w[0] for w in ways(**small)]
+    assert "--optimizer paged_adamw8bit" in [w[0] for w in ways(**small)]
+    assert not {"--quantization nf4", "--optimizer paged_adamw8bit"} & {w[0] for w in ways()}
+    assert "--quantization nf4" not in [w[0] for w in ways(**small, quantization="nf4")]
+
+
+def test_how_many_rows_a_shorter_length_leaves_out():
+    base = adapted()
+    lines = memory.ways_to_save(base.model, torch.float32, 2, 400, 100, True, True, 2, [400, 301, 300, 5], 2**60)
+    assert any(line.endswith("leaves 2 of 4 rows out") for line in lines if "--max-length 300" in line)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return adapted()
+
+
+@pytest.fixture
+def adapter_folder(tmp_path, base) -> Path:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = AdapterConfig(
+        4, 8.0, 0.0, ("q_proj", "v_proj"), str(demo.MODEL_DIR), None, base.fingerprint, quantization="none"
+    )
+    save_adapter(folder, base.model, config, base.encoder.tokenizer)
+    return folder
+
+
+def edit(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+LONG = "x" * 100_000
+HOSTILE = {
+    "base_model_name_or_path": [
+        "../../etc", "a/../../b", "..", "a\\..\\b", "/etc/../home", "nul\0byte", "two\nlines", LONG, "", 7, None, True,
+        ["a/b"], {"a": 1}, "\x1b[31mred", "https://user:hf_abcdefghijklmnopqrstuvwxyz@huggingface.co/a/b",
+    ],
+    "revision": ["../../x", "/etc/passwd", "a/../b", "..", ".", "", "a\nb", LONG, 3, True, ["main"], "a//b", "-x"],
+    "r": [0, -1, -(2**70), 2.0, 1.5, True, "16", None, [4], LONG],
+    "lora_alpha": [0, -8, True, "8", None, [8], 10**400, -1e-3, LONG],
+    "lora_dropout": [1, 1.0, -0.1, 2, True, "0.1", [0], 10**400],
+    "target_modules": [
+        ".*", r".*\.q_proj", [".*_proj"], ["q_proj", ""], [""], ["../q_proj"], ["q_proj/.."], ["a..b"], [".q_proj"],
+        ["q_proj"] * 1001, [LONG], [None], [["q_proj"]], {"q_proj": 1}, 7, [], ["q_proj\n"], "all-linear",
+    ],
+    "auto_mapping": [{"base_model_class": "Evil", "parent_library": "evil.py"}, "evil.py", {"a": LONG}],
+    "auto_map": [{"AutoModel": "evil.Evil"}],
+    "parent_library": ["os"],
+    "megatron_core": ["os", "evil.py", 1, True],
+    "peft_type": ["IA3", LONG, 1, None, ["LORA"]],
+    "init_lora_weights": ["pissa", LONG, "evil.py"],
+    LONG: [1],
+    "new\nline": [1],
+    "layer_replication": [[[[[[[[[[1]]]]]]]]], [0] * 100_000],
+}  # fmt: skip
+CASES = [(k, v) for k, values in HOSTILE.items() for v in values]
+
+
+@pytest.mark.parametrize("field, value", CASES, ids=[f"{k[:20]!r}-{shown(v)[:20]}" for k, v in CASES])
+def test_hostile_fields(adapter_folder, field, value):
+    edit(adapter_folder / CONFIG, **{field: value})
+    with pytest.raises(ValueError) as error:
+        read_config(adapter_folder)
+    message = message_of(error, adapter_folder)
+    assert field[:20].split("\n")[0] in message and "abcdefghijkl" not in message
+
+
+@pytest.mark.parametrize("field, value", [
+    ("fingerprint", 5), ("fingerprint", "zz"), ("fingerprint", ["a"]),
+    ("quantization", "int8"), ("quantization", [1]), ("quantization", LONG),
+])  # fmt: skip
+def test_hostile_origin(adapter_folder, field, value):
+    edit(adapter_folder / ORIGIN, **{field: value})
+    with pytest.raises(ValueError, match=field) as error:
+        read_config(adapter_folder)
+    message_of(error, adapter_folder)
+
+
+BROKEN_JSON = {
+    "a duplicate key": ('{"r": 1, "r": 2}', "'r' stands there twice"),
+    "a long duplicate key": (f'{{"{LONG}": 1, "{LONG}": 2}}', "stands there twice"),
+    "NaN": ('{"lora_alpha": NaN}', "NaN is no JSON"),
+    "-Infinity": ('{"lora_alpha": -Infinity}', "Infinity is no JSON"),
+    "deep nesting": ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    "a long number": ('{"r": ' + "9" * 5000 + "}", "not readable JSON"),
+    "no UTF-8": (b'{"r": "\xff"}', "not readable JSON"),
+    "nothing": ("", "not readable JSON"),
+    "too much": (" " * (2**26 + 1), "larger than 64 MiB"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN_JSON)
+@pytest.mark.parametrize("file", [CONFIG, ORIGIN])
+def test_broken_json(adapter_folder, file, name):
+    content, words = BROKEN_JSON[name]
+    (adapter_folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=words) as error:
+        read_config(adapter_folder)
+    assert file in message_of(error, adapter_folder)
+
+
+@pytest.mark.parametrize("alpha", ["1e999", "-1e999"])
+def test_numbers_that_json_reads_as_infinite(adapter_folder, alpha):
+    path = adapter_folder / CONFIG
+    path.write_text(path.read_text().replace('"lora_alpha": 8', f'"lora_alpha": {alpha}'))
+    with pytest.raises(ValueError, match=r"lora_alpha -?inf, expected a number above 0"):
+        read_config(adapter_folder)
+
+
+@pytest.mark.parametrize("rank", [33, 10**6, 10**12, 2**63, 10**300])
+def test_a_rank_larger_than_the_layer_allocates_nothing(adapter_folder, rank, monkeypatch):
+    edit(adapter_folder / CONFIG, r=rank)  # v_proj is 32 x 64
+    monkeypatch.setattr(qlora_min.lora.LoRALinear, "__init__", raiser(AssertionError("a layer was made")))
+    with pytest.raises(ValueError, match=r"rank .* is above the smaller dimension of 'model\.layers\.0") as error:
+        load_adapter(adapter_folder)
+    message_of(error, adapter_folder)
+
+
+def test_many_unknown_targets_are_a_short_message(adapter_folder):
+    edit(adapter_folder / CONFIG, target_modules=[f"evil_{i}" for i in range(1000)])
+    with pytest.raises(ValueError, match="matches no linear layer") as error:
+        load_adapter(adapter_folder)
+    message_of(error, adapter_folder)
+
+
+def test_what_names_may_be(adapter_folder):
+    """The checks leave room for what is usual."""
+    for field, values in {
+        "base_model_name_or_path": ["Qwen/Qwen2-0.5B-Instruct", "gpt2", "./local", str(demo.MODEL_DIR), "models/mine",
+                                    "/home/a user/modèle", "C:\\models\\qwen", "a..b/c"],
+        "revision": [None, "main", "refs/pr/1", "v1.0", "0123456789abcdef0123456789abcdef01234567", "my-branch_2"],
+        "lora_alpha": [1, 0.5, 1000], "lora_dropout": [None, 0, 0.5], "target_modules": [["self_attn.q_proj"], ["fc1"]],
+        "megatron_core": [None, "megatron.core"], "r": [1, 512],
+    }.items():  # fmt: skip
+        for value in values:
+            before = (adapter_folder / CONFIG).read_text()
+            edit(adapter_folder / CONFIG, **{field: value})
+            read_config(adapter_folder)
+            (adapter_folder / CONFIG).write_text(before)
+
+
+@pytest.mark.parametrize("name", ["/etc", "/no/such/folder", "no/such-model"])
+def test_a_base_that_is_no_model(adapter_folder, name):
+    edit(adapter_folder / CONFIG, base_model_name_or_path=name)
+    with pytest.raises(ValueError, match=f"model '{name}'"):
+        load_adapter(adapter_folder)
+
+
+def test_a_base_at_an_absolute_path_must_be_the_recorded_one(adapter_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(demo.MODEL_DIR, other)
+    edit(adapter_folder / CONFIG, base_model_name_or_path=str(other))
+    assert load_adapter(adapter_folder).folder == other  # a copy is as good
+    flip(other / "model.safetensors", -1000)
+    with pytest.raises(ValueError, match=r"before its base changed or was damaged: .* give its own base with --model"):
+        load_adapter(adapter_folder)
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def damages(path: Path, cuts: int, flips: int):
+    """A file truncated at many places and with random bytes changed; put right again at the end."""
+    good, rng = path.read_bytes(), random.Random(0)
+    header = 8 + struct.unpack("<Q", good[:8])[0]
+    try:
+        for n in range(cuts):
+            path.write_bytes(good[: rng.randrange(header) if n % 2 else rng.randrange(len(good))])
+            yield "cut"
+        for n in range(flips):
+            at = rng.randrange(header) if n % 2 else rng.randrange(header, len(good))
+            changed = bytearray(good)
+            changed[at] = (changed[at] + rng.randrange(1, 256)) % 256
+            path.write_bytes(changed)
+            yield f"byte {at}"
+    finally:
+        path.write_bytes(good)
+
+
+def test_damaged_adapters_are_always_noticed(adapter_folder, base):
+    before = {n: p.clone() for n, p in lora_parameters(base.model).items()}
+    for damage in damages(adapter_folder / WEIGHTS, 50, 200):
+        with pytest.raises(ValueError) as error:
+            load_weights(adapter_folder, base.model)
+        assert len(str(error.value)) < 2 * LONGEST and str(error.value).isprintable(), damage
+    assert all(torch.equal(p, before[n]) for n, p in lora_parameters(base.model).items())
+    load_weights(adapter_folder, base.model)
+
+
+def test_damaged_adapters_of_other_tools_never_crash(adapter_folder, base):
+    (adapter_folder / ORIGIN).unlink()  # no sha256 to compare with
+    loaded = 0
+    other = adapted()
+    for damage in damages(adapter_folder / WEIGHTS, 20, 100):
+        try:
+            load_weights(adapter_folder, other.model)
+            loaded += 1
+            assert damage != "cut"
+        except ValueError as e:
+            assert str(e).isprintable()
+        assert all(p.isfinite().all() for p in lora_parameters(other.model).values())
+    assert 20 < loaded < 60  # changed data can't be noticed, as the docstring of the module says
+
+
+def test_an_exchanged_file_is_named(adapter_folder, base):
+    tensors = {k: t * 2 for k, t in load_file(adapter_folder / WEIGHTS).items()}
+    save_file(tensors, adapter_folder / WEIGHTS)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is not as it was saved .*{ORIGIN}.*: damaged or exchanged"):
+        load_adapter(adapter_folder)
+    edit(adapter_folder / ORIGIN, weights_sha256=None)
+    load_adapter(adapter_folder)
+
+
+def raw_file(path: Path, header: bytes | str, data: bytes = b"", length: int | None = None) -> None:
+    header = header.encode() if isinstance(header, str) else header
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+
+
+ONE = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+HEADERS = {  # header, data, and its length as declared
+    "an absurd length": (f"{{{ONE}}}", bytes(4), 2**63),
+    "a length beyond the file": (f"{{{ONE}}}", bytes(4), 99_000_000),
+    "an absurd shape": ('{"a": {"dtype": "F32", "shape": [4611686018427387904, 8], "data_offsets": [0, 4]}}', bytes(4)),
+    "a tensor beyond the file": ('{"a": {"dtype": "F32", "shape": [1000000], "data_offsets": [0, 4000000]}}', bytes(4)),
+    "overlapping tensors": ("{" + ONE + ", " + ONE.replace('"a"', '"b"') + "}", bytes(4)),
+    "a name twice": (f"{{{ONE}, {ONE}}}", bytes(4)),
+    "deep nesting": ("[" * 100_000, b""),
+    "an unknown dtype": (f"{{{ONE.replace('F32', LONG)}}}", bytes(4)),
+    "no UTF-8": (b'{"\xff": 1}', b""),
+    "fp8": ('{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}', bytes(4)),
+    "int64": ('{"a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}', bytes(8)),
+    "bool": ('{"a": {"dtype": "BOOL", "shape": [4], "data_offsets": [0, 4]}}', bytes(4)),
+    "a long name, int8": (f'{{"{LONG}": {{"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}}}', bytes(4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_hostile_headers(adapter_folder, base, tmp_path, name):
+    raw_file(adapter_folder / WEIGHTS, *HEADERS[name])
+    with pytest.raises(ValueError, match="damaged or missing weights") as error:
+        load_weights(adapter_folder, base.model)
+    message_of(error, adapter_folder)
+    folder = tmp_path / "model"
+    shutil.copytree(demo.MODEL_DIR, folder)
+    raw_file(folder / "model.safetensors", *HEADERS[name])
+    with pytest.raises(ValueError, match="damaged or missing weights") as error:
+        load_base(str(folder), device=CPU)
+    message_of(error, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_wrong_dtypes_of_the_right_tensors(adapter_folder, base, dtype):
+    tensors = load_file(adapter_folder / WEIGHTS)
+    name = sorted(tensors)[3]
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, adapter_folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"is stored as .*, expected fp16, bf16 or fp32") as error:
+        load_weights(adapter_folder, base.model)
+    assert name.removeprefix("base_model.model.")[:10] in message_of(error, adapter_folder)
+
+
+def test_strange_tensors_are_counted_not_listed(adapter_folder, base):
+    tensors = load_file(adapter_folder / WEIGHTS)
+    save_file(tensors | {f"{i}" + "\n" * 500: torch.ones(1) for i in range(300)}, adapter_folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"unexpected 0; unexpected 1; .*unexpected: 297 more") as error:
+        load_weights(adapter_folder, base.model)
+    message_of(error, adapter_folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(demo.MODEL_DIR, folder)
+    return folder
+
+
+def test_damaged_models_are_refused_or_have_another_fingerprint(model_folder):
+    good = load_base(str(model_folder), "none", device=CPU).fingerprint
+    loaded = 0
+    for damage in damages(model_folder / "model.safetensors", 20, 80):
+        try:
+            assert load_base(str(model_folder), "none", device=CPU).fingerprint != good, damage
+            loaded += 1
+            assert damage != "cut"
+        except ValueError as e:
+            assert str(e).isprintable() and len(str(e)) < 2 * LONGEST, damage
+    assert loaded > 15  # changed data: the fingerprint that a run or an adapter has recorded is what tells
+
+
+def test_hostile_values_in_a_models_config(model_folder):
+    values = [None, -1, 0, 3, 10**6, 10**12, 2**63, 10**30, "../x", LONG, [], {"a": {}}]
+    outcomes = set()
+    for file, keys in {
+        "config.json": ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                        "head_dim", "vocab_size", "intermediate_size", "layer_types", "rope_parameters", "hidden_act",
+                        "quantization_config", "dtype", "num_layers"],
+        "generation_config.json": ["eos_token_id"],
+        "tokenizer_config.json": ["tokenizer_class", "model_max_length", "chat_template", "added_tokens_decoder"],
+    }.items():  # fmt: skip
+        good = (model_folder / file).read_text()
+        for key in keys:
+            for value in values:
+                edit(model_folder / file, **{key: value})
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    try:
+                        load_base(str(model_folder), "none", device=CPU)
+                        outcomes.add("loaded")
+                    except ValueError as e:
+                        text = str(e).replace(str(model_folder), "FOLDER")
+                        assert text.isprintable() and len(text) < LONGEST, text
+                        outcomes.add("refused")
+                (model_folder / file).write_text(good)
+    assert outcomes == {"loaded", "refused"}
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "nul\0", LONG, 7])
+def test_an_index_names_files_beside_it_only(model_folder, tmp_path, name):
+    shutil.copy(model_folder / "model.safetensors", tmp_path)  # what the first would reach
+    index = {"weight_map": {"model.norm.weight": name}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"expected files beside the index|is missing|no readable index") as error:
+        load_base(str(model_folder), device=CPU)
+    message_of(error, model_folder)
+
+
+def test_one_weight_in_two_files(model_folder):
+    tensors = load_file(model_folder / "model.safetensors")
+    save_file({"model.norm.weight": tensors["model.norm.weight"] * 2}, model_folder / "second.safetensors")
+    weight_map = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": "second.safetensors"}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' is in another file too"):
+        load_base(str(model_folder), device=CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Links
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_a_models_link_out_of_its_folder_is_refused(model_folder, tmp_path, name):
+    (model_folder / name).rename(tmp_path / "elsewhere")
+    (model_folder / name).symlink_to(tmp_path / "elsewhere")
+    for load in (load_base, load_encoder, find_model):
+        with pytest.raises(ValueError, match=f"'{name}' is a link to a file outside of the folder"):
+            load(str(model_folder))
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, ORIGIN])
+def test_an_adapters_link_out_of_its_folder_is_refused(adapter_folder, tmp_path, name):
+    (adapter_folder / name).rename(tmp_path / "elsewhere")
+    (adapter_folder / "inner").symlink_to(tmp_path / "elsewhere")
+    (adapter_folder / name).symlink_to("inner")  # a link within, to a link that leads out
+    with pytest.raises(ValueError, match="is a link to a file outside of the folder"):
+        load_adapter(adapter_folder)
+
+
+def test_a_linked_folder_of_templates_is_refused(model_folder, tmp_path):
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "x.jinja").write_text("x")
+    (model_folder / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    with pytest.raises(ValueError, match=r"'x\.jinja' is a link to a file outside"):
+        find_model(str(model_folder))
+
+
+def test_links_that_stay_inside_and_linked_folders_are_fine(model_folder, adapter_folder, tmp_path):
+    (model_folder / "model.safetensors").rename(model_folder / "weights")
+    (model_folder / "model.safetensors").symlink_to("weights")
+    (tmp_path / "base").symlink_to(model_folder)
+    (tmp_path / "linked").symlink_to(adapter_folder)
+    (model_folder / "README.md").symlink_to("gone")  # leads nowhere
+    assert load_adapter(tmp_path / "linked", model=str(tmp_path / "base"))
+
+
+def test_the_hubs_cache_goes_on_to_work(tmp_path, monkeypatch):
+    """models--A--B/snapshots/REV/FILE -> ../../blobs/HASH, found by its name; and only the repository's own blobs."""
+    repo = tmp_path / "hub" / "models--some--model"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    for folder in (repo / "blobs", repo / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    for i, path in enumerate(sorted(demo.MODEL_DIR.iterdir())):
+        shutil.copy(path, repo / "blobs" / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    base = load_base("some/model", "none", device=CPU)
+    assert (base.folder, base.revision) == (snapshot, "0" * 40)
+    assert load_base(str(snapshot), "none", device=CPU).fingerprint == base.fingerprint
+
+    (tmp_path / "hub" / "blobs").mkdir()
+    shutil.copy(demo.MODEL_DIR / "config.json", tmp_path / "hub" / "blobs" / "x")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../../blobs/x")  # another repository's
+    for name in ("some/model", str(snapshot)):
+        with pytest.raises(ValueError, match=r"'config\.json' is a link to a file outside of the folder"):
+            find_model(name)
+    (repo / "blobs").rename(repo / "former")
+    (repo / "blobs").symlink_to("/etc")  # blobs that are themselves elsewhere
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../blobs/hostname")
+    with pytest.raises(ValueError, match=r"no config\.json|outside of the folder"):
+        find_model(str(snapshot))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code that comes with a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "evil", "evil without config", "clip_text_model"])
+def test_a_models_code_never_runs(model_folder, tmp_path, script, kind):
+    """Whether or not the type is known. transformers would ask on the terminal: "y" stands ready."""
+    marker = tmp_path / "it-ran"
+    code = f"open({str(marker)!r}, 'w').close()\nfrom transformers import *\n"
+    code += "class C(PreTrainedConfig): model_type = 'evil'\nclass M(PreTrainedModel): pass\n"
+    code += "class T(Qwen2Tokenizer): pass\n"
+    (model_folder / "evil.py").write_text(code)
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}
+    edit(model_folder / "config.json", auto_map=auto)
+    edit(model_folder / "tokenizer_config.json", auto_map=auto)
+    if kind != "qwen2":
+        edit(model_folder / "config.json", model_type=kind.split()[0])
+        edit(model_folder / "tokenizer_config.json", tokenizer_class="T")
+    if kind == "evil without config":
+        (model_folder / "config.json").unlink()
+    done = script(
+        "chat.py", "--model", model_folder, "--prompt", "x", "--max-new-tokens", "1", expect=None, input="y\n" * 9
+    )
+    assert not marker.exists()
+    if kind == "qwen2":
+        assert done.returncode == 0, done.stderr
+        script(
+            "train.py", "--demo", "--model", model_folder, "--max-steps", "1", "--output-dir", "run", input="y\n" * 9
+        )
+        script("merge.py", "--adapter", "run/adapter", "--output-dir", "merged", "--dtype", "fp32", input="y\n" * 9)
+        assert not marker.exists()
+    else:
+        one_line_error(done, "config.json" if "clip" not in kind else "model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Secrets
+# ---------------------------------------------------------------------------------------------------------------------
+
+TOKEN = "hf_plantedABCDEFGHIJKLMNOPQRSTUVWXYZ"
+OTHER = "planted-without-the-usual-form"
+NAMES = [f"https://user:{TOKEN}@huggingface.co/a/b", f"https://{TOKEN}@huggingface.co/a/b", f"user:{OTHER}@host/b",
+         f"https://user:pa/ss{OTHER}@huggingface.co/a/b", f"a/b?token={TOKEN}", f"a/{TOKEN}", f"a/{OTHER}"]  # fmt: skip
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", OTHER)
+
+
+def assert_nothing_leaks(done, folder: Path) -> None:
+    texts = [done.stdout.encode(), done.stderr.encode()]
+    texts += [p.read_bytes() + str(p).encode() for p in folder.rglob("*") if p.is_file()]
+    for secret in (TOKEN, OTHER, TOKEN[3:]):
+        assert not any(secret.encode() in t for t in texts)
+
+
+def test_a_run_leaves_no_token_anywhere(planted, script, tmp_path):
+    done = script(
+        "train.py", "--demo", "--max-steps", "2", "--eval-limit", "8", "--limit", "64", "--output-dir", "runs/a"
+    )
+    assert_nothing_leaks(done, tmp_path)
+    assert (tmp_path / "runs" / "a" / "adapter" / ORIGIN).is_file()
+    done = script("eval.py", "--adapter", "runs/a/adapter", "--json", "e.json", "--limit", "4")
+    assert_nothing_leaks(done, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "command",
+    ["train.py --demo --model", "train.py --demo --dataset", "train.py --demo --eval-dataset",
+     "train.py --demo --output-dir", "train.py --preview 1 --model", "train.py --resume", "train.py --config",
+     "chat.py --model", "chat.py --adapter",
+     "eval.py --adapter ADAPTER --model", "eval.py --adapter ADAPTER --dataset", "merge.py --output-dir m --adapter",
+     "merge.py --output-dir m --adapter ADAPTER --model"],
+)  # fmt: skip
+def test_a_name_with_a_secret_is_refused_without_it(planted, script, adapter_folder, tmp_path, command, name):
+    script_name, *options = command.replace("ADAPTER", str(adapter_folder)).split()
+    done = script(script_name, *options, name, expect=None)
+    assert done.returncode == 2 and "***" in done.stderr and done.stderr.count("\n") == 1
+    assert_nothing_leaks(done, tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistyped_command_line_shows_no_secret(planted, script, tmp_path, name):
+    for options in (["--no-such-option", "--model", name], [name], [f"--modle={name}"], ["--optimizer", name]):
+        assert_nothing_leaks(script("train.py", *options, expect=2), tmp_path)
+
+
+def test_a_secret_in_a_file_of_options(planted, script, tmp_path):
+    for line in (f'model = "{NAMES[0]}"', f'dataset = ["{NAMES[1]}"]', f'epochs = "{NAMES[2]}"', f'"{NAMES[5]}" = 1'):
+        (tmp_path / "o.toml").write_text(line)
+        done = script("train.py", "--demo", "--config", "o.toml", expect=2)
+        (tmp_path / "o.toml").unlink()
+        one_line_error(done, "***")
+        assert_nothing_leaks(done, tmp_path)
+
+
+def test_ordinary_names_carry_no_secret():
+    for name in ("Qwen/Qwen2-0.5B-Instruct", "hf_models/base", "/data/hf_cache/x", "C:\\a\\b", "a@b", "/mnt/me@host/x",
+                 "runs/a:b", "train.jsonl:12: x"):  # fmt: skip
+        assert redacted(name) == name
+        assert Config(model=name).model == name
+
+
+def test_secrets_in_the_package(planted):
+    for name in NAMES:
+        for use in (find_model, lambda n: Config(model=n), lambda n: Config(dataset=("a", n))):
+            with pytest.raises(ValueError, match=r"\*\*\*.*carries a token or password.*HF_TOKEN") as error:
+                use(name)
+            assert not any(s in str(error.value) for s in (TOKEN, OTHER))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Foreign text in messages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10**6, ["y" * 10**5] * 10, {"k" * 10**6: "v" * 10**6}, "\x1b[31m\r\n\0", 1e300]
+)
+def test_shown_is_short_and_printable(value):
+    for text in (shown(value), clipped(value, 120)):
+        assert len(text) <= 120 and text.isprintable()
+
+
+def test_short_texts_are_shown_whole():
+    assert (shown("q_proj"), shown(["a", 1]), clipped(" two\nlines ")) == ("'q_proj'", "['a', 1]", "two lines")
+    assert clipped("x" * 160) == "x" * 160 and clipped("x" * 161) == "x" * 157 + "..."
