@@ -179,7 +179,10 @@ def load_adapter(
     revision = None if model else config.revision
     base = load_base(model or config.base, quantization or config.quantization, precision, device, revision)
     check_base(config, base.fingerprint, folder, base.name)
-    add_lora(base, config.targets, config.rank, config.alpha, config.dropout)
+    try:
+        add_lora(base, config.targets, config.rank, config.alpha, config.dropout)
+    except ValueError as e:
+        raise ValueError(f"adapter '{folder}': {e}") from None
     load_weights(folder, base.model)
     base.model.eval()
     return base

@@ -136,7 +136,7 @@ def ways_to_save(
         of_size = {b: total(batch=b, supervised=-(-supervised * b // batch)) for b in sizes}
         b = next((b for b in sizes if of_size[b] <= available), sizes[-1])
         ways.append((of_size[b], f"--batch-size {b} --grad-accum {rows_per_step // b}", "same steps, but for rounding"))
-    shorter = [n for n in (length * 3 // 4, length // 2, length // 4) if n > 0]
+    shorter = [n for n in (length * 3 // 4, length // 2, length // 4) if n >= min(lengths)]
     if shorter:
         n = next((n for n in shorter if total(length=n) <= available), shorter[-1])
         lost = sum(other > n for other in lengths)

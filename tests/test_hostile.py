@@ -296,6 +296,8 @@ def test_how_many_rows_a_shorter_length_leaves_out():
     base = adapted()
     lines = memory.ways_to_save(base.model, torch.float32, 2, 400, 100, True, True, 2, [400, 301, 300, 5], 2**60)
     assert any(line.endswith("leaves 2 of 4 rows out") for line in lines if "--max-length 300" in line)
+    lines = memory.ways_to_save(base.model, torch.float32, 2, 400, 100, True, True, 2, [400, 390], 2**60)
+    assert not any("--max-length" in line for line in lines)  # no row would be left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +407,7 @@ def test_numbers_that_json_reads_as_infinite(adapter_folder, alpha):
 def test_a_rank_larger_than_the_layer_allocates_nothing(adapter_folder, rank, monkeypatch):
     edit(adapter_folder / CONFIG, r=rank)  # v_proj is 32 x 64
     monkeypatch.setattr(qlora_min.lora.LoRALinear, "__init__", raiser(AssertionError("a layer was made")))
-    with pytest.raises(ValueError, match=r"rank .* is above the smaller dimension of 'model\.layers\.0") as error:
+    with pytest.raises(ValueError, match=r"adapter .*: rank .* is above the smaller dimension of 'model\.layers\.0") as error:
         load_adapter(adapter_folder)
     message_of(error, adapter_folder)
 
