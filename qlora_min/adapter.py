@@ -117,7 +117,7 @@ def read_config(folder: Path) -> AdapterConfig:
     base = field(peft, "base_model_name_or_path", None, _is_name, "the base's hub id or full path, without '..'")
     refuse_secrets(base, f"adapter '{folder}': base_model_name_or_path")
     return AdapterConfig(
-        rank=field(peft, "r", None, lambda v: type(v) is int and v >= 1, "an integer of at least 1"),
+        rank=field(peft, "r", None, lambda v: type(v) is int and 1 <= v < 2**63, "an integer of at least 1"),
         alpha=float(field(peft, "lora_alpha", None, lambda v: _is_number(v) and v > 0, "a number above 0")),
         dropout=float(field(peft, "lora_dropout", 0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")),
         targets=tuple(targets),

@@ -109,7 +109,7 @@ def inject_lora(
         layer = model.get_submodule(name)
         if rank > min(layer.in_features, layer.out_features):
             raise ValueError(
-                f"rank {rank:.6g} is above the smaller dimension of '{name}' ({layer.out_features} x "
+                f"rank {rank} is above the smaller dimension of '{name}' ({layer.out_features} x "
                 f"{layer.in_features}), where the update has no more to learn; lower it"
             )
     model.requires_grad_(False)

@@ -154,7 +154,9 @@ def _check_folder(folder: Path, name: str) -> None:
         )
     layers = [v for k, v in config.items() if re.fullmatch("(num|n)(_hidden)?_layers?", k) and isinstance(v, int)]
     if any(abs(n) > 1000 for n in layers) and max(map(abs, layers)) > len(weight_shapes(folder)):
-        raise ValueError(f"model '{name}': config.json says {max(layers):.3g} layers, more than there are weights")
+        raise ValueError(
+            f"model '{name}': config.json says {clipped(max(layers), 20)} layers, more than there are weights"
+        )
 
 
 def check_links(folder: Path) -> None:
