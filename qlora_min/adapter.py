@@ -51,8 +51,14 @@ class AdapterConfig:
     quantization: str = "nf4"
 
 
-def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig, tokenizer: Any) -> None:
-    """Write the adapter of `model`, its tokenizer and chat template into an existing folder."""
+def save_adapter(
+    folder: Path,
+    model: nn.Module,
+    config: AdapterConfig,
+    tokenizer: Any,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the adapter of `model` (or `weights`, an earlier state of it), tokenizer and template into a folder."""
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -75,7 +81,8 @@ def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig, tokenize
     origin = {k: asdict(config)[k] for k in ("base", "revision", "fingerprint", "quantization")}
     (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
-    tensors = {f"{PEFT_PREFIX}{n}.weight": p.detach().cpu().contiguous() for n, p in lora_parameters(model).items()}
+    weights = weights or lora_parameters(model)
+    tensors = {f"{PEFT_PREFIX}{n}.weight": p.detach().cpu().contiguous() for n, p in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     origin = {"qlora_min": __version__, **origin, "weights_sha256": _sha256(folder / WEIGHTS)}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")

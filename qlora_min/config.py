@@ -141,6 +141,13 @@ class Config:
     eval_every: int | None = _positive(None, "steps between evaluations (default: a quarter of an epoch)")
     patience: int = _positive(3, "stop after N evaluations in a row without improvement")
     log_every: int = _positive(10, "steps between lines in metrics.jsonl")
+    save_every: int | None = _positive(None, "steps between checkpoints (besides those at evaluations)")
+    save_minutes: float = option(
+        5.0,
+        "minutes after which a checkpoint is due (0: none by time)",
+        check=lambda v: v >= 0,
+        expected="a number of at least 0",
+    )
     output_dir: str | None = option(None, "the run directory (default: runs/MODEL-DATASET-TIME)")
     seed: int = option(
         42,

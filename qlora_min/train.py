@@ -1,8 +1,11 @@
 """Training: the loop, in the order a reader expects, and early stopping.
 
     prepare   data -> base in NF4 -> LoRA injected, the rest frozen -> optimizer
-    loop      micro-batches: forward, masked loss, backward -> clip and step -> log -> evaluate and save
+    loop      evaluate and save, where due -> micro-batches: forward, masked loss, backward -> clip and step -> log
     finish    the best adapter back in, samples, curves, and what to do next
+
+The loop begins with what is due at the step where it stands, so that a start, a boundary and a resumed run are one
+case. A disk that fails (full, away) does not end a run: training goes on, and what could not be written waits.
 
 The loss of one optimizer step is (sum of token losses over its micro-batches) / (number of supervised tokens in them).
 The count is known from the data before the first forward, so each micro-batch's sum is divided by it at once, and the
@@ -15,7 +18,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, checkpoint, memory, report
-from .adapter import AdapterConfig, load_weights, read_config, save_adapter
+from .adapter import AdapterConfig, read_config, save_adapter
 from .config import FIELDS, Config, flag
 from .data import (
     Batch,
@@ -58,11 +61,14 @@ from .model import (
     resolve_precision,
 )
 from .optim import PAGED_FROM, Stepper, TrainingError, cosine_with_warmup, make_optimizer
+from .signals import Signals, Stop
 
 MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
 SMALL = 256  # hidden size up to which a second CPU thread costs more than it brings
 SAMPLES = 4  # held-out prompts answered before and after
 SAMPLE_TOKENS = 48
+SAVE_TRIES = 10  # failures to save in a row that end the run
+RETRY_SECONDS = 30.0  # between them
 
 
 @dataclass
@@ -71,7 +77,12 @@ class Progress:
 
     step: int = 0  # optimizer steps behind us, skipped ones included: the position in the data
     tokens: int = 0  # real tokens seen
-    seconds: float = 0.0  # training time, evaluations left out
+    seconds: float = 0.0  # training time, evaluations and saving left out
+    loss_sum: float | torch.Tensor = 0.0  # these four: since the last line in metrics.jsonl
+    supervised: int = 0
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    evaluated: int = -1  # the step last evaluated
     before: dict[str, Any] | None = None  # the evaluation before training
     best: dict[str, Any] | None = None  # the best evaluation so far
     best_step: int = 0
@@ -162,10 +173,22 @@ class Trainer:
         resume: the directory of a run to continue.
 
     Raises:
-        ValueError: an option, the model, the data or the output directory is not usable; nothing has been written.
+        ValueError: an option, the model, the data or the output directory is not usable, or another process trains
+            there; nothing has been written.
     """
 
     def __init__(self, config: Config, resume: Path | None = None):
+        self.lock = checkpoint.Lock(resume) if resume else None  # before anything is read there
+        try:
+            self._prepare(config, resume)
+        except BaseException:
+            if self.lock:
+                self.lock.__exit__()
+            raise
+
+    def _prepare(self, config: Config, resume: Path | None) -> None:
+        if resume:
+            refuse_finished(resume)
         self.device = pick_device()
         self.precision = resolve_precision(config.precision, self.device)
         self.run = resume or output_directory(config)
@@ -209,12 +232,21 @@ class Trainer:
             "precision": self.precision,
             "total_steps": self.total_steps,
             "base": {"name": config.model, "revision": self.base.revision, "fingerprint": self.base.fingerprint},
+            "files": {p.name: f"{len(p.rows)} rows, sha256 {data_hash(p.rows, [])[:16]}" for p in [*train, *held]},
             "data": {"rows": len(self.rows), "held_out": len(self.held), "sha256": data_hash(self.rows, self.held)},
             "versions": versions(),
         }
-        self.restored = bool(resume) and self._restore()
-        if not resume:
+        self.best: dict[str, torch.Tensor] = {}  # the adapter of the best evaluation so far
+        self.saved: tuple[int, int] | None = None  # (step, evaluated) of the newest checkpoint
+        self.adapter_step: int | None = None  # the step whose adapter is in adapter/, as far as we know
+        self.saved_at = time.monotonic()
+        self.failures, self.retry_at = 0, 0.0  # to save, in a row
+        if resume:
+            self._restore()
+        else:
             self.run.mkdir(parents=True, exist_ok=True)
+            self.lock = checkpoint.Lock(self.run)
+            output_directory(self.config)  # another process may have begun there while we loaded
             checkpoint.write_json(self.run / "config.json", self.record)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -222,15 +254,34 @@ class Trainer:
     # -----------------------------------------------------------------------------------------------------------------
 
     def train(self) -> Progress:
-        """Run to the end, or to the early stop; returns where it ended."""
+        """Run to the end, or to the early stop; returns where it ended.
+
+        Raises:
+            TrainingError: it can't go on, or nothing can be saved; the message says what is safe.
+            SystemExit: SIGINT or SIGTERM came, and the run was saved; the code is 128 + the signal's number.
+        """
         p, c = self.progress, self.config
         print(self.describe(), flush=True)
-        if not self.restored:
-            self._evaluate_and_save()
-        window_loss, window_supervised, window_tokens, window_start = 0.0, 0, 0, time.perf_counter()
+        advice = f"continue with: python scripts/train.py --resume {shlex.quote(str(self.run))}"
         bar = tqdm(total=self.total_steps, initial=p.step, unit="step", dynamic_ncols=True, disable=None)
-        with bar:
-            while p.step < self.total_steps and not p.stopped_early:
+        with self.lock, Signals(advice) as self.signals, bar:
+            self.clock = time.perf_counter()
+            while True:
+                # Evaluate and save, where due.
+                if self._evaluation_due():
+                    self._evaluate()
+                stop = self.signals.received is not None
+                if stop or self._finished():
+                    while not self._save():
+                        time.sleep(RETRY_SECONDS)
+                elif self._save_due():
+                    self._save()
+                if stop:
+                    say(f"saved step {p.step}")
+                    raise Stop
+                if self._finished():
+                    return self._finish()
+
                 # The rows of this step, and how many tokens of them are supervised.
                 batches, where = self.step_batches(p.step)
                 supervised = sum(b.n_supervised for b in batches)
@@ -241,7 +292,7 @@ class Trainer:
                     for batch in batches:
                         loss = self.loss(batch.to(self.device))
                         self.stepper.backward(loss / supervised)
-                        window_loss = window_loss + loss.detach()
+                        p.loss_sum = p.loss_sum + loss.detach()
 
                     # Clip and step.
                     grad_norm, taken = self.stepper.step()
@@ -258,22 +309,13 @@ class Trainer:
                     say(f"step {p.step}: skipped, a gradient is not finite")
 
                 # Log.
-                window_supervised += supervised
-                window_tokens += sum(int(b.lengths.sum()) for b in batches)
-                save_due = p.step % c.eval_every == 0 or p.step == self.total_steps
-                if p.step % c.log_every == 0 or save_due:
-                    mean = float(window_loss) / window_supervised  # waits for the device: all of the window is timed
-                    seconds = time.perf_counter() - window_start
-                    p.tokens, p.seconds = p.tokens + window_tokens, p.seconds + seconds
-                    self._log(mean, lr, grad_norm, window_tokens / seconds, bar)
-                    window_loss, window_supervised, window_tokens, window_start = 0.0, 0, 0, time.perf_counter()
+                tokens = sum(int(b.lengths.sum()) for b in batches)
+                p.supervised, p.tokens, p.window_tokens = (
+                    p.supervised + supervised, p.tokens + tokens, p.window_tokens + tokens,
+                )  # fmt: skip
+                if p.step % c.log_every == 0 or self._evaluation_due():
+                    self._log(lr, grad_norm, bar)
                 bar.update()
-
-                # Evaluate and save.
-                if save_due:
-                    self._evaluate_and_save()
-                    window_start = time.perf_counter()
-        return self._finish()
 
     def step_batches(self, step: int) -> tuple[list[Batch], list[str]]:
         """The micro-batches of an optimizer step (0-based), and where their rows stand."""
@@ -301,25 +343,52 @@ class Trainer:
             )
         self.initial = {}
 
-    def _log(self, loss: float, lr: float, grad_norm: float, tokens_per_second: float, bar: tqdm) -> None:
+    def _count_time(self) -> None:
+        """Add the time since the clock was last read, when all that was computed in it is done."""
         p = self.progress
+        p.loss_sum = float(p.loss_sum)  # waits for the device; fp32 -> double -> fp32 changes nothing
+        now = time.perf_counter()
+        p.seconds, p.window_seconds, self.clock = p.seconds + now - self.clock, p.window_seconds + now - self.clock, now
+
+    def _log(self, lr: float, grad_norm: float, bar: tqdm) -> None:
+        self._count_time()
+        p = self.progress
+        loss, tokens_per_second = p.loss_sum / p.supervised, p.window_tokens / p.window_seconds
         peak = memory.peak_gib(self.device)
         self.metrics.write(
             "train", step=p.step, epoch=p.step / self.steps_per_epoch, loss=loss, lr=lr, grad_norm=grad_norm,
             skipped=self.stepper.skipped, tokens_per_second=round(tokens_per_second, 1), peak_memory_gib=round(peak, 3),
             seconds=round(p.seconds, 2),
         )  # fmt: skip
+        if not self.failures:  # or else the next save writes it
+            self._write(self.metrics.flush)
         bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tok/s, {peak:.2f} GiB")
+        p.loss_sum, p.supervised, p.window_tokens, p.window_seconds = 0.0, 0, 0, 0.0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluating, saving, resuming
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _evaluate_and_save(self) -> None:
-        """Evaluate on the held-out rows, if any; keep the adapter if it is the best so far; write a checkpoint."""
+    def _finished(self) -> bool:
+        return self.progress.step == self.total_steps or self.progress.stopped_early
+
+    def _evaluation_due(self) -> bool:
         p = self.progress
+        return p.evaluated != p.step and (p.step % self.config.eval_every == 0 or p.step == self.total_steps)
+
+    def _evaluate(self) -> None:
+        """Evaluate on the held-out rows, if any; remember the adapter if it is the best so far.
+
+        A signal abandons it without a trace: a resumed run does it again.
+        """
+        p = self.progress
+        improved = True
         if self.held:
-            result = self.evaluate()
+            try:
+                with self.signals.abandonable():
+                    result = self.evaluate()
+            except Stop:
+                return
             line = f"step {p.step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}"
             if result.option_accuracy is not None:
                 line += f", option accuracy {result.option_accuracy:.1%} (chance {result.chance:.1%})"
@@ -327,7 +396,7 @@ class Trainer:
                 p.before = result.as_dict()
             improved = p.best is None or result.loss < p.best["loss"] or math.isnan(p.best["loss"])
             if improved:
-                p.best, p.best_step, p.bad_evaluations = result.as_dict(), p.step, 0
+                p.best, p.bad_evaluations = result.as_dict(), 0
             else:
                 p.bad_evaluations += 1
                 p.stopped_early = p.bad_evaluations >= self.config.patience
@@ -337,18 +406,11 @@ class Trainer:
                 perplexity=result.perplexity, token_accuracy=result.token_accuracy,
                 option_accuracy=result.option_accuracy,
             )  # fmt: skip
-        else:
-            improved, p.best_step = True, p.step
         if improved:
-            self._save_adapter()
-        state = {
-            "progress": asdict(p),
-            "adapter": {n: w.detach() for n, w in self.trained.items()},
-            "stepper": self.stepper.state_dict(),
-            "rng": checkpoint.rng_state(),
-            "metrics_bytes": self.metrics.size(),
-        }
-        checkpoint.save_checkpoint(self.run, p.step, state, keep={p.best_step})
+            p.best_step = p.step
+            self.best = {n: w.detach().cpu().clone() for n, w in self.trained.items()}
+        p.evaluated = p.step
+        self.clock = time.perf_counter()
 
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out rows, with a bar."""
@@ -357,29 +419,90 @@ class Trainer:
         except MemoryError as e:
             raise TrainingError(f"{e}\n{self._saved()}") from None
 
-    def _save_adapter(self) -> None:
+    def _save_due(self) -> bool:
+        p, c = self.progress, self.config
+        if self.failures:
+            return time.monotonic() >= self.retry_at
+        if self.saved == (p.step, p.evaluated):
+            return False
+        by_step = c.save_every is not None and p.step % c.save_every == 0
+        by_time = c.save_minutes > 0 and time.monotonic() - self.saved_at >= 60 * c.save_minutes
+        return p.evaluated == p.step or by_step or by_time
+
+    def _save(self) -> bool:
+        """Bring the run's directory up to this step; False where that failed."""
+        self._count_time()
+        done = self._write(self._write_all)
+        self.clock = time.perf_counter()
+        return done
+
+    def _write(self, action: Callable[[], None]) -> bool:
+        """Write to the run's directory; a failure is a warning, and the run goes on.
+
+        Raises:
+            TrainingError: it failed for the 10th time in a row.
+        """
+        try:
+            (self.run / "config.json").stat()  # where a drive dropped out, a local folder may stand in its place
+            action()
+        except OSError as e:
+            self.failures += 1
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+            what = f"step {self.progress.step}: '{self.run}' can't be written to ({e})"
+            if self.failures >= SAVE_TRIES:
+                raise TrainingError(f"{what}, {SAVE_TRIES} times in a row; {self._last_good()}") from None
+            say(f"warning: {what}; next try in {RETRY_SECONDS:.0f} s ({self.failures} of {SAVE_TRIES} failed)")
+            return False
+        return True
+
+    def _write_all(self) -> None:
+        """What is not on disk yet: metrics first, which a checkpoint refers to, and the adapter of the best last."""
+        p = self.progress
+        checkpoint.clean(self.run)
+        self.metrics.flush()
+        if self.saved != (p.step, p.evaluated):
+            checkpoint.save_checkpoint(self.run, p.step, self._state(), keep={p.best_step})
+            self.saved, self.saved_at = (p.step, p.evaluated), time.monotonic()
+        if self.best and self.adapter_step != p.best_step:
+            with checkpoint.atomic_folder(self.run / "adapter") as folder:
+                save_adapter(folder, self.model, self._described(), self.base.encoder.tokenizer, self.best)
+            self.adapter_step = p.best_step
+        if self.failures:
+            say(f"step {p.step}: saved again, after {self.failures} failures")
+            self.failures = 0
+
+    def _state(self) -> dict[str, Any]:
+        """All that resuming needs."""
+        return {
+            "progress": asdict(self.progress),
+            "adapter": {n: w.detach() for n, w in self.trained.items()},
+            "best_adapter": self.best,  # adapter/ can be made again from any one checkpoint
+            "stepper": self.stepper.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "metrics_bytes": self.metrics.size,
+        }
+
+    def _described(self) -> AdapterConfig:
         c = self.config
         local = Path(c.model)  # a folder is named in full, so that the adapter finds it from anywhere
         base = str(local.resolve()) if local.is_dir() else c.model
-        described = AdapterConfig(
+        return AdapterConfig(
             c.rank, c.alpha, c.dropout, c.targets, base, self.base.revision, self.base.fingerprint, c.quantization
         )
-        with checkpoint.atomic_folder(self.run / "adapter") as folder:
-            save_adapter(folder, self.model, described, self.base.encoder.tokenizer)
 
-    def _restore(self) -> bool:
-        """Continue from the newest good checkpoint; False where there is none yet.
+    def _restore(self) -> None:
+        """Continue from the newest good checkpoint, or from the beginning where there is none yet.
 
         Raises:
-            ValueError: the data, the base or the precision is not what it was; the message names it.
+            ValueError: the data, the base or the precision is not what it was, which the message names; or no
+                checkpoint is good.
         """
         recorded = checkpoint.read_record(self.run)
-        for what in ("base", "data"):
-            for key, value in recorded[what].items():
-                if self.record[what][key] != value:
-                    raise ValueError(
-                        f"--resume {self.run}: the {what} has changed: {key} was {value}, now {self.record[what][key]}"
-                    )
+        for what in ("base", "files", "data"):
+            for key in recorded[what] | self.record[what]:
+                then, now = recorded[what].get(key), self.record[what].get(key)
+                if then != now:
+                    raise ValueError(f"--resume {self.run}: the {what} changed: {key} was {then}, now {now}")
         if self.record["precision"] != recorded["precision"]:
             raise ValueError(
                 f"--resume {self.run}: it was trained in {recorded['precision']}, here --precision auto is "
@@ -394,19 +517,27 @@ class Trainer:
         checkpoint.clean(self.run)
         found = checkpoint.newest_checkpoint(self.run)
         if found is None:
+            if (self.run / "adapter").exists():  # the best of a run whose checkpoints are lost
+                raise ValueError(
+                    f"--resume {self.run}: none of its checkpoints is good, and beginning again would overwrite its "
+                    "adapter/; start a new run, without --resume"
+                )
             print(f"no checkpoint in {self.run}: starting from the beginning")
             self.metrics.cut(0)
-            return False
-        _, state = found
+            return
+        step, state = found
+        expected = self._state()
+        if state.keys() != expected.keys() or state["progress"].keys() != expected["progress"].keys():
+            raise ValueError(f"--resume {self.run}: step-{step} is of another version of qlora_min; resume with that")
         with torch.no_grad():
             for name, weight in self.trained.items():
                 weight.copy_(state["adapter"][name])
         assert all(w.dtype == torch.float32 for w in self.trained.values())
         self.stepper.load_state_dict(state["stepper"])
-        self.progress = Progress(**state["progress"])
+        self.progress, self.best = Progress(**state["progress"]), state["best_adapter"]
+        self.saved = (step, self.progress.evaluated)
         self.metrics.cut(state["metrics_bytes"])
         checkpoint.set_rng_state(state["rng"])
-        return True
 
     # -----------------------------------------------------------------------------------------------------------------
     # The beginning and the end
@@ -447,13 +578,9 @@ class Trainer:
         lines.append(f"writes to   {self.run}")
         return "\n".join(lines)
 
-    def _last_checkpoint(self) -> str:
-        saved = checkpoint.checkpoint_steps(self.run)
-        return f"last good checkpoint: {self.run / 'checkpoints' / f'step-{saved[-1]}' if saved else 'none'}"
-
     def _saved(self) -> str:
         return (
-            f"  {self._last_checkpoint()}; if other programs held the memory, go on with: python scripts/train.py "
+            f"  {self._last_good()}; if other programs held the memory, go on with: python scripts/train.py "
             f"--resume {shlex.quote(str(self.run))}\n  --resume keeps a run's options: with others, start a new run"
         )
 
@@ -476,16 +603,24 @@ class Trainer:
     def _explain(self, error: TrainingError, where: list[str]) -> str:
         return (
             f"{error}, the last at step {self.progress.step + 1} with rows {', '.join(where[:8])}; "
-            f"{self._last_checkpoint()}. "
-            f"Lower --learning-rate, look at those rows, or use --precision bf16 or fp32"
+            f"{self._last_good()}. Lower --learning-rate, look at those rows, or use --precision bf16 or fp32"
         )
+
+    def _last_good(self) -> str:
+        return f"last good checkpoint: {self.run / 'checkpoints' / f'step-{self.saved[0]}' if self.saved else 'none'}"
 
     def _finish(self) -> Progress:
         """The best adapter back into the model, samples, curves, and what to do next."""
         p = self.progress
-        load_weights(self.run / "adapter", self.model)
-        self._write_samples()
-        note = report.draw_curves(checkpoint.read_metrics(self.run), self.run / "curves.png")
+        with torch.no_grad():
+            for name, weight in self.trained.items():
+                weight.copy_(self.best[name])
+        with self.signals.abandonable():
+            try:
+                self._write_samples()
+                note = report.draw_curves(checkpoint.read_metrics(self.run), self.run / "curves.png")
+            except OSError as e:  # the run is saved: these two are worth a warning
+                note = f"warning: no samples or curves ({e})"
         speed = p.tokens / p.seconds if p.seconds else 0.0
         skipped = f", {self.stepper.skipped} steps skipped" if self.stepper.skipped else ""
         lines = [f"done: {p.step:,} steps in {p.seconds:.0f} s of training, {speed:,.0f} tokens/s{skipped}"]
@@ -502,7 +637,6 @@ class Trainer:
         adapter = shlex.quote(str(self.run / "adapter"))
         lines.append(f"next: python scripts/eval.py --adapter {adapter}")
         lines.append(f"      python scripts/chat.py --adapter {adapter} --compare")
-        print("\n".join(lines), flush=True)
         self.metrics.write(
             "end",
             step=p.step,
@@ -515,6 +649,9 @@ class Trainer:
             tokens_per_second=round(speed, 1),
             peak_memory_gib=round(memory.peak_gib(self.device), 3),
         )
+        while not self._write(self.metrics.flush):
+            time.sleep(RETRY_SECONDS)
+        print("\n".join(lines), flush=True)
         return p
 
     def _write_samples(self) -> None:
@@ -559,9 +696,15 @@ def output_directory(config: Config) -> Path:
             f"--output-dir {run}: holds an unfinished run, which is never overwritten; "
             f"continue it with --resume {shlex.quote(str(run))}, or choose another"
         )
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - checkpoint.BEFORE_A_RUN):
         raise ValueError(f"--output-dir {run}: exists and is not an empty directory; choose another")
     return run
+
+
+def refuse_finished(run: Path) -> None:
+    """Raises ValueError where a run came to its end."""
+    if checkpoint.is_finished(run):
+        raise ValueError(f"--resume {run}: that run is finished; start a new one without --resume")
 
 
 def resume_config(directory: str, given: dict[str, Any]) -> tuple[Config, Path]:
@@ -575,8 +718,7 @@ def resume_config(directory: str, given: dict[str, Any]) -> tuple[Config, Path]:
     """
     run = Path(directory) if directory else checkpoint.newest_unfinished(Path("runs"))
     record = checkpoint.read_record(run)
-    if checkpoint.is_finished(run):
-        raise ValueError(f"--resume {run}: that run is finished; start a new one without --resume")
+    refuse_finished(run)
     config = Config.from_dict(record["options"], str(run / "config.json"))
     for name, value in given.items():
         if name in FIELDS and name != "output_dir" and getattr(config, name) != value:

@@ -6,13 +6,14 @@ python scripts/train.py --model DIR --dataset FILE.jsonl your own
 python scripts/train.py --resume                         continue the newest unfinished run
 """
 
-import shlex
+import signal
 import sys
 
 from qlora_min.config import Config, Parser, add_options, given_options, positive, read_toml, run_script
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # while loading; training has its own
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line wins")
     parser.add_argument("--demo", action="store_true", help="train the embedded demo: no network, no GPU, a minute")
@@ -39,12 +40,6 @@ def main() -> int:
     except TrainingError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; continue with: python scripts/train.py --resume {shlex.quote(str(trainer.run))}",
-            file=sys.stderr,
-        )
-        return 130
     return 0
 
 

@@ -1,0 +1,266 @@
+"""A stopped run goes on as if it never had: bit for bit, wherever it was stopped and by what."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_same
+from test_training import conversations, last_checkpoint, make, on_the_cpu, saved_adapter, weights  # noqa: F401
+
+import qlora_min.train
+from qlora_min import checkpoint
+from qlora_min.evaluate import Evaluation
+from qlora_min.optim import TrainingError
+from qlora_min.train import Progress, Trainer, resume_config
+
+CLOCK = {"seconds", "window_seconds", "tokens_per_second", "peak_memory_gib"}
+STEPS = 20
+OPTIONS = {
+    "rows": 7,  # 4 steps an epoch, the last of one row
+    "batch_size": 1,
+    "learning_rate": 2e-2,
+    "held": 4,
+    "epochs": 5,
+    "precision": "fp16",
+    "rank": 64,  # the larger tensors have 8-bit state
+    "alpha": 96.0,
+    "eval_every": 3,
+    "log_every": 4,  # lines in metrics and checkpoints fall apart
+    "save_every": 1,
+    "patience": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def gets_worse(monkeypatch):
+    """The held-out loss rises at last, so that early stopping has something to count."""
+    evaluate = Trainer.evaluate
+
+    def worse(self):
+        result = evaluate(self)
+        return replace(result, loss=result.loss + 9) if self.progress.step > 12 else result
+
+    monkeypatch.setattr(Trainer, "evaluate", worse)
+
+
+def hard(trainer: Trainer, also=lambda trainer: None) -> Trainer:
+    """Make a run depend on all that a checkpoint must hold: a scale that moves, a skipped step, every random number."""
+    trainer.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=4)
+    step, names = trainer.stepper.step, list(trainer.trained)
+
+    def wrapped():
+        if trainer.progress.step == 5:
+            trainer.trained[names[-1]].grad[0, 0] = float("inf")
+        trainer.trained[names[0]].grad.mul_(1 + random.random() * np.random.rand())
+        also(trainer)
+        return step()
+
+    trainer.stepper.step = wrapped
+    return trainer
+
+
+def resume(run: Path, monkeypatch) -> Trainer:
+    """As another process would: it knows nothing of this one's random numbers."""
+    random.seed(999), np.random.seed(999), torch.manual_seed(999)
+    config, run = resume_config(str(run), {})
+    with monkeypatch.context() as m:  # `hard` has to come before the checkpoint's state
+        restore = Trainer._restore
+        m.setattr(Trainer, "_restore", lambda self: restore(hard(self)))
+        return Trainer(config, resume=run)
+
+
+def plain(state: dict) -> dict:
+    """A checkpoint's state without times, and what depends on the length of their digits."""
+    progress = {k: v for k, v in state["progress"].items() if k not in CLOCK}
+    return {**state, "progress": progress, "metrics_bytes": None}
+
+
+def outcome(run: Path) -> dict:
+    """All that a run leaves, apart from times and memory."""
+    events = [{k: v for k, v in e.items() if k not in CLOCK} for e in checkpoint.read_metrics(run)]
+    best = run / "checkpoints" / f"step-{events[-1]['best_step']}"
+    return {
+        "events": events,
+        "state": plain(last_checkpoint(run)),
+        "best": plain(checkpoint.load_checkpoint(best)),
+        "adapter": saved_adapter(run),
+        "samples": (run / "samples.jsonl").read_text(),
+    }
+
+
+@pytest.fixture
+def snapshots(make, tmp_path, monkeypatch):  # noqa: F811
+    """(outcome of a whole run, {step: its directory as a kill just after that step's checkpoint leaves it})."""
+    save, found = checkpoint.save_checkpoint, {}
+
+    def keep(run, step, *args, **kwargs):
+        save(run, step, *args, **kwargs)
+        found[step] = Path(shutil.copytree(run, tmp_path / f"killed-{step}"))
+
+    trainer = hard(make("whole", **OPTIONS))
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "save_checkpoint", keep)
+        trainer.train()
+    result = outcome(trainer.run)
+    assert list(found) == list(range(STEPS + 1))
+    train = [e for e in result["events"] if e["event"] == "train"]
+    assert [e["step"] for e in train] == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
+    assert train[-1]["skipped"] >= 1
+    assert result["events"][-1]["best_step"] == 12
+    assert result["state"]["progress"]["bad_evaluations"] == 3 and trainer.progress.stopped_early
+    assert result["state"]["stepper"]["scaler"]["scale"] not in (128.0, 65536.0)
+    return result, found
+
+
+SOME = [1, 6, 13, 19]  # between lines, after the skipped step, ahead of the second epoch's end, the last
+
+
+@pytest.mark.parametrize("steps", [SOME, pytest.param(range(1, STEPS), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_killed_after_any_step(snapshots, monkeypatch, steps):
+    whole, found = snapshots
+    for step in steps:
+        resumed = resume(found[step], monkeypatch)
+        assert resumed.progress.step == step
+        resumed.train()
+        assert_same(outcome(resumed.run), whole, f"killed after step {step}")
+
+
+@pytest.mark.parametrize("steps", [[7, 12], pytest.param(range(1, STEPS), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_signal_at_any_step(make, monkeypatch, capsys, steps):  # noqa: F811
+    """It stops after the step; an evaluation that is due there is left to the resumed run."""
+    options = {**OPTIONS, "save_every": None}
+    whole = hard(make("whole", **options))
+    whole.train()
+    for at in steps:
+        number = (signal.SIGTERM, signal.SIGINT)[at % 2]
+        before = signal.getsignal(number)
+
+        def send(trainer, at=at, number=number):
+            if trainer.progress.step == at - 1:
+                os.kill(os.getpid(), number)
+
+        stopped = hard(make(f"at {at}", **options), send)
+        with pytest.raises(SystemExit) as end:
+            stopped.train()
+        assert end.value.code == 128 + number
+        assert signal.getsignal(number) is before
+        assert f"--resume '{stopped.run}'" in capsys.readouterr().err
+        state = last_checkpoint(stopped.run)["progress"]
+        assert (state["step"], state["evaluated"]) == (at, (at - 1) // 3 * 3)
+        resumed = resume(stopped.run, monkeypatch)
+        resumed.train()
+        assert_same(outcome(resumed.run), outcome(whole.run), f"stopped after step {at}")
+
+
+@pytest.mark.parametrize("where", ["first evaluation", "evaluation", "samples"])
+def test_a_signal_while_nothing_can_be_lost_ends_it_at_once(make, monkeypatch, where):  # noqa: F811
+    """An evaluation leaves no trace, and the samples are written by the resumed run."""
+    options = {**OPTIONS, "save_every": None, "max_steps": 6, "precision": "fp32"}
+    whole = hard(make("whole", **options))
+    whole.train()
+    name, at = {"first evaluation": ("evaluate", 0), "evaluation": ("evaluate", 3), "samples": ("_write_samples", 6)}[where]
+    with monkeypatch.context() as m:
+        inner = getattr(Trainer, name)
+
+        def interrupted(self):
+            result = inner(self)
+            if self.progress.step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+                raise AssertionError("not abandoned")
+            return result
+
+        m.setattr(Trainer, name, interrupted)
+        stopped = hard(make("stopped", **options))
+        with pytest.raises(SystemExit, match="143"):
+            stopped.train()
+    assert last_checkpoint(stopped.run)["progress"]["step"] == at
+    assert sum(e["event"] == "eval" for e in checkpoint.read_metrics(stopped.run)) == {0: 0, 3: 1, 6: 3}[at]
+    assert not checkpoint.is_finished(stopped.run)
+    resumed = resume(stopped.run, monkeypatch)
+    resumed.train()
+    assert_same(outcome(resumed.run), outcome(whole.run))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything is in a checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parts(state: dict, path: tuple = ()):
+    """The paths of all that a checkpoint holds: down to a parameter's optimizer state, and to one random generator."""
+    for key, value in state.items():
+        if isinstance(value, dict) and value and key not in ("before", "best"):
+            yield from parts(value, (*path, key))
+        else:
+            yield *path, key
+
+
+def at(state: dict, path: tuple):
+    for key in path:
+        state = state[key]
+    return state
+
+
+# The same in every run: what never changes, and clocks of a fresh start.
+CONSTANT = {"growth_factor", "backoff_factor", "growth_interval", "qmap1", "qmap2", "param_groups"}
+
+
+def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make, monkeypatch):  # noqa: F811
+    """What a resumed run would save at once is what was saved; and each part differs from a fresh run's."""
+    _, found = snapshots
+    fresh = hard(make("fresh", **OPTIONS))._state()
+    newest, (step, state) = checkpoint.newest_checkpoint, checkpoint.newest_checkpoint(found[17])
+    state["progress"] |= {"stopped_early": True}  # these two are as in a fresh run at step 17
+    state["stepper"]["skipped_in_a_row"] = 1
+    monkeypatch.setattr(checkpoint, "newest_checkpoint", lambda run: (step, state))
+    resumed = resume(found[17], monkeypatch)
+    assert_same(resumed._state(), state)
+
+    paths = list(parts(state))
+    assert {p[:2] for p in paths} >= {("rng", "python"), ("rng", "numpy"), ("rng", "torch"), ("progress", "loss_sum")}
+    assert ("stepper", "optimizer", "state", 0, "absmax1") in paths
+    for path in paths:
+        if CONSTANT & set(path) or path == ("rng", "cuda") or path[-1] == "before":
+            continue
+        try:
+            same_as_fresh = at(fresh, path)
+        except KeyError:
+            continue
+        with pytest.raises(AssertionError):
+            assert_same(at(state, path), same_as_fresh)
+
+    checked = set()
+    for path in paths:
+        short = path[:3] if path[0] == "stepper" else path[:2]
+        if short in checked or path[-2:-1] == ("scaler",) or path == ("rng", "cuda"):
+            continue
+        checked.add(short)
+        parent, key = at(state, path[:-1]), path[-1]
+        value = parent.pop(key)
+        with pytest.raises((ValueError, KeyError, AssertionError, RuntimeError, IndexError)):
+            resumed._restore()
+            assert_same(resumed._state(), state)
+        parent[key] = value
+    resumed._restore()
+    monkeypatch.setattr(checkpoint, "newest_checkpoint", newest)
+
+
+def test_the_gpus_random_numbers_are_saved(monkeypatch):
+    """Without a GPU here: that they are asked for, and put back."""
+    put = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
+    checkpoint.set_rng_state(checkpoint.rng_state())
+    assert [p.tolist() for p in put] == [[7]]
