@@ -206,7 +206,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: set[int])
             (new / name).write_bytes(content)
         (new / MANIFEST).write_bytes(_manifest({n: hashlib.sha256(c).hexdigest() for n, c in files.items()}))
     try:
-        for old in set(checkpoint_steps(run)[:-2]) - keep - {step}:
+        for old in sorted(set(checkpoint_steps(run)[:-2]) - keep - {step}):
             gone = folder.with_name(f".step-{old}.gone")
             folder.with_name(f"step-{old}").rename(gone)  # a half-removed folder must not bear a checkpoint's name
             shutil.rmtree(gone, ignore_errors=True)

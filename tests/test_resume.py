@@ -1,12 +1,10 @@
 """A stopped run goes on as if it never had: bit for bit, wherever it was stopped and by what."""
 
-import json
+import copy
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same
+from conftest import assert_same
 from test_training import conversations, last_checkpoint, make, on_the_cpu, saved_adapter, weights  # noqa: F401
 
-import qlora_min.train
 from qlora_min import checkpoint
-from qlora_min.evaluate import Evaluation
-from qlora_min.optim import TrainingError
-from qlora_min.train import Progress, Trainer, resume_config
+from qlora_min.train import Trainer, resume_config
 
 CLOCK = {"seconds", "window_seconds", "tokens_per_second", "peak_memory_gib"}
 STEPS = 20
@@ -85,16 +80,16 @@ def plain(state: dict) -> dict:
     return {**state, "progress": progress, "metrics_bytes": None}
 
 
-def outcome(run: Path) -> dict:
-    """All that a run leaves, apart from times and memory."""
+def outcome(run: Path, all_of_it: bool = True) -> dict:
+    """All that a run leaves, apart from times and memory; or what it leaves also if some saves failed."""
     events = [{k: v for k, v in e.items() if k not in CLOCK} for e in checkpoint.read_metrics(run)]
     best = run / "checkpoints" / f"step-{events[-1]['best_step']}"
     return {
         "events": events,
         "state": plain(last_checkpoint(run)),
-        "best": plain(checkpoint.load_checkpoint(best)),
+        "best": plain(checkpoint.load_checkpoint(best)) if all_of_it else None,
         "adapter": saved_adapter(run),
-        "samples": (run / "samples.jsonl").read_text(),
+        "samples": (run / "samples.jsonl").read_text() if all_of_it else None,
     }
 
 
@@ -122,7 +117,7 @@ def snapshots(make, tmp_path, monkeypatch):  # noqa: F811
     return result, found
 
 
-SOME = [1, 6, 13, 19]  # between lines, after the skipped step, ahead of the second epoch's end, the last
+SOME = [6, 13, 19]  # after the skipped step; between two lines; after evaluations without improvement
 
 
 @pytest.mark.parametrize("steps", [SOME, pytest.param(range(1, STEPS), marks=pytest.mark.slow)], ids=["some", "all"])
@@ -138,7 +133,7 @@ def test_killed_after_any_step(snapshots, monkeypatch, steps):
 @pytest.mark.parametrize("steps", [[7, 12], pytest.param(range(1, STEPS), marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_signal_at_any_step(make, monkeypatch, capsys, steps):  # noqa: F811
     """It stops after the step; an evaluation that is due there is left to the resumed run."""
-    options = {**OPTIONS, "save_every": None}
+    options = {**OPTIONS, "save_every": None, "precision": "fp32"}
     whole = hard(make("whole", **options))
     whole.train()
     for at in steps:
@@ -168,7 +163,9 @@ def test_a_signal_while_nothing_can_be_lost_ends_it_at_once(make, monkeypatch, w
     options = {**OPTIONS, "save_every": None, "max_steps": 6, "precision": "fp32"}
     whole = hard(make("whole", **options))
     whole.train()
-    name, at = {"first evaluation": ("evaluate", 0), "evaluation": ("evaluate", 3), "samples": ("_write_samples", 6)}[where]
+    name, at = {"first evaluation": ("evaluate", 0), "evaluation": ("evaluate", 3), "samples": ("_write_samples", 6)}[
+        where
+    ]
     with monkeypatch.context() as m:
         inner = getattr(Trainer, name)
 
@@ -220,16 +217,16 @@ def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make,
     """What a resumed run would save at once is what was saved; and each part differs from a fresh run's."""
     _, found = snapshots
     fresh = hard(make("fresh", **OPTIONS))._state()
-    newest, (step, state) = checkpoint.newest_checkpoint, checkpoint.newest_checkpoint(found[17])
+    step, state = checkpoint.newest_checkpoint(found[17])
     state["progress"] |= {"stopped_early": True}  # these two are as in a fresh run at step 17
     state["stepper"]["skipped_in_a_row"] = 1
-    monkeypatch.setattr(checkpoint, "newest_checkpoint", lambda run: (step, state))
+    monkeypatch.setattr(checkpoint, "newest_checkpoint", lambda run: (step, copy.deepcopy(state)))
     resumed = resume(found[17], monkeypatch)
     assert_same(resumed._state(), state)
 
     paths = list(parts(state))
     assert {p[:2] for p in paths} >= {("rng", "python"), ("rng", "numpy"), ("rng", "torch"), ("progress", "loss_sum")}
-    assert ("stepper", "optimizer", "state", 0, "absmax1") in paths
+    assert sum(p[-1] == "absmax1" for p in paths) >= 8  # 8-bit state
     for path in paths:
         if CONSTANT & set(path) or path == ("rng", "cuda") or path[-1] == "before":
             continue
@@ -237,23 +234,26 @@ def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make,
             same_as_fresh = at(fresh, path)
         except KeyError:
             continue
-        with pytest.raises(AssertionError):
-            assert_same(at(state, path), same_as_fresh)
+        with pytest.raises((AssertionError, AttributeError)):
+            assert_same(at(state, path), same_as_fresh, path)
 
-    checked = set()
-    for path in paths:
-        short = path[:3] if path[0] == "stepper" else path[:2]
-        if short in checked or path[-2:-1] == ("scaler",) or path == ("rng", "cuda"):
+    first = str(next(iter(state["adapter"])))
+    for path in paths:  # of the many tensors, one parameter's
+        if (
+            path == ("rng", "cuda")
+            or ("state" in path and 0 not in path)
+            or ("adapter" in path[0] and path[1] != first)
+        ):
             continue
-        checked.add(short)
         parent, key = at(state, path[:-1]), path[-1]
         value = parent.pop(key)
-        with pytest.raises((ValueError, KeyError, AssertionError, RuntimeError, IndexError)):
+        with pytest.raises((ValueError, KeyError, AssertionError)):
             resumed._restore()
+            parent[key] = value
             assert_same(resumed._state(), state)
         parent[key] = value
     resumed._restore()
-    monkeypatch.setattr(checkpoint, "newest_checkpoint", newest)
+    assert_same(resumed._state(), state)  # whole again, so it was not for another reason
 
 
 def test_the_gpus_random_numbers_are_saved(monkeypatch):

@@ -22,7 +22,7 @@ from qlora_min.evaluate import Evaluation
 from qlora_min.lora import inject_lora, lora_layers, lora_parameters
 from qlora_min.model import add_lora, load_base
 from qlora_min.optim import TrainingError
-from qlora_min.train import Trainer, resume_config
+from qlora_min.train import Trainer
 
 CPU = torch.device("cpu")
 
