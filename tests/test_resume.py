@@ -3,8 +3,12 @@
 import copy
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same
-from test_training import conversations, last_checkpoint, make, on_the_cpu, saved_adapter, weights  # noqa: F401
+from conftest import ROOT, assert_same
+from test_training import last_checkpoint, make, on_the_cpu, saved_adapter  # noqa: F401
 
+import qlora_min.train
 from qlora_min import checkpoint
+from qlora_min.optim import TrainingError
 from qlora_min.train import Trainer, resume_config
 
 CLOCK = {"seconds", "window_seconds", "tokens_per_second", "peak_memory_gib"}
@@ -264,3 +270,139 @@ def test_the_gpus_random_numbers_are_saved(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
     checkpoint.set_rng_state(checkpoint.rng_state())
     assert [p.tolist() for p in put] == [[7]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEMO = [
+    "--demo",
+    "--max-steps",
+    "40",
+    "--eval-every",
+    "10",
+    "--log-every",
+    "7",
+    "--limit",
+    "1600",
+    "--eval-limit",
+    "20",
+]
+
+
+def start(tmp_path: Path, *options: str, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *DEMO, *options]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def wait_for(what, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_to_the_script(tmp_path, script, number):
+    """It saves and exits with 128 + its number; the command that it prints goes on, with --demo beside it too."""
+    process = start(tmp_path, "--output-dir", "my run")
+    metrics = tmp_path / "my run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"step": 14' in metrics.read_text())
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    step = checkpoint.checkpoint_steps(tmp_path / "my run")[-1]
+    assert 14 <= step < 40
+    command = re.search(r"continue with: (.*)\n", err)[1]
+    name, *options = shlex.split(command)[1:]
+    assert name == "scripts/train.py" and options == ["--resume", "my run"]
+    one = script("train.py", *options, *DEMO, "--rank", 4, expect=2)
+    assert "--rank was 16 when the run began, now 4" in one.stderr
+    script("train.py", *options, *DEMO)
+    script("train.py", *DEMO, "--output-dir", "whole")
+    assert_same(outcome(tmp_path / "my run"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_signal_while_loading(tmp_path):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(tmp_path, "--output-dir", "run")
+        time.sleep(3)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert "Traceback" not in err and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    code = """
+import time
+from qlora_min.signals import Signals
+with Signals("advice") as signals:
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    while "once more to exit at once" not in (line := process.stderr.readline()):
+        assert line == "\n"
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and "SIGTERM again: exiting at once" in err and "advice" not in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When a checkpoint is due
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def saved_steps(trainer: Trainer, monkeypatch) -> list[int]:
+    save, steps = checkpoint.save_checkpoint, []
+    monkeypatch.setattr(
+        checkpoint, "save_checkpoint", lambda r, step, *a, **k: steps.append(step) or save(r, step, *a, **k)
+    )
+    trainer.train()
+    return steps
+
+
+@pytest.mark.parametrize(("every", "steps"), [(None, [0, 6, 12]), (4, [0, 4, 6, 8, 12])])
+def test_save_every(make, monkeypatch, every, steps):  # noqa: F811
+    options = {"held": 0, "max_steps": 12, "precision": "fp32", "eval_every": 6, "save_every": every}
+    trainer = make(**OPTIONS | options)
+    assert saved_steps(trainer, monkeypatch) == steps
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(5.0, [0, 5, 10, 12]), (0.0, [0, 12])])
+def test_save_minutes(make, monkeypatch, minutes, steps):  # noqa: F811
+    """With a clock on which a step takes a minute and a second."""
+    options = {"held": 0, "max_steps": 12, "precision": "fp32", "eval_every": 100, "save_every": None}
+    trainer = make(**OPTIONS | options | {"save_minutes": minutes})
+    monkeypatch.setattr(qlora_min.train.time, "monotonic", lambda: 61.0 * trainer.progress.step)
+    trainer.saved_at = 0.0
+    assert saved_steps(trainer, monkeypatch) == steps
+
+
+def test_a_run_that_fails_saves_nothing_over_what_is_good(make, monkeypatch):  # noqa: F811
+    """A layer that does not train ends it after three steps; no checkpoint is written for that."""
+    trainer = make(**OPTIONS | {"held": 0, "precision": "fp32", "save_every": None, "eval_every": 2})
+    trainer.model.get_submodule(trainer.wrapped[5]).enabled = False
+    with pytest.raises(TrainingError, match="did not move"):
+        saved_steps(trainer, monkeypatch)
+    assert checkpoint.checkpoint_steps(trainer.run) == [0, 2]
+
+
+def test_a_checkpoint_of_another_version_is_refused(make, monkeypatch):  # noqa: F811
+    trainer = make(**OPTIONS | {"held": 0, "precision": "fp32"})
+    trainer._write_all()
+    trainer.lock.file.close()
+    monkeypatch.setattr(Trainer, "_state", lambda self: {"progress": {"step": 0}, "stepper": {}})
+    with pytest.raises(ValueError, match="another version of qlora_min"):
+        Trainer(*resume_config(str(trainer.run), {}))
