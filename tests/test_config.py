@@ -38,6 +38,8 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "eval_every": None,  # a quarter of an epoch
     "patience": 3,
     "log_every": 10,
+    "save_every": None,
+    "save_minutes": 5.0,
     "output_dir": None,  # runs/MODEL-DATASET-TIME
     "seed": 42,
 }
@@ -90,6 +92,8 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "eval_every": ("5", "5", 5),
     "patience": ("4", "4", 4),
     "log_every": ("1", "1", 1),
+    "save_every": ("7", "7", 7),
+    "save_minutes": ("0.5", "0.5", 0.5),
     "output_dir": ("runs/x", '"runs/x"', "runs/x"),
     "seed": ("0", "0", 0),
 }
@@ -177,6 +181,8 @@ BAD = [
     ({"eval_every": 0}, "--eval-every: got 0, expected an integer of at least 1"),
     ({"patience": 0}, "--patience: got 0, expected an integer of at least 1"),
     ({"log_every": 0}, "--log-every: got 0, expected an integer of at least 1"),
+    ({"save_every": 0}, "--save-every: got 0, expected an integer of at least 1"),
+    ({"save_minutes": -1.0}, "--save-minutes: got -1.0, expected a number of at least 0"),
     ({"seed": -1}, "--seed: got -1, expected from 0 to 2**32 - 1"),
     ({"seed": 2**32}, "--seed: got 4294967296, expected from 0 to 2**32 - 1"),
 ]
