@@ -88,8 +88,8 @@ def inject_lora(
         The names of the wrapped modules, in the model's order.
 
     Raises:
-        ValueError: a target matches no linear layer (the message lists the candidates), the rank is larger than a
-            layer, or the model has LoRA already.
+        ValueError: a target matches no linear layer (the message lists the candidates), the rank is larger than both
+            sides of a layer, or the model has LoRA already.
     """
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has LoRA layers already: load the base anew to inject another adapter")
@@ -107,10 +107,10 @@ def inject_lora(
     names = [n for n in linears if n in chosen]
     for name in names:  # before anything is allocated, and before the model is changed
         layer = model.get_submodule(name)
-        if rank > min(layer.in_features, layer.out_features):
+        if rank > max(layer.in_features, layer.out_features):
             raise ValueError(
-                f"rank {rank} is above the smaller dimension of '{name}' ({layer.out_features} x "
-                f"{layer.in_features}), where the update has no more to learn; lower it"
+                f"rank {rank} is above the larger dimension of '{name}' ({layer.out_features} x "
+                f"{layer.in_features}), more than any update has; lower it"
             )
     model.requires_grad_(False)
     for name in names:

@@ -404,15 +404,23 @@ def test_numbers_that_json_reads_as_infinite(adapter_folder, alpha):
         read_config(adapter_folder)
 
 
-@pytest.mark.parametrize("rank", [33, 10**6, 10**12, 2**62])
+@pytest.mark.parametrize("rank", [65, 10**6, 10**12, 2**62])
 def test_a_rank_larger_than_the_layer_allocates_nothing(adapter_folder, rank, monkeypatch):
-    edit(adapter_folder / CONFIG, r=rank)  # v_proj is 32 x 64
+    edit(adapter_folder / CONFIG, r=rank)  # q_proj is 64 x 64
     monkeypatch.setattr(qlora_min.lora.LoRALinear, "__init__", raiser(AssertionError("a layer was made")))
     with pytest.raises(
-        ValueError, match=r"adapter .*: rank .* is above the smaller dimension of 'model\.layers\.0"
+        ValueError, match=r"adapter .*: rank .* is above the larger dimension of 'model\.layers\.0"
     ) as error:
         load_adapter(adapter_folder)
     message_of(error, adapter_folder)
+
+
+def test_a_rank_above_the_smaller_side_only_is_loaded(tmp_path):
+    """No use, but no harm: rank 256 on key projections of 896 x 128 is common, and PEFT trains it."""
+    base = adapted(rank=64)  # v_proj is 32 x 64
+    config = AdapterConfig(64, 8.0, 0.0, ("q_proj", "v_proj"), base.name, None, base.fingerprint, "none")
+    save_adapter(tmp_path, base.model, config, base.encoder.tokenizer)
+    assert load_adapter(tmp_path)
 
 
 def test_many_unknown_targets_are_a_short_message(adapter_folder):
