@@ -95,6 +95,7 @@ class Config:
     max_length: int = _positive(512, "longest row in tokens; longer rows are left out whole")
     limit: int | None = _positive(None, "use at most the first N rows of each training data set")
     eval_limit: int | None = _positive(None, "use at most the first N held-out rows (of each held-out data set)")
+    skip_bad_rows: bool = option(False, "leave rows that can't be used out, and count them, instead of ending")
 
     epochs: float = option(3.0, "passes over the data", check=lambda v: v > 0, expected="a number above 0")
     max_steps: int | None = _positive(None, "end after N optimizer steps, whatever the epochs")
@@ -205,6 +206,8 @@ def _convert(f: dataclasses.Field, value: Any) -> Any:
         if not all(isinstance(i, str) for i in items):
             raise TypeError
         return tuple(i.strip() for i in items if i.strip())
+    if bool in kinds and isinstance(value, bool):
+        return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if int in kinds and number and value == int(value):
         return int(value)
@@ -292,6 +295,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 kwargs = {"nargs": "+", "metavar": "NAME"}
         elif "choices" in meta:
             kwargs = {"choices": meta["choices"]}
+        elif bool in kinds:
+            kwargs = {"action": argparse.BooleanOptionalAction}
         elif int in kinds:
             kwargs = {"type": int, "metavar": "N"}
         elif float in kinds:
@@ -309,12 +314,16 @@ def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's main: a ValueError (what a user can cause) or OSError is one line on stderr and exit code 2."""
+    """Run a script's main: a ValueError (what a user can cause) or OSError is one line on stderr and exit code 2.
+
+    A ValueError may have several lines to show, in its attribute `lines`.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         sys.exit(main() or 0)
     except ValueError as e:
-        print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
+        for line in getattr(e, "lines", [str(e)]):
+            print("error: " + " ".join(redacted(line).split()), file=sys.stderr)
         sys.exit(2)
     except MemoryError as e:
         print(f"error: {e or 'out of memory'}", file=sys.stderr)

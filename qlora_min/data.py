@@ -1,4 +1,4 @@
-"""From files to batches: rows -> messages -> (token ids, supervised mask) -> batches.
+"""From examples to batches: messages -> (token ids, supervised mask) -> rows on disk -> batches.
 
 One encoder serves training, evaluation and chat. The chat template is rendered once per sequence of roles, with a
 placeholder where each message's text belongs, and cut at the placeholders. Template pieces are tokenised with their
@@ -13,53 +13,30 @@ An answer is supervised together with its end token, so the model learns to stop
 makes the prompt a prefix of the row, whatever the answer starts with: at inference the model meets exactly the tokens
 it was trained on. Padding goes to the right and is masked by position, never by id (SmolLM2's pad token is its end
 token). A row that is too long is left out whole: a cut answer teaches to stop in the middle of a word.
+
+Nothing grows with the data but a few numbers a row: examples come as a stream, and encoded rows lie in an Arrow file,
+memory-mapped, about 5 bytes a token.
 """
 
-import ast
-import csv
+import bisect
 import functools
 import hashlib
-import io
 import itertools
-import json
 import math
+import mmap
 import random
 import re
+import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa  # comes with datasets
 import torch
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-
-LAYOUTS = "instruction/input/output, prompt/completion, or messages"
-FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation that ends with an answer, and where it stands (for errors): "train.jsonl:12"."""
-
-    messages: tuple[Message, ...]
-    where: str
-
-    @property
-    def question(self) -> str:
-        """What identifies the question: everything before the answer, without options, case and spacing."""
-        text = "\n".join(m["content"] for m in self.messages[:-1])
-        choice = multiple_choice(self.messages)
-        return " ".join((text[: text.rindex(choice.literal)] if choice else text).casefold().split())
-
-
-@dataclass(frozen=True)
-class MultipleChoice:
-    """The options of a question: their letters, which is right, and the literal that lists them in the text."""
-
-    letters: tuple[str, ...]
-    correct: str
-    literal: str
+from .reading import BadRow, BadRows, Example, Message, read, to_example  # noqa: F401 (the last two for our users)
 
 
 @dataclass(frozen=True)
@@ -99,194 +76,6 @@ class Batch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: a file or a hub id -> examples
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read(source: str, limit: int | None = None) -> list[Example]:
-    """The examples of a local file (.jsonl, .json, .csv, .parquet) or of a data set on the Hugging Face hub.
-
-    Args:
-        limit: read at most the first N rows.
-
-    Raises:
-        ValueError: no such file or data set, an empty one, an unknown layout, or a broken row (named as file:line).
-    """
-    path = Path(source)
-    if path.is_file():
-        if path.suffix not in FILE_KINDS:
-            raise ValueError(f"{source}: unknown kind of file '{path.suffix}', expected one of {', '.join(FILE_KINDS)}")
-        raw = _READERS[path.suffix](path)
-    elif path.suffix in FILE_KINDS or path.is_dir() or source.count("/") != 1:
-        raise ValueError(
-            f"data set '{source}': no such file; expected a {'/'.join(FILE_KINDS)} file or a hub id like OWNER/NAME"
-        )
-    else:
-        raw = _read_hub(source)
-    examples = [to_example(row, where) for row, where in itertools.islice(raw, limit)]
-    if not examples:
-        raise ValueError(f"{source}: no rows; expected at least one in a layout of {LAYOUTS}")
-    return examples
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # without a byte-order mark
-    except UnicodeDecodeError as e:
-        line = path.read_bytes()[: e.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text; expected a file saved as UTF-8") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line), f"{path}:{number}"
-            except (ValueError, RecursionError) as e:
-                reason = getattr(e, "msg", "nested too deeply or a number too long")
-                raise ValueError(f"{path}:{number}: not a JSON object ({reason}); expected one a line") from None
-
-
-def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
-    try:
-        rows = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}:{getattr(e, 'lineno', 1)}: not JSON; expected a list of objects") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: a JSON {type(rows).__name__}, expected a list of objects")
-    for number, row in enumerate(rows, 1):
-        yield row, f"{path}:row {number}"
-
-
-def _read_csv(path: Path) -> Iterator[tuple[Any, str]]:
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), restval="", strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{path}:{reader.line_num}: more fields than the header names")
-            yield row, f"{path}:{reader.line_num}"
-    except csv.Error as e:
-        raise ValueError(f"{path}:{reader.line_num}: broken CSV ({e})") from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
-    import pyarrow
-    import pyarrow.parquet as pq  # comes with datasets
-
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
-        raise ValueError(f"{path}: not a readable Parquet file ({str(e).splitlines()[0]})") from None
-    for number, row in enumerate(rows, 1):
-        yield row, f"{path}:row {number}"
-
-
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-def _read_hub(name: str) -> Iterator[tuple[Any, str]]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(name, split="train")
-    except datasets.exceptions.DatasetNotFoundError:
-        raise ValueError(f"data set '{name}': not on the Hugging Face hub (or private), and no local file") from None
-    except ConnectionError:
-        raise ValueError(
-            f"data set '{name}': no local file of this name, and the Hugging Face hub can't be reached; "
-            f"give a local {'/'.join(FILE_KINDS)} file, or try --demo, which needs no network"
-        ) from None
-    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as e:
-        raise ValueError(f"data set '{name}': can't be loaded ({str(e).strip().splitlines()[0]})") from None
-    for number, row in enumerate(data, 1):
-        yield row, f"{name}:row {number}"
-
-
-def to_example(row: Any, where: str) -> Example:
-    """A row of any of the three layouts, recognised by its columns, as messages.
-
-    Raises:
-        ValueError: unknown columns, a field that is no text, or no answer; the message names `where`.
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a JSON {type(row).__name__}, expected an object with columns {LAYOUTS}")
-    if "messages" in row:
-        return Example(_checked_messages(row["messages"], where), where)
-    if {"prompt", "completion"} <= row.keys():
-        user, answer = _text(row, "prompt", where), _text(row, "completion", where)
-    elif {"instruction", "output"} <= row.keys():
-        given = _text(row, "input", where, may_be_empty=True) if row.get("input") is not None else ""
-        user = _text(row, "instruction", where, may_be_empty=bool(given.strip()))
-        user = "\n\n".join(part for part in (user, given) if part.strip())
-        answer = _text(row, "output", where)
-    else:
-        # Names are shown, and nothing else: in a CSV without a header they are a row's text.
-        columns = ", ".join(repr(c) if str(c).isidentifier() else "..." for c in row) or "none"
-        raise ValueError(f"{where}: unknown layout with columns {columns[:200]}; expected {LAYOUTS}")
-    return Example(({"role": "user", "content": user}, {"role": "assistant", "content": answer}), where)
-
-
-def _text(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}:{field}: a {type(value).__name__}, expected text")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{where}:{field}: half a surrogate pair, expected text in Unicode")
-    if not value.strip() and not may_be_empty:
-        raise ValueError(f"{where}:{field}: empty, expected text")
-    return value
-
-
-def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise ValueError(f"{where}:messages: expected a list of objects with role and content")
-    for i, m in enumerate(messages):
-        if m.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"{where}:messages[{i}].role: unknown role, expected system, user or assistant")
-        _text(m, "content", f"{where}:messages[{i}]", may_be_empty=m["role"] == "system")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}:messages: the last message must be the assistant's answer")
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
-
-
-def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
-    """The options of a question written as MedQA's are (text with {'A': '...'}, answer "B: ..."), or None."""
-    answer = re.match(r"([A-Z])\b", messages[-1]["content"])
-    literal = re.search(r"\{\s*'[A-Z]'\s*:.*\}", messages[-2]["content"], re.DOTALL) if len(messages) > 1 else None
-    if not answer or not literal:
-        return None
-    try:
-        options = ast.literal_eval(literal[0])
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
-    if not isinstance(options, dict) or answer[1] not in options or not all(isinstance(k, str) for k in options):
-        return None
-    return MultipleChoice(tuple(options), answer[1], literal[0])
-
-
-def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Hold out about `fraction` of the examples. Identical questions stay together, on one side.
-
-    Returns:
-        (train, held out), each in the order of `examples`.
-    """
-    groups: dict[str, list[int]] = {}
-    for i, e in enumerate(examples):
-        groups.setdefault(e.question, []).append(i)
-    keys = sorted(groups)
-    random.Random(seed).shuffle(keys)
-    held: set[int] = set()
-    for key in keys:
-        if len(held) >= round(fraction * len(examples)):
-            break
-        held.update(groups[key])
-    return (
-        [e for i, e in enumerate(examples) if i not in held],
-        [e for i, e in enumerate(examples) if i in held],
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Encoding: messages -> token ids and supervised mask
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -304,10 +93,10 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.special_ids = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._special = re.compile("(?=" + "|".join(special or ["$^"]) + ")")
+        self._special = re.compile("(?=" + "|".join(special or ["$^"]) + ")")  # overlapping ones too
         self._lead, self._lead_length = "", 0
-        if tokenizer.convert_ids_to_tokens(self._tokenise("x"))[0].startswith("\u2581"):  # their mark for a space
-            self._lead, self._lead_length = "\n", len(self._tokenise("\n"))
+        if tokenizer.convert_ids_to_tokens(self._tokenise(["x"])[0])[0].startswith("\u2581"):  # their mark for a space
+            self._lead, self._lead_length = "\n", len(self._tokenise(["\n"])[0])
         self.end_id = self._pieces(("user", "assistant"))[-1][0]
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (an encoder lives as long as its run)
@@ -321,7 +110,7 @@ class ChatEncoder:
             raise ValueError(f"the chat template refuses the roles {', '.join(roles)}: {e}") from None
         if re.findall("\ue000\\d+\ue001", text) != marks:
             raise ValueError(f"the chat template does not show each message once for the roles {', '.join(roles)}")
-        ids = [tuple(self._tokenise(piece)) for piece in re.split("\ue000\\d+\ue001", text)]
+        ids = [tuple(piece) for piece in self._tokenise(re.split("\ue000\\d+\ue001", text))]
         for i, role in enumerate(roles):
             if role == "assistant" and (not ids[i + 1] or ids[i + 1][0] not in self.special_ids):
                 raise ValueError(
@@ -329,94 +118,327 @@ class ChatEncoder:
                 )
         return (*ids[:-1], ids[-1][:1])
 
-    def _tokenise(self, text: str) -> list[int]:
-        """A piece of text -> ids, as they are in the middle of a text.
+    def _tokenise(self, texts: list[str]) -> list[list[int]]:
+        """Pieces of text -> the ids of each, as they are in the middle of a text.
 
         SentencePiece tokenizers put a space before a text's beginning; there, tokenise behind a newline and cut it off.
         """
-        if not text:
-            return []
-        ids = self.tokenizer(self._lead + text, add_special_tokens=False)["input_ids"]
-        return ids[self._lead_length :]
+        texts = [self._lead + text for text in texts]
+        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return [i[self._lead_length :] for i in ids]
 
-    def encode_text(self, text: str) -> list[int]:
-        """A message's text -> ids. Text that spells a control token is cut inside, so that it stays text."""
-        cuts = [0, *(m.start() + 1 for m in self._special.finditer(text)), len(text)]
-        ids = [i for a, b in itertools.pairwise(cuts) for i in self._tokenise(text[a:b])]
-        if not self.special_ids.isdisjoint(ids):
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Messages' texts -> ids. Text that spells a control token is cut inside, so that it stays text.
+
+        One call of the tokenizer for all texts: a call each would cost more than the tokenising of a short one.
+        """
+        parts, counts = [], []
+        for text in texts:
+            cuts = [0, *(m.start() + 1 for m in self._special.finditer(text)), len(text)]
+            parts += [text[a:b] for a, b in itertools.pairwise(cuts)]
+            counts.append(len(cuts) - 1)
+        tokenised = iter(self._tokenise(parts))
+        ids = [list(itertools.chain.from_iterable(itertools.islice(tokenised, n))) for n in counts]
+        if not all(map(self.special_ids.isdisjoint, ids)):
             raise ValueError("a text turns into a control token of the tokenizer even when cut")
         return ids
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """A conversation that ends with an answer -> (ids, supervised), equally long.
+    def encode_text(self, text: str) -> list[int]:
+        """As `encode_texts`, for one."""
+        return self.encode_texts([text])[0]
+
+    def encode_all(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
+        """Conversations that end with an answer -> (ids, supervised) of each, equally long.
 
         Supervised are the assistant's texts and the end token after each.
         """
-        pieces = self._pieces(tuple(m["role"] for m in messages))
-        ids, supervised = list(pieces[0]), [False] * len(pieces[0])
-        for message, piece in zip(messages, pieces[1:]):
-            text, learned = self.encode_text(message["content"]), message["role"] == "assistant"
-            ids += [*text, *piece]
-            supervised += [learned] * len(text) + [learned and i == 0 for i in range(len(piece))]
-        return ids, supervised
+        around = [self._pieces(tuple(m["role"] for m in messages)) for messages in conversations]
+        texts = iter(self.encode_texts([m["content"] for messages in conversations for m in messages]))
+        out = []
+        for messages, pieces in zip(conversations, around):
+            ids, supervised = list(pieces[0]), [False] * len(pieces[0])
+            for message, piece in zip(messages, pieces[1:]):
+                text, learned = next(texts), message["role"] == "assistant"
+                ids += [*text, *piece]
+                supervised += [learned] * len(text) + [learned and i == 0 for i in range(len(piece))]
+            out.append((ids, supervised))
+        return out
+
+    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """As `encode_all`, for one conversation."""
+        return self.encode_all([messages])[0]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """A conversation that waits for its answer -> ids: exactly what precedes the answer in `encode`."""
         ids, _ = self.encode([*messages, {"role": "assistant", "content": ""}])
         return ids[:-1]
 
-    def encode_example(self, example: Example) -> Row:
-        """An example as a Row, with its options' first tokens where it is multiple choice."""
+    def encode_examples(self, examples: Sequence[Example]) -> list[Row | BadRow]:
+        """Each example as a Row, with its options' first tokens where it is multiple choice; or why it can't be one."""
         try:
-            ids, supervised = self.encode(example.messages)
-        except ValueError as e:
-            raise ValueError(f"{example.where}: {e}") from None
-        choice, choices = multiple_choice(example.messages), None
+            encoded = self.encode_all([e.messages for e in examples])
+            return [self._row(e, *both) for e, both in zip(examples, encoded)]
+        except ValueError as error:  # one of them: which?
+            if len(examples) == 1:
+                return [BadRow(f"{examples[0].where}: {error}")]
+            return [row for e in examples for row in self.encode_examples([e])]
+
+    def _row(self, example: Example, ids: list[int], supervised: list[bool]) -> Row:
+        choice, choices = example.choice, None
         if choice:
-            firsts = tuple(self.encode_text(f"{letter}:")[0] for letter in choice.letters)
+            firsts = tuple(map(self._first_token, choice.letters))
             if len(set(firsts)) == len(firsts):  # else no single token tells the letters apart
                 choices = (firsts, choice.letters.index(choice.correct))
-        return Row(torch.tensor(ids, dtype=torch.int32), torch.tensor(supervised), example.where, choices)
+        ids, supervised = np.array(ids, np.int32), np.array(supervised, bool)  # faster than torch, from a list
+        return Row(torch.from_numpy(ids), torch.from_numpy(supervised), example.where, choices)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def _first_token(self, letter: str) -> int:
+        return self.encode_text(f"{letter}:")[0]
+
+    def encode_example(self, example: Example) -> Row:
+        """As `encode_examples`, for one; raises BadRow."""
+        (row,) = self.encode_examples([example])
+        if isinstance(row, BadRow):
+            raise row
+        return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoded rows, on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCHEMA = pa.schema(
+    {
+        "ids": pa.list_(pa.int32()),
+        "supervised": pa.list_(pa.uint8()),
+        "where": pa.binary(),
+        "choices": pa.list_(pa.int32()),  # the options' first tokens, then the index of the right one; or nothing
+    }
+)
+ROWS_A_BATCH = 1024
+
+
+def _record_batch(rows: Sequence[Row]) -> pa.RecordBatch:
+    def lists(items: Sequence[Any], dtype: type) -> pa.ListArray:
+        offsets = np.cumsum([0, *map(len, items)], dtype=np.int32)
+        return pa.ListArray.from_arrays(offsets, np.concatenate([np.asarray(i, dtype) for i in items]))
+
+    columns = [
+        lists([r.ids.numpy() for r in rows], np.int32),
+        lists([r.supervised.numpy() for r in rows], np.uint8),
+        pa.array([r.where.encode("utf-8", "surrogateescape") for r in rows], pa.binary()),
+        lists([(*r.choices[0], r.choices[1]) if r.choices else () for r in rows], np.int32),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+class Rows(Sequence[Row]):
+    """Rows in Arrow files (the format of `datasets`), memory-mapped: row i is read when it is asked for, in some 10 us.
+
+    A slice, a mask (n,) of bools or an array of indices gives Rows on the same files. In memory, and free to sort and
+    sum by: lengths (n,), the rows' tokens, and supervised (n,), how many of them count in the loss; int32 both.
+    """
+
+    def __init__(self, batches: list[pa.RecordBatch], index: np.ndarray, lengths: np.ndarray, supervised: np.ndarray):
+        self._batches, self._index, self.lengths, self.supervised = batches, index, lengths, supervised
+        self._starts = [0, *itertools.accumulate(map(len, batches))]
+        self._views: dict[int, tuple] = {}
+
+    @classmethod
+    def write(cls, rows: Iterable[Row]) -> "Rows":
+        """Write rows to a file of their own in the folder for temporary files ($TMPDIR).
+
+        The file has no name on Linux, and is gone with the process, however that ends.
+
+        Raises:
+            ValueError: it can't be written, as when the disk is full.
+        """
+        lengths, supervised, rows = array("i"), array("i"), iter(rows)
+        try:
+            with tempfile.TemporaryFile(prefix="qlora_min-") as file:
+                with pa.ipc.new_stream(file, SCHEMA) as writer:
+                    while part := list(itertools.islice(rows, ROWS_A_BATCH)):
+                        writer.write_batch(_record_batch(part))
+                        lengths.extend(map(len, part))
+                        supervised.extend(np.count_nonzero(r.supervised.numpy()[1:]) for r in part)
+                file.flush()
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps the file
+        except OSError as e:
+            raise ValueError(
+                f"the encoded rows can't be written to {tempfile.gettempdir()} ({e.strerror or e}); set TMPDIR to a "
+                "folder with space, about 5 bytes a token"
+            ) from None
+        batches = list(pa.ipc.open_stream(pa.py_buffer(mapped)))
+        if hasattr(mmap, "MADV_DONTNEED"):  # opening has brought in a page or more of each batch
+            mapped.madvise(mmap.MADV_DONTNEED)
+        return cls(batches, np.arange(len(lengths)), np.array(lengths, np.int32), np.array(supervised, np.int32))
+
+    @classmethod
+    def join(cls, parts: Iterable["Rows"]) -> "Rows":
+        """The rows of all parts, in order; nothing is copied but the numbers in memory."""
+        parts = list(parts) or [cls.write(())]
+        starts = itertools.accumulate((p._starts[-1] for p in parts), initial=0)
+        return cls(
+            [b for p in parts for b in p._batches],
+            np.concatenate([p._index + start for p, start in zip(parts, starts)]),
+            np.concatenate([p.lengths for p in parts]),
+            np.concatenate([p.supervised for p in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice | np.ndarray):
+            rows = Rows(self._batches, self._index[i], self.lengths[i], self.supervised[i])
+            rows._views = self._views
+            return rows
+        ids, supervised, where, choices = self._arrays(self._index[i])
+        *letters, correct = choices.tolist() or [None]
+        return Row(
+            torch.from_numpy(ids.copy()),
+            torch.from_numpy(supervised.astype(bool)),
+            where.tobytes().decode("utf-8", "surrogateescape"),
+            (tuple(letters), correct) if letters else None,
+        )
+
+    def _arrays(self, at: int) -> list[np.ndarray]:
+        """The columns of a row of the files, as views."""
+        number = bisect.bisect_right(self._starts, at) - 1
+        views = self._views.get(number)
+        if views is None:
+            views = self._views[number] = tuple(_flat(column) for column in self._batches[number].columns)
+        i = int(at) - self._starts[number]
+        return [values[offsets[i] : offsets[i + 1]] for offsets, values in views]
+
+
+def _flat(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """A column of lists or bytes -> (offsets (n + 1,), values): row i is values[offsets[i] : offsets[i + 1]]."""
+    _, offsets, *rest = column.buffers()
+    kind = column.type.value_type.to_pandas_dtype() if pa.types.is_list(column.type) else np.uint8
+    values = np.frombuffer(rest[-1], kind) if rest[-1] is not None and rest[-1].size else np.empty(0, kind)
+    return np.frombuffer(offsets, np.int32), values
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The rows of one data set that fit, and how many did not."""
+    """One data set: the rows that fit, and what is known of the others.
+
+    questions (n,) uint64 and fits (n,) bool: of every good row, its question's hash and whether it is among `rows`.
+    """
 
     name: str
-    rows: list[Row]
-    read: int
+    rows: Rows
+    questions: np.ndarray
+    fits: np.ndarray
+    bad: int = 0
+
+    @property
+    def read(self) -> int:
+        return len(self.fits) + self.bad
 
     @property
     def too_long(self) -> int:
-        return self.read - len(self.rows)
+        return len(self.fits) - len(self.rows)
+
+    def select(self, chosen: np.ndarray, name: str | None = None, bad: int = 0) -> "Encoded":
+        """Some of the good rows: chosen (n,) bool."""
+        return Encoded(name or self.name, self.rows[chosen[self.fits]], self.questions[chosen], self.fits[chosen], bad)
+
+    def first(self, limit: int) -> "Encoded":
+        """At most the first `limit` of `rows`."""
+        return self.select(self.fits & (np.cumsum(self.fits) <= limit))
 
 
-def encode_all(name: str, examples: Iterable[Example], encoder: ChatEncoder, max_length: int) -> Encoded:
+def encode_all(
+    name: str, examples: Iterable[Example], encoder: ChatEncoder, max_length: int, bad: BadRows | None = None
+) -> Encoded:
     """Encode examples and keep those of at most `max_length` tokens.
 
+    Args:
+        bad: takes the bad rows, those that `read` finds in `examples` among them; without it, they are raised. Once
+            they are sure to end the run, the rows that follow are checked, and no longer tokenised.
+
     Raises:
-        ValueError: none fits.
+        ValueError: none fits, or all are bad.
     """
-    rows = [encoder.encode_example(e) for e in examples]
-    kept = [r for r in rows if len(r) <= max_length]
-    if rows and not kept:
+    mine = bad or BadRows()
+    before, questions, fits, shortest = mine.count, array("Q"), array("B"), math.inf
+
+    def kept() -> Iterator[Row]:
+        nonlocal shortest
+        for part in _parts(examples):
+            if mine.fatal:
+                nothing = torch.zeros(0, dtype=torch.int32)
+                rows = [Row(nothing, nothing.bool(), e.where) for e in part]
+            else:
+                rows = encoder.encode_examples(part)
+            for example, row in zip(part, rows):
+                if isinstance(row, BadRow):
+                    mine.add(row)
+                    continue
+                length = len(row)
+                questions.append(example.question_hash)
+                fits.append(length <= max_length)
+                shortest = min(shortest, length)
+                if fits[-1]:
+                    yield row
+
+    rows = Rows.write(kept())
+    count = mine.count - before
+    if bad is None:
+        mine.check()
+    if fits and not rows:
         raise ValueError(
-            f"{name}: all {len(rows)} rows are too long; the shortest has {min(map(len, rows))} tokens, "
+            f"{name}: all {len(fits):,} rows are too long; the shortest has {shortest} tokens, "
             f"--max-length is {max_length}"
         )
-    return Encoded(name, kept, len(rows))
+    if count and not fits and mine.skip:
+        raise ValueError(f"{name}: all {count:,} rows are bad; leave out --skip-bad-rows to see why")
+    return Encoded(name, rows, np.array(questions, np.uint64), np.array(fits, bool), count)
+
+
+def _parts(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Examples in parts for the tokenizer: 512 of them, or a million characters."""
+    part, size = [], 0
+    for example in examples:
+        part.append(example)
+        size += sum(len(m["content"]) for m in example.messages)
+        if len(part) == 512 or size > 10**6:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
+    """`train` without the rows whose question stands in `held` too: those are bad rows.
+
+    A question is compared without its answer, options, case and spacing (`Example.question`).
+    """
+    questions, known = train.questions[train.fits], held.questions[held.fits]
+    known, first = np.unique(known, return_index=True)
+    at = np.minimum(np.searchsorted(known, questions), max(0, len(known) - 1))
+    shared = np.flatnonzero(known[at] == questions) if len(known) else np.empty(0, int)
+    if not len(shared):
+        return train
+    for i in shared:
+        there = held.rows[first[at[i]]].where
+        bad.add(BadRow(f"{train.rows[i].where}: the same question stands in {there}, which is held out"))
+    chosen = np.ones(len(train.fits), dtype=bool)
+    chosen[np.flatnonzero(train.fits)[shared]] = False
+    return train.select(chosen, bad=train.bad + len(shared))
 
 
 def table(parts: Sequence[Encoded]) -> str:
     """What was kept, what was dropped and why, a line a data set."""
-    head = ("data", "rows", "kept", "too long", "tokens: mean", "max", "supervised: mean")
+    head = ("data", "rows", "kept", "bad", "too long", "tokens: mean", "max", "supervised: mean")
     lines = [head]
     for p in parts:
-        lengths = [len(r) for r in p.rows] or [0]
-        taught = sum(int(r.supervised.sum()) for r in p.rows) / max(1, len(p.rows))
-        numbers = (p.read, len(p.rows), p.too_long, sum(lengths) / len(lengths), max(lengths))
-        lines.append((p.name, *(f"{n:,.0f}" for n in numbers), f"{taught:.1f}"))
+        lengths, taught = (a if len(a) else np.zeros(1) for a in (p.rows.lengths, p.rows.supervised))
+        numbers = (p.read, len(p.rows), p.bad, p.too_long, lengths.mean(), lengths.max())
+        lines.append((p.name, *(f"{n:,.0f}" for n in numbers), f"{taught.mean():.1f}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     aligned = ([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines)
     return "\n".join("  ".join(line) for line in aligned)
@@ -440,6 +462,23 @@ def preview(row: Row, tokenizer: Any, colour: bool) -> str:
         text = tokenizer.decode([i for i, _ in group], skip_special_tokens=False)
         out.append(f"{start}{text}{end}" if learned else text)
     return "".join(out)
+
+
+def split(questions: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Hold out about `fraction` of the rows. Identical questions stay together, on one side.
+
+    Args:
+        questions: (n,) each row's `Example.question_hash`.
+
+    Returns:
+        (n,) bool, True where held out: a function of the questions and the seed, not of the rows' order.
+    """
+    _, group, sizes = np.unique(questions, return_inverse=True, return_counts=True)
+    order = np.random.RandomState(seed).permutation(len(sizes))  # whose numbers no later version of numpy changes
+    before = np.cumsum(sizes[order]) - sizes[order]  # rows held out when a group's turn comes
+    held = np.zeros(len(sizes), dtype=bool)
+    held[order[before < round(fraction * len(questions))]] = True
+    return held[group]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ The count is known from the data before the first forward, so each micro-batch's
 gradients add up to the step's, however the rows are cut into micro-batches.
 """
 
+import itertools
 import math
 import platform
 import random
@@ -34,12 +35,12 @@ from .data import (
     Batch,
     ChatEncoder,
     Encoded,
-    Row,
+    Rows,
     collate,
     data_hash,
     encode_all,
+    leave_out_shared,
     optimizer_steps,
-    read,
     split,
     steps_per_epoch,
     table,
@@ -61,6 +62,7 @@ from .model import (
     resolve_precision,
 )
 from .optim import PAGED_FROM, Stepper, TrainingError, cosine_with_warmup, make_optimizer
+from .reading import BadRows, read
 from .signals import Signals, Stop
 
 MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
@@ -95,18 +97,27 @@ def read_data(config: Config, encoder: ChatEncoder) -> tuple[list[Encoded], list
 
     Raises:
         ValueError: a data set that can't be read, or none of whose rows fits.
+        BadData: bad rows, questions among them that are in both; with --skip-bad-rows they are counted and left out.
     """
-    sources = {name: read(name, config.limit) for name in config.dataset}
-    everything = [e for examples in sources.values() for e in examples]
-    fraction = 0.0 if config.eval_dataset else config.eval_fraction
-    out = {id(e) for e in split(everything, fraction, config.seed)[1]}
-    train, held = [], []
-    for name, examples in sources.items():
-        kept, apart = ([e for e in examples if (id(e) in out) == side] for side in (False, True))
-        train.append(encode_all(name, kept, encoder, config.max_length))
-        held.append(encode_all(f"{name} (held out)", apart[: config.eval_limit], encoder, config.max_length))
-    for name in config.eval_dataset:
-        held.append(encode_all(name, read(name, config.eval_limit), encoder, config.max_length))
+    bad = BadRows(config.skip_bad_rows)
+    train, held = (  # a data set that is named twice counts once
+        {name: read(name, limit, bad) for name in names}
+        for names, limit in ((config.dataset, config.limit), (config.eval_dataset, config.eval_limit))
+    )
+    train, held = (
+        [encode_all(name, examples, encoder, config.max_length, bad) for name, examples in side.items()]
+        for side in (train, held)
+    )
+    for i, part in itertools.product(range(len(train)), held):
+        train[i] = leave_out_shared(train[i], part, bad)
+    bad.check(", or leave bad rows out with --skip-bad-rows")
+    if not config.eval_dataset and config.eval_fraction:
+        out = split(np.concatenate([part.questions for part in train]), config.eval_fraction, config.seed)
+        for i, part in enumerate(train):
+            here, out = out[: len(part.fits)], out[len(part.fits) :]
+            first = here & (np.cumsum(here) <= (config.eval_limit or len(here)))
+            held.append(part.select(first, f"{part.name} (held out)"))
+            train[i] = part.select(~here, bad=part.bad)
     if not any(part.rows for part in train):
         raise ValueError(f"{', '.join(config.dataset)}: no rows left to train on; lower --eval-fraction or add data")
     return train, [part for part in held if part.rows]
@@ -129,14 +140,18 @@ def evaluation_data(
     described = read_config(adapter)
     encoder = load_encoder(model or described.base, None if model else described.revision)
     if datasets:
-        return [encode_all(name, read(name, limit), encoder, max_length) for name in datasets]
+        bad = BadRows()
+        sources = [(name, read(name, limit, bad)) for name in datasets]
+        parts = [encode_all(name, examples, encoder, max_length, bad) for name, examples in sources]
+        bad.check()
+        return parts
     run = adapter.parent
     if not checkpoint.is_run(run):
         raise ValueError(f"adapter '{adapter}' lies in no run directory; say with --dataset what to evaluate on")
     record = checkpoint.read_record(run)
     options = Config.from_dict(record["options"], str(run / "config.json"))
     train, parts = read_data(options, encoder)
-    rows, held = ([r for part in side for r in part.rows] for side in (train, parts))
+    rows, held = (Rows.join(part.rows for part in side) for side in (train, parts))
     if data_hash(rows, held) != record["data"]["sha256"]:
         raise ValueError(
             f"adapter '{adapter}': its data have changed since the run, so what was held out can't be told; "
@@ -144,7 +159,7 @@ def evaluation_data(
         )
     if not parts:
         raise ValueError(f"adapter '{adapter}': its run held out no rows; say with --dataset what to evaluate on")
-    return [Encoded(part.name, part.rows[:limit], len(part.rows[:limit])) for part in parts] if limit else parts
+    return [part.first(limit) for part in parts] if limit else parts
 
 
 def versions() -> dict[str, str]:
@@ -196,8 +211,7 @@ class Trainer:
         encoder = load_encoder(config.model, revision)
         train, held = read_data(config, encoder)
         print(table([*train, *held]), flush=True)
-        self.rows: list[Row] = [r for part in train for r in part.rows]
-        self.held: list[Row] = [r for part in held for r in part.rows]
+        self.rows, self.held = (Rows.join(part.rows for part in side) for side in (train, held))
 
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)
@@ -551,13 +565,13 @@ class Trainer:
             name = f"{torch.cuda.get_device_name(self.device)}, {total:.0f} GiB"
         trained = sum(w.numel() for w in self.trained.values())
         whole = parameter_count(self.model) - trained
-        longest = max(map(len, self.rows))
-        taught = sum(sorted(int(r.supervised.sum()) for r in self.rows)[-c.batch_size :])
+        longest = int(self.rows.lengths.max())
+        taught = int(np.sort(self.rows.supervised)[-c.batch_size :].sum())
         forecast = memory.forecast(
             self.model, self.base.dtype, c.batch_size, longest, taught, c.gradient_checkpointing == "on",
             c.optimizer == "paged_adamw8bit",
         )  # fmt: skip
-        per_step = sum(map(len, self.rows)) / self.steps_per_epoch
+        per_step = self.rows.lengths.sum() / self.steps_per_epoch
         lines = [
             f"trained     {trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
             f"{len(self.wrapped)} layers",

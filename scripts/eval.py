@@ -25,7 +25,7 @@ def main() -> None:
 
     from qlora_min import checkpoint
     from qlora_min.adapter import load_adapter
-    from qlora_min.data import table
+    from qlora_min.data import Rows, table
     from qlora_min.evaluate import evaluate
     from qlora_min.lora import lora_disabled
     from qlora_min.model import pick_device, resolve_precision
@@ -35,7 +35,7 @@ def main() -> None:
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise ValueError(f"--json {args.json}: its folder does not exist")
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length)
-    rows = [r for part in parts for r in part.rows]
+    rows = Rows.join(part.rows for part in parts)
     print(table(parts), flush=True)
 
     precision = resolve_precision(args.precision, pick_device())

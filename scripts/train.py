@@ -54,13 +54,13 @@ def demo_options(options: dict) -> dict:
 
 def preview(config: Config, count: int) -> None:
     """Print rows as the model sees them, supervised tokens in colour."""
-    from qlora_min.data import preview
+    from qlora_min.data import Rows, preview
     from qlora_min.model import load_encoder
     from qlora_min.train import read_data
 
     encoder = load_encoder(config.model)
     train, _ = read_data(config, encoder)
-    for row in [r for part in train for r in part.rows][:count]:
+    for row in Rows.join(part.rows for part in train)[:count]:
         print(f"--- {row.where}: {len(row)} tokens, {int(row.supervised.sum())} supervised")
         print(preview(row, encoder.tokenizer, colour=sys.stdout.isatty()))
 

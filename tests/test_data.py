@@ -11,6 +11,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED
@@ -19,9 +20,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_min import data, demo
+from qlora_min import data, demo, reading
 from qlora_min.config import Config
-from qlora_min.data import ChatEncoder, Example, Row
+from qlora_min.data import ChatEncoder, Example, Row, Rows
 from qlora_min.model import load_base, load_encoder
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -60,7 +61,7 @@ def pieces(encoder: ChatEncoder, ids: list[int], supervised: list[bool]) -> list
     return [(decode(encoder, ids[a:b]), supervised[a]) for a, b in itertools.pairwise(cuts)]
 
 
-def says(*turns: tuple[str, str]) -> list[data.Message]:
+def says(*turns: tuple[str, str]) -> list[reading.Message]:
     return [{"role": role, "content": text} for role, text in turns]
 
 
@@ -312,7 +313,7 @@ def write_kind(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", data.FILE_KINDS)
+@pytest.mark.parametrize("kind", reading.FILE_KINDS)
 def test_every_kind_of_file_gives_the_same_examples(tmp_path, kind):
     path = write_kind(tmp_path / f"rows{kind}", ROWS)
     expected = [tuple(data.to_example(r, "").messages) for r in ROWS]
@@ -323,7 +324,7 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, kind):
     assert all(e.where.startswith(f"{path}:") for e in data.read(str(path)))
 
 
-@pytest.mark.parametrize("kind", [k for k in data.FILE_KINDS if k != ".csv"])
+@pytest.mark.parametrize("kind", [k for k in reading.FILE_KINDS if k != ".csv"])
 def test_messages_from_every_kind_that_can_hold_them(tmp_path, kind):
     messages = says(("system", "s"), ("user", "q"), ("assistant", "a"))
     path = write_kind(tmp_path / f"rows{kind}", [{"messages": messages, "id": 7}])
@@ -340,7 +341,7 @@ def test_csv_rows_end_at_line_ends_only(tmp_path):
 def test_a_byte_order_mark_is_no_text(tmp_path, kind):
     path = write_kind(tmp_path / f"rows{kind}", ROWS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(data.read(str(path))) == 3
+    assert len(list(data.read(str(path)))) == 3
 
 
 def test_where_names_the_line(write_rows):
@@ -348,111 +349,10 @@ def test_where_names_the_line(write_rows):
     assert [e.where for e in data.read(str(path))] == [f"{path}:{n}" for n in (1, 2, 3)]
 
 
-def good(n: int) -> list[dict]:
-    return [{"prompt": "p", "completion": "c"}] * n
-
-
-SECRET = "Mrs Miller, 54, of Springfield"
-BROKEN = {  # name -> (file's content, part of the message after the path)
-    "empty.jsonl": (b"", ": no rows; expected at least one"),
-    "blank.jsonl": (b"\n \n", ": no rows; expected at least one"),
-    "empty.json": (b"[]", ": no rows; expected at least one"),
-    "empty.csv": (b"", ": no rows; expected at least one"),
-    "header.csv": (b"prompt,completion\n", ": no rows; expected at least one"),
-    "layout.jsonl": (b'{"question": "%S", "answer": "%S"}', ":1: unknown layout with columns 'question', 'answer'"),
-    "half.jsonl": (b'{"instruction": "%S"}', ":1: unknown layout with columns 'instruction'"),
-    "none.jsonl": (b"{}", ":1: unknown layout with columns none"),
-    "broken.jsonl": (b'{"prompt": "p", "completion": "c"}\n{"prompt": "%S, "completion"', ":2: not a JSON object"),
-    "text.jsonl": (b"%S", ":1: not a JSON object"),
-    "array.jsonl": (b'["%S"]', ":1: a JSON list, expected an object"),
-    "number.jsonl": (b"3", ":1: a JSON int, expected an object"),
-    "broken.json": (b'[\n{"prompt": "%S"\n"completion"', ":3: not JSON; expected a list of objects"),
-    "object.json": (b'{"prompt": "%S", "completion": "c"}', ": a JSON dict, expected a list of objects"),
-    "mixed.json": (b'[{"prompt": "p", "completion": "c"}, "%S"]', ":row 2: a JSON str, expected an object"),
-    "deep.json": (b"[" * 200_000, "not JSON"),
-    "deep.jsonl": (b"[" * 200_000, ":1: not a JSON object"),
-    "latin.jsonl": ('{"prompt": "p", "completion": "c"}\n{"prompt": "é"}'.encode("latin-1"), ":2: not UTF-8"),
-    "latin.csv": ("prompt,completion\nä,b".encode("latin-1"), ":2: not UTF-8"),
-    "wide.csv": (b'prompt,completion\n"%S",b,c\n', ":2: more fields than the header names"),
-    "short.csv": (b'prompt,completion\n"%S"\n', ":2:completion: empty, expected text"),
-    "long.csv": (b"prompt,completion\n" + b"x" * 200_000 + b",c\n", "broken CSV"),
-    "text.parquet": (b"%S", ": not a readable Parquet file"),
-    "type.jsonl": (b'{"prompt": "%S", "completion": 7}', ":1:completion: a int, expected text"),
-    "null.jsonl": (b'{"prompt": "%S", "completion": null}', ":1:completion: a NoneType, expected text"),
-    "list.jsonl": (b'{"instruction": "%S", "input": ["x"], "output": "y"}', ":1:input: a list, expected text"),
-    "answer.jsonl": (b'{"prompt": "%S", "completion": " \\n"}', ":1:completion: empty, expected text"),
-    "output.jsonl": (b'{"instruction": "%S", "input": "x", "output": ""}', ":1:output: empty, expected text"),
-    "question.jsonl": (b'{"prompt": "", "completion": "%S"}', ":1:prompt: empty, expected text"),
-    "nothing.jsonl": (b'{"instruction": "", "input": " ", "output": "%S"}', ":1:instruction: empty, expected text"),
-    "messages.jsonl": (b'{"messages": "%S"}', ":1:messages: expected a list of objects with role and content"),
-    "no-messages.jsonl": (b'{"messages": []}', ":1:messages: expected a list of objects"),
-    "strings.jsonl": (b'{"messages": ["%S"]}', ":1:messages: expected a list of objects"),
-    "role.jsonl": (b'{"messages": [{"role": "%S", "content": "x"}]}', ":1:messages[0].role: unknown role, expected"),
-    "unhashable.jsonl": (b'{"messages": [{"role": ["%S"], "content": "x"}]}', ":1:messages[0].role: unknown role"),
-    "content.jsonl": (b'{"messages": [{"role": "user", "content": ["%S"]}]}', ":1:messages[0]:content: a list"),
-    "silent.jsonl": (
-        b'{"messages": [{"role": "user", "content": "%S"}, {"role": "assistant", "content": ""}]}',
-        ":1:messages[1]:content: empty, expected text",
-    ),
-    "last.jsonl": (
-        b'{"messages": [{"role": "user", "content": "%S"}]}',
-        ":1:messages: the last message must be the assistant's answer",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_one_line_that_says_where_and_leaks_no_text(tmp_path, name):
-    content, expected = BROKEN[name]
-    path = tmp_path / name
-    path.write_bytes(content.replace(b"%S", SECRET.encode()))
-    with pytest.raises(ValueError) as error:
-        data.read(str(path))
-    message = str(error.value)
-    assert message.startswith(str(path)) and expected in message
-    assert "\n" not in message and len(message) < 600
-    assert SECRET not in message and "Miller" not in message
-
-
-def test_an_unclosed_quote_in_a_csv(tmp_path):
-    path = tmp_path / "quote.csv"
-    path.write_text('prompt,completion\na,"b\nc,d\ne,f\n')
-    with pytest.raises(ValueError, match=r"quote.csv:\d+: broken CSV"):
-        data.read(str(path))
-
-
-def test_a_number_too_long_in_a_json_file(tmp_path):
-    path = tmp_path / "number.json"
-    path.write_text('[{"prompt": "p", "completion": ' + "9" * 5000 + "}]")
-    with pytest.raises(ValueError, match=r"number.json:\d+: not JSON"):
-        data.read(str(path))
-
-
-def test_half_a_surrogate_pair_is_refused_with_its_place(tmp_path):
-    path = tmp_path / "surrogate.jsonl"
-    path.write_text('{"prompt": "p", "completion": "\\ud83d"}')
-    with pytest.raises(ValueError, match=r"surrogate\.jsonl:1"):
-        data.encode_all("rows", data.read(str(path)), plain(), 64)
-
-
-@pytest.mark.parametrize("source", ["no/such/file.jsonl", "nothing.csv", "nothing", "a/b/c"])
-def test_a_missing_file(source):
-    with pytest.raises(ValueError, match=f"data set '{re.escape(source)}': no such file; expected a .jsonl/.json/.csv"):
-        data.read(source)
-
-
-def test_a_folder_and_an_unknown_kind(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        data.read(str(tmp_path))
-    (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"unknown kind of file '\.txt', expected one of \.jsonl, "):
-        data.read(str(tmp_path / "rows.txt"))
-
-
 def test_the_hub_out_of_reach_names_the_demo_and_local_files():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(ValueError) as error:
-        data.read("nobody/no-such-data-set")
+        list(data.read("nobody/no-such-data-set"))
     for part in ("nobody/no-such-data-set", "can't be reached", "--demo", ".jsonl"):
         assert part in str(error.value)
 
@@ -482,14 +382,15 @@ def test_all_rows_too_long():
 
 
 def test_table():
-    rows = [Row(torch.arange(n), torch.arange(n) >= n - 2, "w") for n in (4, 8)]
-    text = data.table([data.Encoded("one.jsonl", rows, 1234), data.Encoded("b", [], 0)])
+    rows, empty = Rows.write([make_row(4), make_row(8)]), np.zeros(0)
+    one = data.Encoded("one.jsonl", rows, np.zeros(1200), np.arange(1200) < 2, bad=34)
+    text = data.table([one, data.Encoded("b", Rows.write([]), empty, empty.astype(bool))])
     head, one, b = text.split("\n")
     assert re.split(r"\s{2,}", head.strip()) == [
-        "data", "rows", "kept", "too long", "tokens: mean", "max", "supervised: mean"
+        "data", "rows", "kept", "bad", "too long", "tokens: mean", "max", "supervised: mean"
     ]  # fmt: skip
-    assert one.split() == ["one.jsonl", "1,234", "2", "1,232", "6", "8", "2.0"]
-    assert b.split() == ["b", "0", "0", "0", "0", "0", "0.0"]
+    assert one.split() == ["one.jsonl", "1,234", "2", "34", "1,198", "6", "8", "2.0"]
+    assert b.split() == ["b", "0", "0", "0", "0", "0", "0", "0.0"]
     assert len(head) == len(one) == len(b)
 
 
@@ -498,13 +399,13 @@ def test_table():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def choice(question: str, answer: str = "B: two") -> data.MultipleChoice | None:
-    return data.multiple_choice(says(("user", question), ("assistant", answer)))
+def choice(question: str, answer: str = "B: two") -> reading.MultipleChoice | None:
+    return reading.multiple_choice(says(("user", question), ("assistant", answer)))
 
 
 def test_multiple_choice_as_medqa_writes_it():
     found = choice("Q:Which {is} it?? \n{'A': 'one', 'B': \"two's\", 'C': '{3}'},")
-    assert found == data.MultipleChoice(("A", "B", "C"), "B", "{'A': 'one', 'B': \"two's\", 'C': '{3}'}")
+    assert found == reading.MultipleChoice(("A", "B", "C"), "B", "{'A': 'one', 'B': \"two's\", 'C': '{3}'}")
     assert choice("Q:Which?? \n{'B': 'two', 'A': 'one'},").letters == ("B", "A")
 
 
@@ -583,6 +484,13 @@ def test_a_question_is_its_stem():
     assert mcq("Which other drug", options).question != same[0].question
     open_question = data.to_example({"prompt": "Why {not}?", "completion": "So."}, "f")
     assert open_question.question == "why {not}?"
+    alone = Example(({"role": "assistant", "content": "Once  upon"},), "f")
+    assert alone.question == "once upon"
+
+
+def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    held = data.split(np.array([e.question_hash for e in examples], np.uint64), fraction, seed)
+    return [e for e, out in zip(examples, held) if not out], [e for e, out in zip(examples, held) if out]
 
 
 @settings(deadline=None, max_examples=40)
@@ -597,7 +505,7 @@ def test_identical_questions_never_stand_on_both_sides(n, stems, fraction, seed,
         rng.shuffle(options)
         stem = rng.choice([stem, stem.upper(), stem.replace(" ", "  ")])
         examples.append(mcq(stem, options, f"f:{i}"))
-    train, held = data.split(examples, fraction, seed)
+    train, held = split(examples, fraction, seed)
     stems_of = {e.where: re.search(r"stem \d+", e.question)[0] for e in examples}
     assert not {stems_of[e.where] for e in train} & {stems_of[e.where] for e in held}
     order = [int(e.where[2:]) for e in train], [int(e.where[2:]) for e in held]
@@ -606,15 +514,15 @@ def test_identical_questions_never_stand_on_both_sides(n, stems, fraction, seed,
     largest = max(Counter(stems_of.values()).values())
     wanted = round(fraction * n)
     assert wanted <= len(held) < wanted + largest
-    assert data.split(examples, fraction, seed) == (train, held)
+    assert split(examples, fraction, seed) == (train, held)
 
 
 def test_the_split_follows_the_seed_and_not_the_order_of_rows():
     examples = [mcq(f"Stem {i} of all", ["one", "two"], f"f:{i}") for i in range(200)]
-    held = {s: {e.where for e in data.split(examples, 0.1, s)[1]} for s in (1, 2)}
+    held = {s: {e.where for e in split(examples, 0.1, s)[1]} for s in (1, 2)}
     assert len(held[1]) == len(held[2]) == 20
     assert held[1] != held[2]
-    assert {e.where for e in data.split(examples[::-1], 0.1, 1)[1]} == held[1]
+    assert {e.where for e in split(examples[::-1], 0.1, 1)[1]} == held[1]
 
 
 def test_the_same_question_in_two_data_sets_stays_on_one_side(write_rows):
@@ -739,7 +647,7 @@ def test_preview():
 
 
 def test_the_demo_data_goes_the_whole_way(demo_data):
-    train, held = (data.read(str(path), limit=300) for path in demo_data)
+    train, held = (list(data.read(str(path), limit=300)) for path in demo_data)
     rows = data.encode_all("demo", train, plain(), 64).rows
     assert len(rows) == 300 and all(r.choices for r in rows)
     assert all(len(r.choices[0]) == 4 for r in rows)

@@ -127,7 +127,7 @@ def test_merged_generates_the_same_tokens(trained, tmp_path, demo_data):
     out = tmp_path / "merged"
     merge(trained, out, "fp32")
     adapter, merged = load_adapter(trained), load_base(str(out), "none")
-    examples = data.read(str(demo_data[1]), 8)
+    examples = list(data.read(str(demo_data[1]), 8))
     prompts = [adapter.encoder.prompt(e.messages[:-1]) for e in examples]
     assert prompts == [merged.encoder.prompt(e.messages[:-1]) for e in examples]
     answers = generate(adapter, prompts, 16)
