@@ -276,19 +276,8 @@ def test_the_gpus_random_numbers_are_saved(monkeypatch):
 # Real processes
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEMO = [
-    "--demo",
-    "--max-steps",
-    "40",
-    "--eval-every",
-    "10",
-    "--log-every",
-    "7",
-    "--limit",
-    "1600",
-    "--eval-limit",
-    "20",
-]
+DEMO = ["--demo", "--max-steps", "40", "--eval-every", "10", "--log-every", "7", "--limit", "320"]
+DEMO += ["--batch-size", "8", "--eval-limit", "20"]
 
 
 def start(tmp_path: Path, *options: str, **kwargs) -> subprocess.Popen:
