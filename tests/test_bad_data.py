@@ -466,6 +466,13 @@ def test_twenty_are_shown_and_the_rest_is_counted(write_rows, encoder):
     assert len(list(read(str(path), bad=bad))) == 2 and bad.count == 1500 and len(bad.messages) == 20
 
 
+def test_nothing_is_tokenised_once_the_run_is_sure_to_end(write_rows, encoder, monkeypatch):
+    first, second = write_rows([{}, *questions(range(9))], "a.jsonl"), write_rows(questions(range(9, 12)), "b.jsonl")
+    monkeypatch.setattr(encoder, "_tokenise", None)
+    with pytest.raises(BadData):
+        read_data(config(first, second), encoder)
+
+
 def test_the_limit_counts_bad_rows_too(write_rows, encoder):
     path = write_rows([*questions(range(2)), {}, *questions(range(2, 9)), {}])
     (part,), _ = read_data(config(path, limit=5, skip_bad_rows=True), encoder)
@@ -509,19 +516,20 @@ def test_roles_that_the_template_refuses_are_bad_rows(write_rows, encoder):
 
 
 def test_a_question_in_both_is_a_bad_row_with_both_places(write_rows, encoder):
-    train = write_rows([*questions(range(6)), {"prompt": "QUESTION  11?", "completion": "changed"}], "train.jsonl")
+    long = {"prompt": "Question? " + "x " * 100, "completion": "y"}
+    train = write_rows([*questions(range(6)), long, {"prompt": "QUESTION  11?", "completion": "new"}], "train.jsonl")
     held = write_rows(questions([10, 11, 3, 12]), "held.jsonl")
     more = write_rows(questions([20, 0, 3]), "more.jsonl")
     with pytest.raises(BadData) as error:
         read_data(config(train, eval_dataset=(held, more)), encoder)
     assert error.value.lines == [
         f"{train}:4: the same question stands in {held}:3, which is held out",
-        f"{train}:7: the same question stands in {held}:2, which is held out",
+        f"{train}:8: the same question stands in {held}:2, which is held out",
         f"{train}:1: the same question stands in {more}:2, which is held out",
         "3 bad rows; correct them, or leave bad rows out with --skip-bad-rows",
     ]
     (part,), apart = read_data(config(train, eval_dataset=(held, more), skip_bad_rows=True), encoder)
-    assert (part.read, part.bad, part.too_long) == (7, 3, 0)
+    assert (part.read, part.bad, part.too_long) == (8, 3, 1)
     assert contents(part.rows) == [f"train.jsonl:{n}" for n in (2, 3, 5, 6)]
     assert [len(p.rows) for p in apart] == [4, 3]
 
@@ -562,6 +570,7 @@ def test_a_fraction_is_held_out_of_what_is_left(write_rows, encoder):
     path = write_rows([*questions(range(30)), {}, *long, {}, *questions(range(30, 60))])
     (train,), (held,) = read_data(config(path, eval_fraction=0.25, skip_bad_rows=True), encoder)
     assert (train.bad, held.bad) == (2, 0) and held.read == 16 and train.read == 50  # of 64 good rows
+    assert all(len(p.rows) == p.fits.sum() for p in (train, held))
     assert train.too_long + held.too_long == 4 and held.name == f"{path} (held out)"
     both = contents(train.rows) + contents(held.rows)
     assert len(both) == len(set(both)) == 60
@@ -748,14 +757,15 @@ def test_datasets_reads_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a file without a name")
 def test_nothing_is_left_even_by_a_kill(tmp_path):
-    code = (
+    code = (  # killed while it writes, the first batches being on disk
         "import os, signal\nfrom qlora_min.data import Row, Rows\nimport torch\n"
-        "rows = Rows.write(Row(torch.arange(9), torch.arange(9) > 3, 'w') for _ in range(5000))\n"
-        "print(len(rows), rows[4999].ids.tolist()[-1], flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+        "def rows():\n  for i in range(20000):\n    yield Row(torch.arange(9), torch.arange(9) > 3, 'w')\n"
+        "  print('killed', flush=True)\n  os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Rows.write(rows())"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "5000 8\n" and done.returncode == -9
+    assert done.stdout == "killed\n" and done.returncode == -9
     assert not list(tmp_path.iterdir())
 
 

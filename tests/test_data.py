@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -435,6 +436,12 @@ def test_not_multiple_choice(question, answer):
 @pytest.mark.parametrize("literal", ["{'A': {[]: 1}, 'B': 2}", "{'A': {['x']}, 'B': 2}"])
 def test_a_literal_that_cannot_be_hashed(literal):
     assert choice(literal) is None
+
+
+def test_a_backslash_in_an_option_warns_nobody():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Python's warning would show the text
+        assert choice(r"Q? {'A': '\d', 'B': 'two'}").letters == ("A", "B")
 
 
 def test_hostile_text_is_read_in_reasonable_time():
