@@ -99,8 +99,11 @@ class Config:
 
     epochs: float = option(3.0, "passes over the data", check=lambda v: v > 0, expected="a number above 0")
     max_steps: int | None = _positive(None, "end after N optimizer steps, whatever the epochs")
-    batch_size: int = _positive(4, "rows in a micro-batch")
+    batch_size: int = _positive(4, "rows in a micro-batch; with --grad-accum, the rows of an optimizer step")
     grad_accum: int = _positive(4, "micro-batches in an optimizer step")
+    micro_batch_tokens: int | None = _positive(
+        None, "cut a step's packed rows by tokens instead; its result does not depend on it (default: what fits)"
+    )
     learning_rate: float = option(
         2e-4, "peak learning rate; cosine to 0 after the warm-up", check=lambda v: v > 0, expected="a number above 0"
     )
@@ -137,7 +140,12 @@ class Config:
         ("auto", "bf16", "fp16", "fp32"),
         "compute dtype; auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 on a CPU",
     )
-    gradient_checkpointing: str = _choice("on", ("on", "off"), "recompute activations: less memory, more time")
+    gradient_checkpointing: str = _choice(
+        "auto", ("auto", "on", "off"), "recompute activations: less memory, more time; auto: where they do not fit"
+    )
+    packing: str = _choice(
+        "auto", ("auto", "off"), "compute on packed rows where the model allows; off: on padded ones"
+    )
 
     eval_every: int | None = _positive(None, "steps between evaluations (default: a quarter of an epoch)")
     patience: int = _positive(3, "stop after N evaluations in a row without improvement")

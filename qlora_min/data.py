@@ -71,6 +71,11 @@ class Batch:
         """Number of supervised tokens. A token at position 0 has no predecessor and is never supervised."""
         return int(self.supervised[:, 1:].sum())
 
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens, padding left out."""
+        return int(self.lengths.sum())
+
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.supervised, self.lengths)))
 

@@ -41,13 +41,13 @@ from . import ops
 from .bits import bnb
 from .data import Row
 from .lora import LoRALinear
+from .memory import LOGIT_ROWS
 from .model import Base, dequantized_weight, output_head
 
 FAMILIES = ("qwen2", "llama", "mistral")
 ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the rows' lengths
 PROJECTIONS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)),
                ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))  # fmt: skip
-LOGIT_ROWS = 64  # positions whose logits exist at a time
 
 
 def unsupported(base: Base, max_length: int) -> str | None:
@@ -80,7 +80,7 @@ class Packed:
 
     ids, positions: (N,), position within the row. ends: (R + 1,) int32, where rows begin and end, the last repeated.
     where, targets: (S,), the tokens that predict a supervised one, and those. weights: (S,) fp32, 0 on filling.
-    longest: a bound of the rows' lengths.
+    longest: a bound of the rows' lengths. n_tokens, n_supervised: without what fills up.
     """
 
     ids: Tensor
@@ -90,6 +90,8 @@ class Packed:
     targets: Tensor
     weights: Tensor
     longest: int
+    n_tokens: int
+    n_supervised: int
 
     def copy_(self, other: "Packed") -> None:
         """Take over the values of another of the same shape."""
@@ -98,7 +100,8 @@ class Packed:
 
     def to(self, device: torch.device) -> "Packed":
         tensors = (self.ids, self.positions, self.ends, self.where, self.targets, self.weights)
-        return Packed(*(t.to(device, non_blocking=True) for t in tensors), self.longest)
+        moved = (t.to(device, non_blocking=True) for t in tensors)
+        return Packed(*moved, self.longest, self.n_tokens, self.n_supervised)
 
 
 def pack(rows: Sequence[Row], tokens: int | None = None, supervised: int | None = None, count: int | None = None,
@@ -131,6 +134,8 @@ def pack(rows: Sequence[Row], tokens: int | None = None, supervised: int | None 
         targets=F.pad(ids[where + 1], (0, fewer)),
         weights=F.pad(torch.ones(len(where)), (0, fewer)),
         longest=longest,
+        n_tokens=total,
+        n_supervised=len(where),
     )
 
 
@@ -226,7 +231,7 @@ class Projections:
 
     @property
     def enabled(self) -> bool:
-        return bool(self.loras) and self.loras[0].enabled
+        return any(m.enabled for m in self.loras)
 
     def forward(self, x: Tensor, p: float, seed: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (N, in) -> y (N, out), and h = A drop(x) (N, R)."""
@@ -235,7 +240,8 @@ class Projections:
             return y, None
         h = F.linear(ops.dropout(x, p, seed, self.stream) if p else x, self.A)  # (N, in) @ (in, R) -> (N, R)
         for lora, rows, ranks, B in zip(self.loras, self.rows, self.ranks, self.B):
-            y[:, rows].addmm_(h[:, ranks], B.T, alpha=lora.scaling)  # (N, r) @ (r, out) -> (N, out)
+            if lora.enabled:
+                y[:, rows].addmm_(h[:, ranks], B.T, alpha=lora.scaling)  # (N, r) @ (r, out) -> (N, out)
         return y, h
 
     def backward(self, dy: Tensor, x: Tensor | None, h: Tensor | None, p: float, seed: Tensor) -> Tensor:
@@ -245,8 +251,11 @@ class Projections:
             return dx
         dh = torch.empty_like(h)
         for lora, rows, ranks, B, dB in zip(self.loras, self.rows, self.ranks, self.B, self.dB):
-            _add_product(dB, dy[:, rows].T, h[:, ranks], lora.scaling)  # (out, N) @ (N, r)
             part = dh[:, ranks]
+            if not lora.enabled:
+                part.zero_()
+                continue
+            _add_product(dB, dy[:, rows].T, h[:, ranks], lora.scaling)  # (out, N) @ (N, r)
             torch.addmm(part, dy[:, rows], B, beta=0, alpha=lora.scaling, out=part)  # (N, out) @ (out, r)
         _add_product(self.dA, dh.T, ops.dropout(x, p, seed, self.stream) if p else x)  # (R, N) @ (N, in)
         if p:
@@ -445,6 +454,7 @@ class Decoder:
         return self._forward(run)[0]
 
     def _forward(self, run: Run) -> tuple[Tensor, Tensor, Tensor, list]:
+        assert run.batch.longest <= len(self.cos), "a row is longer than max_length"
         if self.low is not self.weights:
             self.low.copy_(self.weights)
         x, delta, saved = self.embedding(run.batch.ids).float(), None, []
@@ -508,7 +518,8 @@ class Decoder:
 class Captured:
     """A decoder's `loss_and_gradients` on a GPU as one launch: each shape is captured once as a CUDA graph.
 
-    All graphs share one memory pool: they run one after the other, and what outlives a replay lies outside.
+    All graphs share one memory pool: they run one after the other, and what outlives a replay lies outside. Which LoRA
+    layers are enabled is captured too.
     """
 
     def __init__(self, decoder: Decoder):

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from . import memory
 from .data import Row, collate
-from .loss import supervised_logits
+from .decoder import Decoder, pack
+from .loss import supervised_states
 from .model import Base, autocast, hidden_states, output_head
 
 MEASURES = (  # what is shown of an Evaluation: label, field, format
@@ -52,7 +53,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(base: Base, rows: Sequence[Row], batch_size: int, progress: str | None = None) -> Evaluation:
+def evaluate(
+    base: Base, rows: Sequence[Row], batch_size: int, progress: str | None = None, decoder: Decoder | None = None
+) -> Evaluation:
     """Evaluate the model as it is (adapters included) on rows.
 
     Leaves no trace: training mode is restored, and no random number is drawn. Where memory runs out, the batch is
@@ -60,6 +63,7 @@ def evaluate(base: Base, rows: Sequence[Row], batch_size: int, progress: str | N
 
     Args:
         progress: the bar's label; None shows none.
+        decoder: of the base, where there is one: it computes, instead of the modules.
 
     Raises:
         MemoryError: there is too little for a single row.
@@ -77,7 +81,7 @@ def evaluate(base: Base, rows: Sequence[Row], batch_size: int, progress: str | N
         while start < len(order):
             part = [rows[i] for i in order[start : start + batch_size]]
             try:
-                batch_loss, batch_right, batch_count, chosen = _measure(base, part, device)
+                batch_loss, batch_right, batch_count, chosen = _measure(base, part, device, decoder)
             except (RuntimeError, MemoryError) as e:
                 if not memory.is_out_of_memory(e):
                     raise
@@ -115,23 +119,37 @@ def evaluate(base: Base, rows: Sequence[Row], batch_size: int, progress: str | N
     )
 
 
-def _measure(base: Base, part: Sequence[Row], device: torch.device) -> tuple[float, int, int, list[int | None]]:
+def _measure(
+    base: Base, part: Sequence[Row], device: torch.device, decoder: Decoder | None
+) -> tuple[float, int, int, list[int | None]]:
     """(loss sum, right tokens, supervised tokens, each row's chosen option) of one batch.
 
     A function of its own, so that its tensors are gone once an error for want of memory has been dealt with.
     """
-    batch = collate(part).to(device)
-    with autocast(device, base.dtype):
-        hidden = hidden_states(base.model, batch.input_ids)  # (B, T, D)
-        logits, targets = supervised_logits(hidden, output_head(base.model), batch.input_ids, batch.supervised)
-    loss = F.cross_entropy(logits, targets, reduction="sum").item()
-    right = (logits.argmax(-1) == targets).sum().item()
-    chosen, first = [], 0  # the row's first supervised token within the batch's
-    for row in part:
+    if decoder:
+        batch = pack(part).to(device)
+        states, targets, head = decoder.hidden_states(batch)[batch.where], batch.targets, decoder.logits
+    else:
+        batch = collate(part).to(device)
+        with autocast(device, base.dtype):
+            hidden = hidden_states(base.model, batch.input_ids)  # (B, T, D)
+        states, targets = supervised_states(hidden, batch.input_ids, batch.supervised)
+
+        def head(states: torch.Tensor) -> torch.Tensor:
+            with autocast(device, base.dtype):
+                return output_head(base.model)(states).float()
+
+    letters, first = {}, 0  # where a row's option is chosen, among all supervised positions
+    for i, row in enumerate(part):
         if row.choices:
-            at = first + int(row.supervised[1 : row.answer_start].sum())  # behind any earlier answers
-            chosen.append(logits[at, list(row.choices[0])].argmax().item())
-        else:
-            chosen.append(None)
+            letters[i] = first + int(row.supervised[1 : row.answer_start].sum())  # behind any earlier answers
         first += int(row.supervised[1:].sum())
+    loss, right, chosen = 0.0, 0, [None] * len(part)
+    for start in range(0, len(states), memory.LOGIT_ROWS):
+        logits, wanted = head(states[start : start + memory.LOGIT_ROWS]), targets[start : start + memory.LOGIT_ROWS]
+        loss += F.cross_entropy(logits, wanted, reduction="sum").item()
+        right += (logits.argmax(-1) == wanted).sum().item()
+        for i, at in letters.items():
+            if start <= at < start + len(logits):
+                chosen[i] = logits[at - start, list(part[i].choices[0])].argmax().item()
     return loss, right, len(targets), chosen

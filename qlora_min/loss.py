@@ -16,28 +16,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def supervised_logits(
-    hidden: torch.Tensor, head: nn.Module, input_ids: torch.Tensor, supervised: torch.Tensor
+def supervised_states(
+    hidden: torch.Tensor, input_ids: torch.Tensor, supervised: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits where the next token is supervised, and those next tokens.
+    """Hidden states where the next token is supervised, and those next tokens.
 
     Args:
         hidden: (B, T, D), the last hidden states.
-        head: the output head, (N, D) -> (N, V).
         input_ids: (B, T) token ids.
         supervised: (B, T) bool, True where the token is one to be learned. Position 0 has no predecessor.
 
     Returns:
-        logits (N, V) in fp32, and targets (N,), N the number of supervised tokens after the first position.
+        states (N, D) and targets (N,), N the number of supervised tokens after the first position.
     """
     mask = supervised[:, 1:]  # the hidden state at t predicts the token at t + 1
-    h = hidden[:, :-1][mask]  # (B, T-1, D) -> (N, D)
-    return head(h).float(), input_ids[:, 1:][mask]
+    return hidden[:, :-1][mask], input_ids[:, 1:][mask]  # (B, T-1, D) -> (N, D)
 
 
 def masked_cross_entropy(
     hidden: torch.Tensor, head: nn.Module, input_ids: torch.Tensor, supervised: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the supervised tokens' losses, their count), both 0-dim; arguments as for `supervised_logits`."""
-    logits, targets = supervised_logits(hidden, head, input_ids, supervised)
-    return F.cross_entropy(logits, targets, reduction="sum"), targets.new_tensor(targets.numel())
+    """(sum of the supervised tokens' losses, their count), both 0-dim; the logits, (N, V), are in fp32.
+
+    Args:
+        hidden, input_ids, supervised: as for `supervised_states`.
+        head: the output head, (N, D) -> (N, V).
+    """
+    states, targets = supervised_states(hidden, input_ids, supervised)
+    return F.cross_entropy(head(states).float(), targets, reduction="sum"), targets.new_tensor(targets.numel())

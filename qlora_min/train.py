@@ -35,6 +35,7 @@ from .data import (
     Batch,
     ChatEncoder,
     Encoded,
+    Row,
     Rows,
     collate,
     data_hash,
@@ -45,6 +46,7 @@ from .data import (
     steps_per_epoch,
     table,
 )
+from .decoder import Captured, Decoder, Packed, cut, dropout_seed, pack, unsupported
 from .evaluate import MEASURES, Evaluation, evaluate
 from .generate import generate
 from .lora import lora_disabled, lora_parameters
@@ -61,6 +63,7 @@ from .model import (
     pick_device,
     resolve_precision,
 )
+from .ops import have_kernels
 from .optim import PAGED_FROM, Stepper, TrainingError, cosine_with_warmup, make_optimizer
 from .reading import BadRows, read
 from .signals import Signals, Stop
@@ -221,9 +224,7 @@ class Trainer:
             torch.set_num_threads(1)
         self.wrapped = add_lora(self.base, config.targets, config.rank, config.alpha, config.dropout)
         self.trained = lora_parameters(self.model)
-        self.initial = {n: w.detach().clone() for n, w in self.trained.items()}  # until all have moved
-        if config.gradient_checkpointing == "on":
-            checkpoint_layers(self.model)
+        self.initial = {n: w.detach().cpu().clone() for n, w in self.trained.items()}  # until all have moved
         self.model.train()
 
         self.steps_per_epoch = steps_per_epoch(len(self.rows), config.batch_size, config.grad_accum)
@@ -231,8 +232,17 @@ class Trainer:
         self.total_steps = min(total, config.max_steps or total)
         every = config.eval_every or math.ceil(self.steps_per_epoch / 4)
         self.config = replace(config, eval_every=every, output_dir=str(self.run))
+        self._choose_how_to_compute()
+        matrices = list(self.trained.values())
         self.stepper = Stepper(
-            make_optimizer(config.optimizer, list(self.trained.values()), config.learning_rate, config.weight_decay),
+            make_optimizer(
+                config.optimizer,
+                self.decoder.large if self.decoder else matrices,
+                config.learning_rate,
+                config.weight_decay,
+                self.decoder.small if self.decoder else (),
+                paged=max(w.numel() for w in matrices) >= PAGED_FROM,
+            ),
             config.learning_rate,
             cosine_with_warmup(self.total_steps, config.warmup_ratio),
             config.max_grad_norm,
@@ -240,10 +250,13 @@ class Trainer:
             self.device,
         )
         self.progress = Progress()
+        self._order: tuple[int, list] = (-1, [])  # of one epoch
+        self._ready: dict[int, tuple] = {}  # steps' micro-batches
         self.metrics = checkpoint.Metrics(self.run)
         self.record = {
             "options": self.config.as_dict(),
             "precision": self.precision,
+            "packed": self.decoder is not None,
             "total_steps": self.total_steps,
             "base": {"name": config.model, "revision": self.base.revision, "fingerprint": self.base.fingerprint},
             "files": {p.name: f"{len(p.rows)} rows, sha256 {data_hash(p.rows, [])[:16]}" for p in [*train, *held]},
@@ -262,6 +275,41 @@ class Trainer:
             self.lock = checkpoint.Lock(self.run)
             output_directory(self.config)  # another process may have begun there while we loaded
             checkpoint.write_json(self.run / "config.json", self.record)
+
+    def _choose_how_to_compute(self) -> None:
+        """By decoder.py on packed rows if it can, else by the model's modules on padded ones; what fits the memory."""
+        c, longest, rows = self.config, int(self.rows.lengths.max()), self.config.batch_size * self.config.grad_accum
+        self.decoder: Decoder | None = None
+        self.why_padded = "--packing off" if c.packing == "off" else unsupported(self.base, longest)
+        bits8, available = c.optimizer == "paged_adamw8bit", memory.available(self.device)
+        if self.why_padded:
+            checkpointing, tokens = c.gradient_checkpointing == "on", c.micro_batch_tokens
+            if c.gradient_checkpointing == "auto":
+                checkpointing = memory.forecast(*self._shape(), False, bits8).total > available
+            if checkpointing:
+                checkpoint_layers(self.model)
+        else:
+            checkpointing, tokens = memory.plan(
+                self.model, self.base.dtype, rows, longest, int(self.rows.supervised.max()), bits8, available,
+                c.gradient_checkpointing, c.micro_batch_tokens,
+            )  # fmt: skip
+            self.grain = max(64, tokens // 32) if self.device.type == "cuda" else 1  # a graph for each multiple of it
+            self.longest = max(longest, self.grain, int(self.held.lengths.max(initial=0)))
+            self.decoder = Decoder(self.base, checkpointing, self.longest)
+            self.compute = Captured(self.decoder) if self.device.type == "cuda" else self.decoder
+        on_or_off = "on" if checkpointing else "off"
+        self.config = replace(c, gradient_checkpointing=on_or_off, micro_batch_tokens=tokens)
+
+    def _shape(self) -> tuple:
+        """The largest micro-batch, as `memory.forecast` takes it: model, dtype, rows, length, supervised tokens."""
+        c, longest = self.config, int(self.rows.lengths.max())
+        rows = c.batch_size
+        if self.decoder:
+            rows = min(c.batch_size * c.grad_accum, -(-c.micro_batch_tokens // longest))
+        taught = int(np.sort(self.rows.supervised)[-rows:].sum())
+        if self.decoder:
+            return self.model, self.base.dtype, 1, c.micro_batch_tokens, taught
+        return self.model, self.base.dtype, rows, longest, taught
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop
@@ -296,19 +344,17 @@ class Trainer:
                 if self._finished():
                     return self._finish()
 
-                # The rows of this step, and how many tokens of them are supervised.
+                # Forward and backward of the step's rows, a micro-batch at a time; the gradients add up.
                 batches, where = self.step_batches(p.step)
                 supervised = sum(b.n_supervised for b in batches)
-
                 lr = self.stepper.lr
                 try:
-                    # Forward and backward, a micro-batch at a time; the gradients add up.
-                    for batch in batches:
-                        loss = self.loss(batch.to(self.device))
-                        self.stepper.backward(loss / supervised)
-                        p.loss_sum = p.loss_sum + loss.detach()
+                    for i, batch in enumerate(batches):
+                        p.loss_sum = p.loss_sum + self.backward(batch, supervised, p.step, i)
 
-                    # Clip and step.
+                    # Clip and step; the next step's rows are made ready while the device computes.
+                    if p.step + 1 < self.total_steps:
+                        self.step_batches(p.step + 1)
                     grad_norm, taken = self.stepper.step()
                 except TrainingError as e:
                     raise TrainingError(self._explain(e, where)) from None
@@ -323,7 +369,7 @@ class Trainer:
                     say(f"step {p.step}: skipped, a gradient is not finite")
 
                 # Log.
-                tokens = sum(int(b.lengths.sum()) for b in batches)
+                tokens = sum(b.n_tokens for b in batches)
                 p.supervised, p.tokens, p.window_tokens = (
                     p.supervised + supervised, p.tokens + tokens, p.window_tokens + tokens,
                 )  # fmt: skip
@@ -331,17 +377,52 @@ class Trainer:
                     self._log(lr, grad_norm, bar)
                 bar.update()
 
-    def step_batches(self, step: int) -> tuple[list[Batch], list[str]]:
-        """The micro-batches of an optimizer step (0-based), and where their rows stand."""
-        c = self.config
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if getattr(self, "_order", (None,))[0] != epoch:
-            self._order = (epoch, optimizer_steps(len(self.rows), c.batch_size, c.grad_accum, c.seed, epoch))
-        micro_batches = [[self.rows[i] for i in part] for part in self._order[1][index]]
-        return [collate(part) for part in micro_batches], [r.where for part in micro_batches for r in part]
+    def step_batches(self, step: int) -> tuple[list[Batch] | list[Packed], list[str]]:
+        """The micro-batches of an optimizer step (0-based), and where their rows stand; the last two are remembered."""
+        if step not in self._ready:
+            c = self.config
+            epoch, index = divmod(step, self.steps_per_epoch)
+            if self._order[0] != epoch:
+                self._order = (epoch, optimizer_steps(len(self.rows), c.batch_size, c.grad_accum, c.seed, epoch))
+            parts = self._order[1][index]
+            if self.decoder:
+                whole = [i for part in parts for i in part]
+                parts = [[whole[j] for j in part] for part in cut(self.rows.lengths[whole], c.micro_batch_tokens)]
+            micro_batches = [[self.rows[i] for i in part] for part in parts]
+            batches = [self._pack(part) if self.decoder else collate(part) for part in micro_batches]
+            self._ready = {s: b for s, b in self._ready.items() if s == step - 1}
+            self._ready[step] = batches, [r.where for part in micro_batches for r in part]
+        return self._ready[step]
+
+    def _pack(self, rows: list[Row]) -> Packed:
+        """Rows as one micro-batch, on a GPU filled up to one of few sizes, each of which is captured once."""
+        if self.device.type != "cuda":
+            return pack(rows)
+        tokens = math.ceil(sum(map(len, rows)) / self.grain) * self.grain
+        supervised = 2 ** max(6, (sum(int(r.supervised[1:].sum()) for r in rows) - 1).bit_length())
+        return pack(rows, tokens, supervised, self.config.batch_size * self.config.grad_accum, self.longest)
+
+    def backward(self, batch: Batch | Packed, supervised: int, step: int, index: int) -> torch.Tensor:
+        """Forward and backward of the micro-batch `index` of a step: adds its share of the step's gradient.
+
+        Args:
+            supervised: tokens of the whole step, by whose number the loss is divided.
+
+        Returns:
+            the sum of the micro-batch's token losses: 0-dim, fp32.
+        """
+        if self.decoder is None:
+            loss = self.loss(batch.to(self.device))
+            self.stepper.backward(loss / supervised)
+            return loss.detach()
+        factor = self.stepper.scaler.scale(torch.tensor(1 / supervised, device=self.device))
+        seed = dropout_seed(self.config.seed, step, index)
+        if self.compute is self.decoder:
+            batch, seed = batch.to(self.device), seed.to(self.device)
+        return self.compute.loss_and_gradients(batch, factor, seed)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The sum of a micro-batch's supervised token losses: 0-dim, fp32."""
+        """The sum of a padded micro-batch's supervised token losses, by the modules: 0-dim, fp32."""
         with autocast(self.device, self.base.dtype):
             hidden = hidden_states(self.model, batch.input_ids)  # (B, T, D)
             total, _ = masked_cross_entropy(hidden, output_head(self.model), batch.input_ids, batch.supervised)
@@ -349,7 +430,7 @@ class Trainer:
 
     def _check_that_all_moved(self) -> None:
         """Is it really training? Every A and B must differ from what it was, or the layer gets no gradient."""
-        still = [n for n, w in self.trained.items() if torch.equal(w, self.initial[n])]
+        still = [n for n, w in self.trained.items() if torch.equal(w.cpu(), self.initial[n])]
         if still:
             raise TrainingError(
                 f"after {MOVED_BY} optimizer steps {len(still)} of {len(self.trained)} trained matrices did not move: "
@@ -429,7 +510,10 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out rows, with a bar."""
         try:
-            return evaluate(self.base, self.held, self.config.batch_size, progress="evaluating")
+            rows = self.config.batch_size
+            if self.decoder:
+                rows = max(1, self.config.micro_batch_tokens // int(self.held.lengths.max()))
+            return evaluate(self.base, self.held, rows, "evaluating", self.decoder)
         except MemoryError as e:
             raise TrainingError(f"{e}\n{self._saved()}") from None
 
@@ -517,6 +601,8 @@ class Trainer:
                 then, now = recorded[what].get(key), self.record[what].get(key)
                 if then != now:
                     raise ValueError(f"--resume {self.run}: the {what} changed: {key} was {then}, now {now}")
+        if self.record["packed"] != recorded.get("packed"):
+            raise ValueError(f"--resume {self.run}: it began on {'padded' if self.record['packed'] else 'packed'} rows")
         if self.record["precision"] != recorded["precision"]:
             raise ValueError(
                 f"--resume {self.run}: it was trained in {recorded['precision']}, here --precision auto is "
@@ -565,12 +651,13 @@ class Trainer:
             name = f"{torch.cuda.get_device_name(self.device)}, {total:.0f} GiB"
         trained = sum(w.numel() for w in self.trained.values())
         whole = parameter_count(self.model) - trained
-        longest = int(self.rows.lengths.max())
-        taught = int(np.sort(self.rows.supervised)[-c.batch_size :].sum())
-        forecast = memory.forecast(
-            self.model, self.base.dtype, c.batch_size, longest, taught, c.gradient_checkpointing == "on",
-            c.optimizer == "paged_adamw8bit",
-        )  # fmt: skip
+        checkpointing = c.gradient_checkpointing == "on"
+        bits8 = c.optimizer == "paged_adamw8bit"
+        forecast = memory.forecast(*self._shape(), checkpointing, bits8, self.decoder is not None)
+        how = f"padded rows, by the model's modules ({self.why_padded})"
+        if self.decoder:
+            kernels = "" if self.device.type == "cpu" or have_kernels() else ", without Triton's kernels: it is missing"
+            how = f"packed rows, up to {c.micro_batch_tokens:,} tokens at a time{kernels}"
         per_step = self.rows.lengths.sum() / self.steps_per_epoch
         lines = [
             f"trained     {trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
@@ -579,6 +666,7 @@ class Trainer:
             f"computes    {self.precision} on {name}",
             f"steps       {self.total_steps:,} ({self.steps_per_epoch:,} an epoch), "
             f"{c.batch_size} x {c.grad_accum} rows and about {per_step:,.0f} tokens each",
+            f"batches     {how}; gradient checkpointing {c.gradient_checkpointing}",
             f"memory      {forecast} forecast peak",
         ]
         if c.optimizer == "paged_adamw8bit":
@@ -600,15 +688,17 @@ class Trainer:
 
     def _explain_memory(self, batch: Batch) -> str:
         """Where the memory went in a step that had too little, and what would have taken less."""
-        c, (rows, length) = self.config, batch.input_ids.shape
+        c, packed = self.config, self.decoder is not None
+        rows, length = (1, len(batch.ids)) if packed else batch.input_ids.shape
         shape = (self.model, self.base.dtype, rows, length, batch.n_supervised, c.gradient_checkpointing == "on",
                  c.optimizer == "paged_adamw8bit")  # fmt: skip
-        available = 0.9 * memory.total_bytes(self.device)
-        ways = memory.ways_to_save(*shape, c.batch_size * c.grad_accum, [len(r) for r in self.rows], available)
+        room = 0.9 * memory.total_bytes(self.device)
+        ways = memory.ways_to_save(*shape, c.batch_size * c.grad_accum, self.rows.lengths.tolist(), room, packed)
         return "\n".join([
-            f"out of memory at step {self.progress.step + 1}, in a micro-batch of {rows} x {length} tokens, "
+            f"out of memory at step {self.progress.step + 1}, in a micro-batch of "
+            f"{length if packed else f'{rows} x {length}'} tokens, "
             f"{batch.n_supervised} supervised; {memory.taken(self.device)}",
-            f"  forecast for this micro-batch: {memory.forecast(*shape)}",
+            f"  forecast for this micro-batch: {memory.forecast(*shape, packed)}",
             "  what would take less, in order of effect:" if ways else "  no option is forecast to take less",
             *(f"    {way}" for way in ways),
             self._saved(),

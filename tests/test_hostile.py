@@ -115,20 +115,20 @@ def test_evaluation_goes_on_with_half_the_batch_and_the_same_figures(held_out, m
 
 def test_a_failed_batch_is_gone_before_the_next_attempt(held_out, monkeypatch):
     """What the error still holds, its traceback with it, can't be given back to the device."""
-    base, seen, inner = adapted(), [], qlora_min.evaluate.supervised_logits
+    base, seen, inner = adapted(), [], qlora_min.evaluate.supervised_states
 
-    def supervised_logits(hidden, head, ids, supervised):
+    def supervised_states(hidden, ids, supervised):
         if len(ids) > 4:
             seen.extend([weakref.ref(hidden), weakref.ref(ids)])
             raise ERRORS["CUDA"].__class__("CUDA out of memory")
-        return inner(hidden, head, ids, supervised)
+        return inner(hidden, ids, supervised)
 
     def release():
         assert len(seen) == 2 * (1 + releases.count(None)) and all(r() is None for r in seen)
         releases.append(None)
 
     releases: list[None] = []
-    monkeypatch.setattr(qlora_min.evaluate, "supervised_logits", supervised_logits)
+    monkeypatch.setattr(qlora_min.evaluate, "supervised_states", supervised_states)
     monkeypatch.setattr(memory, "release", release)
     assert evaluate(base, held_out, 16).rows == len(held_out)
     assert len(releases) == 2  # 16 -> 8 -> 4
@@ -201,13 +201,23 @@ def fail_at(monkeypatch, where: str, call: int, error: BaseException) -> None:
     monkeypatch.setattr(qlora_min.train, where, f)
 
 
-def test_training_out_of_memory_says_what_to_change(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "inside", "batch", "way"),
+    [
+        (("--packing", "off"), "masked_cross_entropy", "8 x ", "--batch-size 4 --grad-accum 4: "),
+        (("--micro-batch-tokens", 500), "dropout_seed", "4", "--micro-batch-tokens 2"),
+    ],
+    ids=["padded", "packed"],
+)
+def test_training_out_of_memory_says_what_to_change(script, tmp_path, monkeypatch, options, inside, batch, way):
+    options = [*OPTIONS, *options]
     with monkeypatch.context() as m:
-        fail_at(m, "masked_cross_entropy", 6, ERRORS["CUDA"])  # the second micro-batch of step 3
-        done = script("train.py", *OPTIONS, "--output-dir", "runs/a b", expect=1)
+        fail_at(m, inside, 6, ERRORS["CUDA"])  # the second micro-batch of step 3
+        done = script("train.py", *options, "--output-dir", "runs/a b", expect=1)
     lines = done.stderr.splitlines()
     assert "Traceback" not in done.stderr and len(lines) <= 10
-    assert lines[0].startswith("error: out of memory at step 3, in a micro-batch of 8 x ")
+    assert lines[0].startswith(f"error: out of memory at step 3, in a micro-batch of {batch}")
+    assert any(way in line for line in lines)
     assert "peak so far" in lines[0] and "supervised" in lines[0]
     assert lines[1].startswith("  forecast for this micro-batch: ") and lines[1].count(",") == 3
     assert lines[2] == "  what would take less, in order of effect:"
@@ -216,7 +226,7 @@ def test_training_out_of_memory_says_what_to_change(script, tmp_path, monkeypatc
     assert lines[-2].endswith("go on with: python scripts/train.py --resume 'runs/a b'")
     done = script("train.py", "--resume", "runs/a b")  # which is true
     assert "done: 8 steps" in done.stdout
-    script("train.py", *OPTIONS, "--output-dir", "runs/undisturbed")
+    script("train.py", *options, "--output-dir", "runs/undisturbed")
     a, b = (load_file(tmp_path / "runs" / name / "adapter" / WEIGHTS) for name in ("a b", "undisturbed"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -233,7 +243,7 @@ def test_memory_may_run_out_elsewhere_in_the_loop(script, monkeypatch, where):
 
 
 def test_another_error_in_a_step_stays_what_it_is(script, monkeypatch):
-    monkeypatch.setattr(qlora_min.train, "masked_cross_entropy", raiser(RuntimeError("something else")))
+    monkeypatch.setattr(qlora_min.train, "dropout_seed", raiser(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         script("train.py", *OPTIONS, "--output-dir", "out")
 

@@ -16,7 +16,7 @@ from qlora_min import demo
 from qlora_min.config import Config
 from qlora_min.data import Batch, Row, collate, optimizer_steps
 from qlora_min.lora import lora_parameters
-from qlora_min.loss import masked_cross_entropy, supervised_logits
+from qlora_min.loss import masked_cross_entropy, supervised_states
 from qlora_min.model import add_lora, hidden_states, load_base, output_head
 from qlora_min.optim import Stepper
 from qlora_min.train import Trainer
@@ -108,9 +108,11 @@ def test_the_head_sees_supervised_positions_only(case):
     hidden, head, input_ids, supervised = case
     seen = []
     head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
-    logits, targets = supervised_logits(hidden, head, input_ids, supervised)
+    states, targets = supervised_states(hidden, input_ids, supervised)
     n = int(supervised[:, 1:].sum())
-    assert seen == [(n, V)] == [tuple(logits.shape)]
+    assert states.shape == (n, hidden.shape[-1])
+    masked_cross_entropy(hidden, head, input_ids, supervised)
+    assert seen == [(n, V)]
     assert n < B * (T - 1)
     assert targets.tolist() == [input_ids[b, t].item() for b in range(B) for t in range(1, T) if supervised[b, t]]
 
@@ -219,7 +221,10 @@ def test_the_step_does_not_depend_on_how_it_is_cut_at_length(model, rows, seed):
     check_cuts(model, rows, seed)
 
 
-def test_the_loops_gradients_do_not_depend_on_the_cut(random_base, tmp_path, write_rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("packing", "cuts"), [("off", (1, 2, 4, 8)), ("auto", (60, 100, 200, 4000))], ids=["padded", "packed"]
+)
+def test_the_loops_gradients_do_not_depend_on_the_cut(random_base, tmp_path, write_rows, monkeypatch, packing, cuts):
     """Of `Trainer.train` itself, whose steps are recorded instead of taken: 11 rows of one to three questions."""
     questions = iter(demo.rows(demo.CONDITIONS, 33, seed=0))
     rows = []
@@ -236,17 +241,18 @@ def test_the_loops_gradients_do_not_depend_on_the_cut(random_base, tmp_path, wri
 
     def record(stepper):
         recorded[-1].append({str(i): p.grad.clone() for i, p in enumerate(stepper.params)})
-        stepper.optimizer.zero_grad()
+        stepper.optimizer.zero_grad(set_to_none=False)
         return 1.0, True
 
     monkeypatch.setattr(Stepper, "step", record)
     monkeypatch.setattr(qlora_min.train, "pick_device", lambda: CPU)
-    for batch_size in (1, 2, 4, 8):
+    for size in cuts:
+        batch_size = size if packing == "off" else 4
         recorded.append([])
         config = Config(
             model=str(random_base), dataset=(str(write_rows(rows)),), eval_fraction=0.0, epochs=1, dropout=0.0,
             alpha=24.0, batch_size=batch_size, grad_accum=8 // batch_size,
-            output_dir=str(tmp_path / f"run{batch_size}"),
+            output_dir=str(tmp_path / f"run{size}"), packing=packing, micro_batch_tokens=size,
         )  # fmt: skip
         trainer = Trainer(config)
         randomise_B(trainer.model)

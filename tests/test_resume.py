@@ -62,7 +62,7 @@ def hard(trainer: Trainer, also=lambda trainer: None) -> Trainer:
     def wrapped():
         if trainer.progress.step == 5:
             trainer.trained[names[-1]].grad[0, 0] = float("inf")
-        trainer.trained[names[0]].grad.mul_(1 + random.random() * np.random.rand())
+        trainer.trained[names[0]].grad.mul_(1 + random.random() * np.random.rand() * torch.rand(()))
         also(trainer)
         return step()
 
@@ -99,16 +99,17 @@ def outcome(run: Path, all_of_it: bool = True) -> dict:
     }
 
 
-@pytest.fixture
-def snapshots(make, tmp_path, monkeypatch):  # noqa: F811
-    """(outcome of a whole run, {step: its directory as a kill just after that step's checkpoint leaves it})."""
+@pytest.fixture(params=["auto", "off"], ids=["packed", "padded"])
+def snapshots(make, tmp_path, monkeypatch, request):  # noqa: F811
+    """(outcome of a whole run, {step: its directory as a kill just behind its checkpoint leaves it}, options)."""
     save, found = checkpoint.save_checkpoint, {}
 
     def keep(run, step, *args, **kwargs):
         save(run, step, *args, **kwargs)
         found[step] = Path(shutil.copytree(run, tmp_path / f"killed-{step}"))
 
-    trainer = hard(make("whole", **OPTIONS))
+    options = {**OPTIONS, "packing": request.param}
+    trainer = hard(make("whole", **options))
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "save_checkpoint", keep)
         trainer.train()
@@ -120,7 +121,7 @@ def snapshots(make, tmp_path, monkeypatch):  # noqa: F811
     assert result["events"][-1]["best_step"] == 12
     assert result["state"]["progress"]["bad_evaluations"] == 3 and trainer.progress.stopped_early
     assert result["state"]["stepper"]["scaler"]["scale"] not in (128.0, 65536.0)
-    return result, found
+    return result, found, options
 
 
 SOME = [6, 13]  # after the skipped step; between two lines and after the best
@@ -128,7 +129,7 @@ SOME = [6, 13]  # after the skipped step; between two lines and after the best
 
 @pytest.mark.parametrize("steps", [SOME, pytest.param(range(1, STEPS), marks=pytest.mark.slow)], ids=["some", "all"])
 def test_killed_after_any_step(snapshots, monkeypatch, steps):
-    whole, found = snapshots
+    whole, found, _ = snapshots
     for step in steps:
         resumed = resume(found[step], monkeypatch)
         assert resumed.progress.step == step
@@ -221,8 +222,8 @@ CONSTANT = {"growth_factor", "backoff_factor", "growth_interval", "qmap1", "qmap
 
 def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make, monkeypatch):  # noqa: F811
     """What a resumed run would save at once is what was saved; and each part differs from a fresh run's."""
-    _, found = snapshots
-    fresh = hard(make("fresh", **OPTIONS))._state()
+    _, found, options = snapshots
+    fresh = hard(make("fresh", **options))._state()
     step, state = checkpoint.newest_checkpoint(found[17])
     state["progress"] |= {"stopped_early": True}  # these two are as in a fresh run at step 17
     state["stepper"]["skipped_in_a_row"] = 1
@@ -232,7 +233,7 @@ def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make,
 
     paths = list(parts(state))
     assert {p[:2] for p in paths} >= {("rng", "python"), ("rng", "numpy"), ("rng", "torch"), ("progress", "loss_sum")}
-    assert sum(p[-1] == "absmax1" for p in paths) >= 8  # 8-bit state
+    assert any(p[-1] == "absmax1" for p in paths)  # 8-bit state
     for path in paths:
         if CONSTANT & set(path) or path == ("rng", "cuda") or path[-1] == "before":
             continue

@@ -92,6 +92,7 @@ def relative(mine: torch.Tensor, reference: torch.Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 STEPS = 30
+PACKED_OR_PADDED = pytest.mark.parametrize("packing", ["auto", "off"], ids=["packed", "padded"])
 BOUND = {"adamw": 1e-5, "paged_adamw8bit": 1e-3}  # 8-bit state amplifies rounding
 
 
@@ -102,10 +103,8 @@ def train_ours(trainer: Trainer) -> list[float]:
         batches, _ = trainer.step_batches(step)
         supervised = sum(b.n_supervised for b in batches)
         total = 0.0
-        for batch in batches:
-            loss = trainer.loss(batch)
-            trainer.stepper.backward(loss / supervised)
-            total += loss.item()
+        for i, batch in enumerate(batches):
+            total += trainer.backward(batch, supervised, step, i).item()
         assert trainer.stepper.step()[1]
         losses.append(total / supervised)
     return losses
@@ -211,13 +210,16 @@ def options_of_the_comparison(optimizer: str) -> dict:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
 def test_trains_as_peft_bit_for_bit_in_the_same_order(make, optimizer):
-    compare_with_peft(make(**options_of_the_comparison(optimizer)), same_order_loss, 0.0)
+    compare_with_peft(make(**options_of_the_comparison(optimizer), packing="off"), same_order_loss, 0.0)
 
 
+@PACKED_OR_PADDED
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
-def test_trains_as_peft_in_a_plain_loop(make, optimizer):
+def test_trains_as_peft_in_a_plain_loop(make, optimizer, packing):
     """With an attention mask and all logits, whose sums run in another order."""
-    compare_with_peft(make(**options_of_the_comparison(optimizer)), full_logits_loss, BOUND[optimizer])
+    trainer = make(**options_of_the_comparison(optimizer), packing=packing, micro_batch_tokens=300)
+    assert (trainer.decoder is None) == (packing == "off")
+    compare_with_peft(trainer, full_logits_loss, BOUND[optimizer])
 
 
 def smollm2_options(optimizer: str, smollm2: Path, write_rows) -> dict:
@@ -241,19 +243,20 @@ def smollm2_options(optimizer: str, smollm2: Path, write_rows) -> dict:
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
 def test_trains_as_peft_on_smollm2_bit_for_bit_in_the_same_order(make, smollm2, write_rows, optimizer):
     """Steps of a padded batch of two and of one row."""
-    trainer = make(**smollm2_options(optimizer, smollm2, write_rows) | {"grad_accum": 1})
+    trainer = make(**smollm2_options(optimizer, smollm2, write_rows) | {"grad_accum": 1, "packing": "off"})
     compare_with_peft(trainer, same_order_loss, 0.0)
 
 
 @pytest.mark.real
-def test_trains_as_peft_on_smollm2_in_a_plain_loop(make, smollm2, write_rows):
+@PACKED_OR_PADDED
+def test_trains_as_peft_on_smollm2_in_a_plain_loop(make, smollm2, write_rows, packing):
     """Steps of two micro-batches and of one, a row each.
 
     The bound is what peft keeps to itself when its own sums run in another order. Adam's first steps take the sign of
     each gradient; among 1.8 million elements some gradients are as small as rounding, and one sign that flips moves its
     tensor by about 1 / sqrt(9216).
     """
-    trainer = make(**smollm2_options("adamw", smollm2, write_rows) | {"batch_size": 1})
+    trainer = make(**smollm2_options("adamw", smollm2, write_rows) | {"batch_size": 1, "packing": packing})
     compare_with_peft(trainer, full_logits_loss, 1e-2)
 
 
@@ -267,7 +270,7 @@ def test_gradient_checkpointing_changes_no_gradient(make, precision):
     """With dropout, whose mask the second forward has to draw again: equal bit for bit."""
     results = {}
     for setting in ("off", "on"):
-        trainer = make(setting, gradient_checkpointing=setting, precision=precision, dropout=0.1)
+        trainer = make(setting, gradient_checkpointing=setting, precision=precision, dropout=0.1, packing="off")
         for layer in lora_layers(trainer.model).values():
             nn.init.normal_(layer.lora_B, std=0.05, generator=torch.Generator().manual_seed(3))
         calls = []
@@ -284,11 +287,12 @@ def test_gradient_checkpointing_changes_no_gradient(make, precision):
     assert_same(results["on"], results["off"])
 
 
-def test_evaluation_changes_nothing(make):
+@PACKED_OR_PADDED
+def test_evaluation_changes_nothing(make, packing):
     """Adapter, optimizer, random state and logged losses after 7 steps, with 7 evaluations and with none."""
     states, losses = [], []
     for name, held in (("with", 6), ("without", 0)):
-        trainer = make(name, held=held, epochs=3, max_steps=7, eval_every=1, patience=100)
+        trainer = make(name, held=held, epochs=3, max_steps=7, eval_every=1, patience=100, packing=packing)
         trainer.train()
         states.append(last_checkpoint(trainer.run))
         events = checkpoint.read_metrics(trainer.run)
@@ -442,9 +446,10 @@ def saved_adapter(run: Path) -> dict[str, torch.Tensor]:
     return {n.removeprefix("base_model.model.").removesuffix(".weight"): t for n, t in stored.items()}
 
 
-def test_a_layer_that_does_not_train_is_named(make):
+@PACKED_OR_PADDED
+def test_a_layer_that_does_not_train_is_named(make, packing):
     """Is it really training? A layer whose update takes no part in the output ends the run after three steps."""
-    trainer = make(rows=16)
+    trainer = make(rows=16, packing=packing)
     name = trainer.wrapped[5]
     trainer.model.get_submodule(name).enabled = False
     with pytest.raises(TrainingError, match=rf"2 of 32 trained matrices did not move: {name}\.lora_A, {name}\.lora_B"):
