@@ -70,6 +70,8 @@ from .signals import Signals, Stop
 
 MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
 SMALL = 256  # hidden size up to which a second CPU thread costs more than it brings
+Data = tuple[list[Encoded], list[Encoded]]
+
 SAMPLES = 4  # held-out prompts answered before and after
 SAMPLE_TOKENS = 48
 SAVE_TRIES = 10  # failures to save in a row that end the run
@@ -95,7 +97,7 @@ class Progress:
     stopped_early: bool = False
 
 
-def read_data(config: Config, encoder: ChatEncoder) -> tuple[list[Encoded], list[Encoded]]:
+def read_data(config: Config, encoder: ChatEncoder) -> Data:
     """(training, held-out) data, encoded, one part a data set. Without --eval-dataset a share of --dataset is held out.
 
     Raises:
@@ -189,22 +191,23 @@ class Trainer:
     Args:
         config: the options. With `resume`, as they were resolved when the run began.
         resume: the directory of a run to continue.
+        data: encoded (training, held-out) rows, instead of those that the options name.
 
     Raises:
         ValueError: an option, the model, the data or the output directory is not usable, or another process trains
             there; nothing has been written.
     """
 
-    def __init__(self, config: Config, resume: Path | None = None):
+    def __init__(self, config: Config, resume: Path | None = None, data: Data | None = None):
         self.lock = checkpoint.Lock(resume) if resume else None  # before anything is read there
         try:
-            self._prepare(config, resume)
+            self._prepare(config, resume, data)
         except BaseException:
             if self.lock:
                 self.lock.__exit__()
             raise
 
-    def _prepare(self, config: Config, resume: Path | None) -> None:
+    def _prepare(self, config: Config, resume: Path | None, data: Data | None) -> None:
         if resume:
             refuse_finished(resume)
         self.device = pick_device()
@@ -212,7 +215,7 @@ class Trainer:
         self.run = resume or output_directory(config)
         revision = checkpoint.read_record(resume)["base"]["revision"] if resume else None
         encoder = load_encoder(config.model, revision)
-        train, held = read_data(config, encoder)
+        train, held = data or read_data(config, encoder)
         print(table([*train, *held]), flush=True)
         self.rows, self.held = (Rows.join(part.rows for part in side) for side in (train, held))
 
@@ -344,38 +347,46 @@ class Trainer:
                 if self._finished():
                     return self._finish()
 
-                # Forward and backward of the step's rows, a micro-batch at a time; the gradients add up.
-                batches, where = self.step_batches(p.step)
-                supervised = sum(b.n_supervised for b in batches)
-                lr = self.stepper.lr
-                try:
-                    for i, batch in enumerate(batches):
-                        p.loss_sum = p.loss_sum + self.backward(batch, supervised, p.step, i)
-
-                    # Clip and step; the next step's rows are made ready while the device computes.
-                    if p.step + 1 < self.total_steps:
-                        self.step_batches(p.step + 1)
-                    grad_norm, taken = self.stepper.step()
-                except TrainingError as e:
-                    raise TrainingError(self._explain(e, where)) from None
-                except (RuntimeError, MemoryError) as e:
-                    if not memory.is_out_of_memory(e):
-                        raise
-                    raise TrainingError(self._explain_memory(batch)) from None
-                p.step += 1
-                if self.initial and self.stepper.taken == MOVED_BY:
-                    self._check_that_all_moved()
-                if not taken:
-                    say(f"step {p.step}: skipped, a gradient is not finite")
-
-                # Log.
-                tokens = sum(b.n_tokens for b in batches)
-                p.supervised, p.tokens, p.window_tokens = (
-                    p.supervised + supervised, p.tokens + tokens, p.window_tokens + tokens,
-                )  # fmt: skip
+                lr, grad_norm = self.take_step()
                 if p.step % c.log_every == 0 or self._evaluation_due():
                     self._log(lr, grad_norm, bar)
                 bar.update()
+
+    def take_step(self) -> tuple[float, float]:
+        """The next optimizer step; returns its learning rate and its gradient's norm before clipping.
+
+        Raises:
+            TrainingError: it was the 20th in a row without finite gradients, memory ran out, or a layer does not train.
+        """
+        p = self.progress
+        batches, where = self.step_batches(p.step)
+        supervised = sum(b.n_supervised for b in batches)
+        lr = self.stepper.lr
+        try:
+            # Forward and backward of the step's rows, a micro-batch at a time; the gradients add up.
+            for i, batch in enumerate(batches):
+                p.loss_sum = p.loss_sum + self.backward(batch, supervised, p.step, i)
+
+            # Clip and step; the next step's rows are made ready while the device computes.
+            if p.step + 1 < self.total_steps:
+                self.step_batches(p.step + 1)
+            grad_norm, taken = self.stepper.step()
+        except TrainingError as e:
+            raise TrainingError(self._explain(e, where)) from None
+        except (RuntimeError, MemoryError) as e:
+            if not memory.is_out_of_memory(e):
+                raise
+            raise TrainingError(self._explain_memory(batch)) from None
+
+        # Count.
+        p.step += 1
+        tokens = sum(b.n_tokens for b in batches)
+        p.supervised, p.tokens, p.window_tokens = p.supervised + supervised, p.tokens + tokens, p.window_tokens + tokens
+        if self.initial and self.stepper.taken == MOVED_BY:
+            self._check_that_all_moved()
+        if not taken:
+            say(f"step {p.step}: skipped, a gradient is not finite")
+        return lr, grad_norm
 
     def step_batches(self, step: int) -> tuple[list[Batch] | list[Packed], list[str]]:
         """The micro-batches of an optimizer step (0-based), and where their rows stand; the last two are remembered."""
