@@ -326,7 +326,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
     A ValueError may have several lines to show, in its attribute `lines`.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after it
     try:
         sys.exit(main() or 0)
     except ValueError as e:

@@ -27,7 +27,7 @@ are rounded here. Which models fit is asked of `unsupported`.
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -122,7 +122,7 @@ def pack(rows: Sequence[Row], tokens: int | None = None, supervised: int | None 
     where = taught.nonzero()[:, 0] - 1
     positions = torch.arange(total) - ends[:-1].repeat_interleave(torch.tensor(lengths))
     more, fewer = tokens - total, (supervised or len(where)) - len(where)
-    longest = longest or max([*lengths, more])
+    longest = min(tokens, longest or max([*lengths, more]))
     assert min(more, fewer) >= 0 and len(rows) <= (count or len(rows)) and longest >= max([*lengths, more])
     rest = 1 + count - len(rows) if count else int(more > 0)  # the filling, and rows of no tokens
     ends = torch.cat([ends, ends.new_full((rest,), tokens)])
@@ -495,6 +495,10 @@ class Decoder:
             del kept
         return loss
 
+    def pack(self, rows: Sequence[Row], count: int) -> Packed:
+        """Rows as a batch for this decoder, without filling."""
+        return pack(rows).to(self.device)
+
     def _head(self, y: Tensor, batch: Packed, factor: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and the gradient (N, D) of the head's input: logits exist for LOGIT_ROWS positions at a time."""
         hidden = y[batch.where]  # (N, D) -> (S, D)
@@ -516,41 +520,67 @@ class Decoder:
 
 
 class Captured:
-    """A decoder's `loss_and_gradients` on a GPU as one launch: each shape is captured once as a CUDA graph.
+    """A decoder's `loss_and_gradients` and `hidden_states` on a GPU as one launch each, for batches on the CPU.
 
-    All graphs share one memory pool: they run one after the other, and what outlives a replay lies outside. Which LoRA
-    layers are enabled is captured too.
+    Each shape is captured once as a CUDA graph, and so is which LoRA layers are enabled. All graphs share one memory
+    pool: they run one after the other. What is returned is overwritten by the next call.
+
+    Args:
+        grain: batches are filled up to a multiple of so many tokens, and to R rows, so that there are few shapes.
     """
 
-    def __init__(self, decoder: Decoder):
-        self.decoder, device = decoder, decoder.device
-        self.graphs: dict[tuple[int, ...], tuple[Packed, torch.cuda.CUDAGraph]] = {}
+    def __init__(self, decoder: Decoder, grain: int = 256):
+        self.decoder, self.grain, device = decoder, grain, decoder.device
+        self.logits = decoder.logits
+        self.graphs: dict[tuple, tuple[Packed, torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self.factor = torch.zeros((), device=device)
         self.seed = torch.zeros((), dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
 
+    def pack(self, rows: Sequence[Row], count: int) -> Packed:
+        """At most `count` rows, filled up."""
+        tokens = -(-sum(map(len, rows)) // self.grain) * self.grain
+        supervised = sum(int(r.supervised[1:].sum()) for r in rows)
+        supervised = 2 ** max(6, (supervised - 1).bit_length())
+        return pack(rows, tokens, supervised, count, len(self.decoder.cos))
+
     def loss_and_gradients(self, batch: Packed, factor: Tensor, seed: Tensor) -> Tensor:
-        """As Decoder's, for a batch on the CPU; the returned tensor is overwritten by the next call."""
-        key = (len(batch.ids), len(batch.where), len(batch.ends), batch.longest)
-        if key not in self.graphs:
-            self._capture(key, batch)
-        mine, graph = self.graphs[key]
-        mine.copy_(batch)
+        """As Decoder's."""
         self.factor.copy_(factor, non_blocking=True)
         self.seed.copy_(seed, non_blocking=True)
-        graph.replay()
-        return self.loss
 
-    def _capture(self, key: tuple[int, ...], batch: Packed) -> None:
-        mine = batch.to(self.decoder.device)
-        self.factor.zero_()
+        def compute(mine: Packed) -> Tensor:
+            return self.loss.copy_(self.decoder.loss_and_gradients(mine, self.factor, self.seed))
+
+        return self._replay("train", compute, batch)
+
+    def hidden_states(self, batch: Packed) -> Tensor:
+        """As Decoder's."""
+        return self._replay("evaluate", self.decoder.hidden_states, batch)
+
+    def _replay(self, kind: str, compute: Callable[[Packed], Tensor], batch: Packed) -> Tensor:
+        enabled = tuple(m.enabled for layer in self.decoder.layers for p in layer.projections for m in p.loras)
+        key = (kind, len(batch.ids), len(batch.where), len(batch.ends), batch.longest, enabled)
+        if key not in self.graphs:
+            mine = batch.to(self.decoder.device)
+            if not any(k[0] == kind for k in self.graphs):
+                self._try(compute, mine)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                result = compute(mine)
+            self.graphs[key] = mine, graph, result
+        mine, graph, result = self.graphs[key]
+        mine.copy_(batch)
+        graph.replay()
+        return result
+
+    def _try(self, compute: Callable[[Packed], Tensor], mine: Packed) -> None:
+        """Run once before the first capture: kernels are compiled, cuBLAS takes its memory. Leaves no trace."""
+        grads = self.decoder.grads.clone()
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
-            if not self.graphs:  # once before: kernels are compiled, cuBLAS takes its memory; with factor 0 it adds 0
-                self.decoder.loss_and_gradients(mine, self.factor, self.seed)
+            compute(mine)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            self.loss.copy_(self.decoder.loss_and_gradients(mine, self.factor, self.seed))
-        self.graphs[key] = mine, graph
+        self.decoder.grads.copy_(grads)

@@ -10,17 +10,18 @@ over the number of options.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import memory
-from .data import Row, collate
-from .decoder import Decoder, pack
+from .data import Row, Rows, collate
+from .decoder import Captured, Decoder
 from .loss import supervised_states
 from .model import Base, autocast, hidden_states, output_head
 
@@ -54,7 +55,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    base: Base, rows: Sequence[Row], batch_size: int, progress: str | None = None, decoder: Decoder | None = None
+    base: Base,
+    rows: Sequence[Row],
+    batch_size: int,
+    progress: str | None = None,
+    tokens: float = math.inf,
+    decoder: Decoder | Captured | None = None,
 ) -> Evaluation:
     """Evaluate the model as it is (adapters included) on rows.
 
@@ -63,6 +69,7 @@ def evaluate(
 
     Args:
         progress: the bar's label; None shows none.
+        batch_size, tokens: at most so many rows, and tokens, at a time.
         decoder: of the base, where there is one: it computes, instead of the modules.
 
     Raises:
@@ -70,7 +77,9 @@ def evaluate(
     """
     model = base.model
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # rows of a length together: little padding
+    lengths = rows.lengths if isinstance(rows, Rows) else [len(r) for r in rows]
+    order = sorted(range(len(rows)), key=lambda i: lengths[i])  # rows of a length together: little padding
+    most = batch_size
     loss, right, count = 0.0, 0, 0
     options, options_right, chance = 0, 0, 0.0
     was_training = model.training
@@ -79,9 +88,11 @@ def evaluate(
     try:
         start = 0
         while start < len(order):
-            part = [rows[i] for i in order[start : start + batch_size]]
+            here = order[start : start + batch_size]
+            fit = np.searchsorted(np.cumsum([lengths[i] for i in here]), tokens, side="right")
+            part = [rows[i] for i in here[: max(1, int(fit))]]
             try:
-                batch_loss, batch_right, batch_count, chosen = _measure(base, part, device, decoder)
+                batch_loss, batch_right, batch_count, chosen = _measure(base, part, device, decoder, most)
             except (RuntimeError, MemoryError) as e:
                 if not memory.is_out_of_memory(e):
                     raise
@@ -120,15 +131,16 @@ def evaluate(
 
 
 def _measure(
-    base: Base, part: Sequence[Row], device: torch.device, decoder: Decoder | None
+    base: Base, part: Sequence[Row], device: torch.device, decoder: Decoder | Captured | None, count: int
 ) -> tuple[float, int, int, list[int | None]]:
     """(loss sum, right tokens, supervised tokens, each row's chosen option) of one batch.
 
     A function of its own, so that its tensors are gone once an error for want of memory has been dealt with.
     """
     if decoder:
-        batch = pack(part).to(device)
-        states, targets, head = decoder.hidden_states(batch)[batch.where], batch.targets, decoder.logits
+        batch = decoder.pack(part, count)
+        where, targets = (t[: batch.n_supervised].to(device) for t in (batch.where, batch.targets))
+        states, head = decoder.hidden_states(batch)[where], decoder.logits
     else:
         batch = collate(part).to(device)
         with autocast(device, base.dtype):
@@ -144,12 +156,17 @@ def _measure(
         if row.choices:
             letters[i] = first + int(row.supervised[1 : row.answer_start].sum())  # behind any earlier answers
         first += int(row.supervised[1:].sum())
-    loss, right, chosen = 0.0, 0, [None] * len(part)
+    losses, right, chosen = [], [], {}
     for start in range(0, len(states), memory.LOGIT_ROWS):
         logits, wanted = head(states[start : start + memory.LOGIT_ROWS]), targets[start : start + memory.LOGIT_ROWS]
-        loss += F.cross_entropy(logits, wanted, reduction="sum").item()
-        right += (logits.argmax(-1) == wanted).sum().item()
+        losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
+        right.append((logits.argmax(-1) == wanted).sum())
         for i, at in letters.items():
             if start <= at < start + len(logits):
-                chosen[i] = logits[at - start, list(part[i].choices[0])].argmax().item()
-    return loss, right, len(targets), chosen
+                chosen[i] = logits[at - start, list(part[i].choices[0])].argmax()
+
+    def numbers(tensors: Iterable[torch.Tensor]) -> list:  # asks the device once
+        return torch.stack([*tensors]).tolist() if tensors else []
+
+    found = dict(zip(chosen, numbers(chosen.values())))
+    return sum(numbers(losses)), sum(numbers(right)), len(targets), [found.get(i) for i in range(len(part))]

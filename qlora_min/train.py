@@ -35,7 +35,6 @@ from .data import (
     Batch,
     ChatEncoder,
     Encoded,
-    Row,
     Rows,
     collate,
     data_hash,
@@ -46,7 +45,7 @@ from .data import (
     steps_per_epoch,
     table,
 )
-from .decoder import Captured, Decoder, Packed, cut, dropout_seed, pack, unsupported
+from .decoder import Captured, Decoder, Packed, cut, dropout_seed, unsupported
 from .evaluate import MEASURES, Evaluation, evaluate
 from .generate import generate
 from .lora import lora_disabled, lora_parameters
@@ -69,6 +68,7 @@ from .reading import BadRows, read
 from .signals import Signals, Stop
 
 MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
+EVALUATED = 64  # packed rows at a time, if --micro-batch-tokens does not say fewer
 SMALL = 256  # hidden size up to which a second CPU thread costs more than it brings
 Data = tuple[list[Encoded], list[Encoded]]
 
@@ -296,10 +296,9 @@ class Trainer:
                 self.model, self.base.dtype, rows, longest, int(self.rows.supervised.max()), bits8, available,
                 c.gradient_checkpointing, c.micro_batch_tokens,
             )  # fmt: skip
-            self.grain = max(64, tokens // 32) if self.device.type == "cuda" else 1  # a graph for each multiple of it
-            self.longest = max(longest, self.grain, int(self.held.lengths.max(initial=0)))
-            self.decoder = Decoder(self.base, checkpointing, self.longest)
-            self.compute = Captured(self.decoder) if self.device.type == "cuda" else self.decoder
+            grain = max(64, tokens // 32)  # of the tokens in a captured batch
+            self.decoder = Decoder(self.base, checkpointing, max(longest, grain, int(self.held.lengths.max(initial=0))))
+            self.compute = Captured(self.decoder, grain) if self.device.type == "cuda" else self.decoder
         on_or_off = "on" if checkpointing else "off"
         self.config = replace(c, gradient_checkpointing=on_or_off, micro_batch_tokens=tokens)
 
@@ -400,18 +399,11 @@ class Trainer:
                 whole = [i for part in parts for i in part]
                 parts = [[whole[j] for j in part] for part in cut(self.rows.lengths[whole], c.micro_batch_tokens)]
             micro_batches = [[self.rows[i] for i in part] for part in parts]
-            batches = [self._pack(part) if self.decoder else collate(part) for part in micro_batches]
+            rows = c.batch_size * c.grad_accum
+            batches = [self.compute.pack(part, rows) if self.decoder else collate(part) for part in micro_batches]
             self._ready = {s: b for s, b in self._ready.items() if s == step - 1}
             self._ready[step] = batches, [r.where for part in micro_batches for r in part]
         return self._ready[step]
-
-    def _pack(self, rows: list[Row]) -> Packed:
-        """Rows as one micro-batch, on a GPU filled up to one of few sizes, each of which is captured once."""
-        if self.device.type != "cuda":
-            return pack(rows)
-        tokens = math.ceil(sum(map(len, rows)) / self.grain) * self.grain
-        supervised = 2 ** max(6, (sum(int(r.supervised[1:].sum()) for r in rows) - 1).bit_length())
-        return pack(rows, tokens, supervised, self.config.batch_size * self.config.grad_accum, self.longest)
 
     def backward(self, batch: Batch | Packed, supervised: int, step: int, index: int) -> torch.Tensor:
         """Forward and backward of the micro-batch `index` of a step: adds its share of the step's gradient.
@@ -427,9 +419,7 @@ class Trainer:
             self.stepper.backward(loss / supervised)
             return loss.detach()
         factor = self.stepper.scaler.scale(torch.tensor(1 / supervised, device=self.device))
-        seed = dropout_seed(self.config.seed, step, index)
-        if self.compute is self.decoder:
-            batch, seed = batch.to(self.device), seed.to(self.device)
+        seed = dropout_seed(self.config.seed, step, index).to(self.device)
         return self.compute.loss_and_gradients(batch, factor, seed)
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -521,10 +511,11 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out rows, with a bar."""
         try:
-            rows = self.config.batch_size
             if self.decoder:
-                rows = max(1, self.config.micro_batch_tokens // int(self.held.lengths.max()))
-            return evaluate(self.base, self.held, rows, "evaluating", self.decoder)
+                at_a_time = {"batch_size": EVALUATED, "tokens": self.config.micro_batch_tokens, "decoder": self.compute}
+            else:
+                at_a_time = {"batch_size": self.config.batch_size}
+            return evaluate(self.base, self.held, progress="evaluating", **at_a_time)
         except MemoryError as e:
             raise TrainingError(f"{e}\n{self._saved()}") from None
 

@@ -9,7 +9,9 @@ of its speed and shown by itself. The rows are random tokens of real lengths, an
 only, for every trainer alike.
 """
 
+import gc
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -31,7 +33,7 @@ LENGTHS = [
 QWEN2 = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
          "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
          "tie_word_embeddings": True, "rope_theta": 1000000.0, "use_sliding_window": False}  # fmt: skip
-WARM_UP = 4  # steps
+WARM_UP = {"cuda": 40, "cpu": 2, "peers": 4}  # steps; on a GPU we capture a graph for each shape in them
 PROFILED = 3
 SWEEP = {"length": (128, 256, 512, 1024, 2048, 4096), "rows": (1, 4, 16, 32), "rank": (8, 16, 32, 64, 128)}
 
@@ -40,7 +42,7 @@ def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", metavar="DIR", help="a model folder [Qwen2-0.5B's shape with random weights]")
     parser.add_argument("--lengths", metavar="FILE", help="JSON list of [tokens, supervised] of rows [48 of MedQA's]")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="[auto]")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="a GPU if there is one [auto]")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp16", help="[fp16]")
     parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="[4]")
     parser.add_argument("--grad-accum", type=positive, default=4, metavar="N", help="[4]")
@@ -58,11 +60,8 @@ def main() -> None:
     unknown = set(filter(None, args.peers.split(","))) - {"trl", "unsloth"}
     if unknown:
         raise ValueError(f"--peers: got {', '.join(sorted(unknown))}, expected trl, unsloth or both")
-    if args.device != "auto":
-        from qlora_min import model, train
-
-        device = model.torch.device(args.device)
-        train.pick_device = lambda: device
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
     with tempfile.TemporaryDirectory() as folder:
         args.model = args.model or random_base(Path(folder) / "qwen2-0.5b")
         results = sweep(args) if args.sweep else compare(args)
@@ -101,7 +100,7 @@ def draw_rows(args, count: int, lengths=None) -> list[tuple[list[int], int]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ours(args, steps: int, profile: bool = True, lengths=None, **options) -> dict:
+def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, lengths=None, **options) -> dict:
     """qlora_min's trainer with its own options: figures of one run."""
     import numpy as np
     import torch
@@ -110,9 +109,11 @@ def ours(args, steps: int, profile: bool = True, lengths=None, **options) -> dic
     from qlora_min.train import Trainer
 
     start = time.perf_counter()
+    cuda = torch.cuda.is_available()
+    warm_up = warm_up or WARM_UP["cuda" if cuda else "cpu"]
     options = {"batch_size": args.batch_size, "grad_accum": args.grad_accum, "rank": args.rank, **options}
     per_step = options["batch_size"] * options["grad_accum"]
-    drawn = draw_rows(args, per_step * (WARM_UP + steps + PROFILED), lengths)
+    drawn = draw_rows(args, per_step * (warm_up + steps + PROFILED), lengths)
     rows = Rows.write(
         Row(torch.tensor(ids, dtype=torch.int32), torch.arange(len(ids)) >= len(ids) - n, "") for ids, n in drawn
     )
@@ -121,7 +122,7 @@ def ours(args, steps: int, profile: bool = True, lengths=None, **options) -> dic
         model=args.model, eval_fraction=0.0, epochs=1, max_length=args.max_length, precision=args.precision,
         alpha=2.0 * options["rank"], save_minutes=0, output_dir=tempfile.mkdtemp(), **options,
     )  # fmt: skip
-    cuda = torch.cuda.is_available() and args.device != "cpu"
+    gc.collect()  # the trainer before
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -142,12 +143,12 @@ def ours(args, steps: int, profile: bool = True, lengths=None, **options) -> dic
 
     run(1)
     first = time.perf_counter() - start
-    run(WARM_UP - 1)
-    warm_up = time.perf_counter() - start
+    run(warm_up - 1)
+    warm = time.perf_counter() - start
     seconds, tokens = run(steps)
     result = {
         "tokens_per_second": tokens / seconds, "ms_per_step": 1000 * seconds / steps, "first_step_s": first,
-        "warm_up_s": warm_up, "forecast_gib": float(forecast),
+        "warm_up_s": warm, "forecast_gib": float(forecast),
         "micro_batch_tokens": trainer.config.micro_batch_tokens,
         "gradient_checkpointing": trainer.config.gradient_checkpointing,
     }  # fmt: skip
@@ -172,7 +173,8 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
 
     start = time.perf_counter()
     count, targets = batch_size * grad_accum, ["q_proj", "k_proj", "v_proj", "o_proj"]
-    steps = WARM_UP + args.steps + PROFILED
+    warm_up = WARM_UP["peers"]
+    steps = warm_up + args.steps + PROFILED
     if who == "unsloth":
         model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
             args.model, max_seq_length=args.max_length, dtype=torch.float16, load_in_4bit=True
@@ -216,10 +218,10 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
 
     class Clock(TrainerCallback):
         def on_step_end(self, _, state, control, **kwargs):
-            if state.global_step in (1, WARM_UP, WARM_UP + args.steps):
+            if state.global_step in (1, warm_up, warm_up + args.steps):
                 torch.cuda.synchronize()
                 times[state.global_step] = time.perf_counter()
-            if state.global_step == WARM_UP + args.steps:
+            if state.global_step == warm_up + args.steps:
                 result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
                 self.profile = profiled()
@@ -235,10 +237,10 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
             p.data = p.data.float()  # as released it makes them bf16, which the fp16 GradScaler refuses
     trainer.train()
     mean = sum(len(ids) for ids, _ in drawn) / len(drawn)  # which rows a step had is not told: their mean
-    seconds = times[WARM_UP + args.steps] - times[WARM_UP]
+    seconds = times[warm_up + args.steps] - times[warm_up]
     result |= clock.kernels(mean * count * PROFILED, PROFILED)
     result |= {"tokens_per_second": mean * count * args.steps / seconds, "ms_per_step": 1000 * seconds / args.steps,
-               "first_step_s": times[1] - start, "warm_up_s": times[WARM_UP] - start}  # fmt: skip
+               "first_step_s": times[1] - start, "warm_up_s": times[warm_up] - start}  # fmt: skip
     print("RESULT " + json.dumps(result))
 
 
@@ -345,7 +347,7 @@ def sweep(args) -> list[dict]:
             options = {"batch_size": point["rows"], "grad_accum": 1, "rank": point["rank"],
                        "micro_batch_tokens": point["rows"] * point["length"],
                        "gradient_checkpointing": checkpointing}  # fmt: skip
-            result = ours(args, 5, profile=False, lengths=[(point["length"], 10)], **options)
+            result = ours(args, 5, warm_up=3, profile=False, lengths=[(point["length"], 10)], **options)
             results.append({"axis": axis, **point, **result})
             error = result["forecast_gib"] / result["peak_gib"] - 1 if "peak_gib" in result else float("nan")
             print(f"{point['length']:>5} tokens x {point['rows']:>2}, rank {point['rank']:>3}, checkpointing "

@@ -56,7 +56,9 @@ def test_checkpointing_changes_no_gradient(demo_data, tmp_path, precision):
     grads = []
     for on in ("on", "off"):
         trainer = Trainer(
-            options(demo_data, tmp_path / on, precision=precision, dropout=0.1, gradient_checkpointing=on)
+            options(
+                demo_data, tmp_path / on, precision=precision, dropout=0.1, gradient_checkpointing=on, packing="off"
+            )
         )
         torch.manual_seed(1)
         batches, _ = trainer.step_batches(0)

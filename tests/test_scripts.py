@@ -288,3 +288,13 @@ def test_adapter_of_another_base(demo_run, script, tmp_path):
         one_line_error(done, "another base", str(other))
     one_line_error(script("eval.py", "--adapter", tmp_path, expect=None), "no adapter_config.json")
     one_line_error(script("chat.py", expect=None), "--adapter DIR or --model NAME")
+
+
+def test_bench_on_a_cpu(script, tmp_path):
+    done = script("bench.py", "--model", demo.MODEL_DIR, "--device", "cpu", "--precision", "fp32", "--steps", 1,
+                  "--repeats", 1, "--max-length", 96, "--json", "bench.json")  # fmt: skip
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert [f["gradient_checkpointing"] for f in figures] == ["off", "on"]
+    assert all(f["tokens_per_second"] > 0 and f["first_step_s"] < f["warm_up_s"] for f in figures)
+    assert "tokens/s" in done.stdout.splitlines()[0] and done.stdout.splitlines()[1].startswith("qlora_min, 4 x 4 ")
+    assert "expected trl, unsloth" in script("bench.py", "--peers", "axolotl", expect=2).stderr
