@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save
 
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 LOCK = ".lock"
+RECORDED = ("options", "base", "files", "data", "versions")  # the parts of config.json that resuming compares
 BEFORE_A_RUN = {LOCK, ".config.json.new"}  # all that a start which failed can leave
 # What a file system answers that has no locks, or no flush of a folder.
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
@@ -283,8 +284,10 @@ def read_record(run: Path) -> dict[str, Any]:
         record = json.loads((run / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ValueError(f"'{run}' holds no run (its config.json can't be read: {e}); give a run's directory") from None
-    if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
-        raise ValueError(f"'{run}' holds no run (its config.json is another program's); give a run's directory")
+    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in RECORDED):
+        raise ValueError(
+            f"'{run}' holds no run (its config.json is damaged or another program's); give a run's directory"
+        )
     return record
 
 
@@ -376,14 +379,16 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The events of a run; a last line that a crash cut short is left out."""
+    """The events of a run; lines that hold none, cut short by a crash or damaged, are left out."""
     path = run / "metrics.jsonl"
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            events.append(json.loads(line))
-        except ValueError:
-            break
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
     return events
 
 

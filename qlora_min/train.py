@@ -157,7 +157,7 @@ def evaluation_data(
     options = Config.from_dict(record["options"], str(run / "config.json"))
     train, parts = read_data(options, encoder)
     rows, held = (Rows.join(part.rows for part in side) for side in (train, parts))
-    if data_hash(rows, held) != record["data"]["sha256"]:
+    if data_hash(rows, held) != record["data"].get("sha256"):
         raise ValueError(
             f"adapter '{adapter}': its data have changed since the run, so what was held out can't be told; "
             "say with --dataset what to evaluate on"
@@ -213,7 +213,7 @@ class Trainer:
         self.device = pick_device()
         self.precision = resolve_precision(config.precision, self.device)
         self.run = resume or output_directory(config)
-        revision = checkpoint.read_record(resume)["base"]["revision"] if resume else None
+        revision = checkpoint.read_record(resume)["base"].get("revision") if resume else None
         encoder = load_encoder(config.model, revision)
         train, held = data or read_data(config, encoder)
         print(table([*train, *held]), flush=True)
@@ -605,16 +605,16 @@ class Trainer:
                     raise ValueError(f"--resume {self.run}: the {what} changed: {key} was {then}, now {now}")
         if self.record["packed"] != recorded.get("packed"):
             raise ValueError(f"--resume {self.run}: it began on {'padded' if self.record['packed'] else 'packed'} rows")
-        if self.record["precision"] != recorded["precision"]:
+        if self.record["precision"] != recorded.get("precision"):
             raise ValueError(
-                f"--resume {self.run}: it was trained in {recorded['precision']}, here --precision auto is "
+                f"--resume {self.run}: it was trained in {recorded.get('precision')}, here --precision auto is "
                 f"{self.precision}; expected the same kind of hardware"
             )
-        for key, value in recorded["versions"].items():
-            if self.record["versions"].get(key) != value:
-                now = self.record["versions"].get(key)
+        for key in recorded["versions"] | self.record["versions"]:  # a GPU may be there now only
+            then, now = recorded["versions"].get(key), self.record["versions"].get(key)
+            if then != now:
                 print(
-                    f"note: {key} was {value}, now {now}: the run goes on, but not bitwise as it would have", flush=True
+                    f"note: {key} was {then}, now {now}: the run goes on, but not bitwise as it would have", flush=True
                 )
         checkpoint.clean(self.run)
         found = checkpoint.newest_checkpoint(self.run)

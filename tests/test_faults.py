@@ -289,6 +289,47 @@ def test_what_changed_is_named(cut, make, monkeypatch, tmp_path):  # noqa: F811
         Trainer(*resume_config(str(cut), {}))
 
 
+@pytest.mark.parametrize("part", checkpoint.RECORDED)
+def test_a_damaged_record_is_one_error(cut, part):
+    record = json.loads((cut / "config.json").read_text())
+    checkpoint.write_json(cut / "config.json", {k: v for k, v in record.items() if k != part})
+    with pytest.raises(ValueError, match=r"holds no run .*damaged"):
+        Trainer(*resume_config(str(cut), {}))
+
+
+@pytest.mark.parametrize("key", ["precision", "packed", "base.revision", "base.fingerprint", "data.sha256"])
+def test_a_record_that_lost_a_value_is_no_traceback(cut, key):
+    record = json.loads((cut / "config.json").read_text())
+    *path, last = key.split(".")
+    part = record[path[0]] if path else record
+    kept = part.pop(last)
+    checkpoint.write_json(cut / "config.json", record)
+    try:
+        Trainer(*resume_config(str(cut), {})).lock.file.close()
+        assert kept is None
+    except ValueError as e:
+        assert str(e).startswith(f"--resume {cut}: ")
+
+
+def test_another_version_or_gpu_is_a_note(cut, monkeypatch, capsys):
+    now = {**qlora_min.train.versions(), "torch": "0.1", "gpu": "another"}
+    monkeypatch.setattr(qlora_min.train, "versions", lambda: now)
+    Trainer(*resume_config(str(cut), {}))
+    out = capsys.readouterr().out
+    assert "now 0.1: the run goes on, but not bitwise" in out and "note: gpu was None, now another" in out
+    assert out.count("note: ") == 2
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\0", b"[1]", b"7", b'{"evenu": "end"}', b"[" * 10**5])
+def test_a_damaged_line_of_metrics_is_passed_over(cut, line):
+    path = cut / "metrics.jsonl"
+    events = checkpoint.read_metrics(cut)
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    assert checkpoint.read_metrics(cut) == events and not checkpoint.is_finished(cut)
+    path.write_bytes(path.read_bytes() + b'{"event": "end"}\n')
+    assert checkpoint.is_finished(cut)
+
+
 def test_metrics_that_lost_their_end_are_named(cut, capsys):
     os.truncate(cut / "metrics.jsonl", 10)
     Trainer(*resume_config(str(cut), {}))

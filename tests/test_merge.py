@@ -502,14 +502,14 @@ def test_the_newest_unfinished_run(tmp_path):
     for age, (name, finished) in enumerate({"old": False, "newer": False, "newest": True}.items()):
         run = tmp_path / name
         run.mkdir()
-        checkpoint.write_json(run / "config.json", {"options": {"name": name}})
+        checkpoint.write_json(run / "config.json", {part: {"name": name} for part in checkpoint.RECORDED})
         os.utime(run / "config.json", (1e9 + age, 1e9 + age))
         if finished:
             metrics = checkpoint.Metrics(run)
             metrics.write("end")
             metrics.flush()
     assert checkpoint.newest_unfinished(tmp_path).name == "newer"
-    assert checkpoint.read_record(tmp_path / "old") == {"options": {"name": "old"}}
+    assert checkpoint.read_record(tmp_path / "old")["options"] == {"name": "old"}
     with pytest.raises(ValueError, match="holds no run"):
         checkpoint.read_record(tmp_path)
 
