@@ -574,6 +574,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """All that resuming needs."""
         return {
+            "options": {k: v for k, v in self.record["options"].items() if k != "output_dir"},  # a run may be moved
             "progress": asdict(self.progress),
             "adapter": {n: w.detach() for n, w in self.trained.items()},
             "best_adapter": self.best,  # adapter/ can be made again from any one checkpoint
@@ -629,8 +630,15 @@ class Trainer:
             return
         step, state = found
         expected = self._state()
-        if state.keys() != expected.keys() or state["progress"].keys() != expected["progress"].keys():
+        known = state.keys() == expected.keys()
+        if not known or any(state[part].keys() != expected[part].keys() for part in ("options", "progress")):
             raise ValueError(f"--resume {self.run}: step-{step} is of another version of qlora_min; resume with that")
+        for name, then in state["options"].items():  # config.json has no manifest that keeps it as it was
+            if then != (now := expected["options"][name]):
+                raise ValueError(
+                    f"--resume {self.run}: {flag(name)} was {then!r} when step-{step} was saved, now config.json says "
+                    f"{now!r}; put it back there"
+                )
         with torch.no_grad():
             for name, weight in self.trained.items():
                 weight.copy_(state["adapter"][name])
@@ -827,7 +835,10 @@ def resume_config(directory: str, given: dict[str, Any]) -> tuple[Config, Path]:
     refuse_finished(run)
     config = Config.from_dict(record["options"], str(run / "config.json"))
     for name, value in given.items():
-        if name in FIELDS and name != "output_dir" and getattr(config, name) != value:
+        if name == "output_dir" and Path(value).resolve() != run.resolve():
+            raise ValueError(f"--output-dir {value}: --resume continues in {run} itself; leave it out")
+        resolved = name == "output_dir" or (name, value) == ("gradient_checkpointing", "auto")
+        if name in FIELDS and not resolved and getattr(config, name) != value:
             raise ValueError(
                 f"--resume {run}: {flag(name)} was {getattr(config, name)!r} when the run began, now {value!r}; "
                 "leave it out, or start a new run"

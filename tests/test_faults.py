@@ -88,7 +88,7 @@ def test_the_check_sees_what_is_lost(tmp_path, capsys):
 # Training goes on
 # ---------------------------------------------------------------------------------------------------------------------
 
-OPTIONS = {"rows": 6, "batch_size": 1, "held": 2, "epochs": 4, "eval_every": 2, "log_every": 1, "rank": 4}
+OPTIONS = {"rows": 6, "batch_size": 1, "held": 2, "epochs": 4.0, "eval_every": 2, "log_every": 1, "rank": 4}
 OPTIONS |= {"patience": 100}
 
 
@@ -287,6 +287,24 @@ def test_what_changed_is_named(cut, make, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(qlora_min.train, "load_base", lambda *args: replace(load(*args), fingerprint="another"))
     with pytest.raises(ValueError, match="the base changed: fingerprint was"):
         Trainer(*resume_config(str(cut), {}))
+
+
+@pytest.mark.parametrize(("option", "value"), [("seed", 43), ("dropout", 0.2), ("save_every", 3)])
+def test_an_option_changed_in_the_record_is_named(cut, option, value):
+    record = json.loads((cut / "config.json").read_text())
+    assert record["options"][option] != value
+    record["options"][option] = value
+    checkpoint.write_json(cut / "config.json", record)
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} was .* now config.json says {value}; put it"):
+        Trainer(*resume_config(str(cut), {}))
+
+
+def test_what_the_command_of_the_beginning_gave_is_no_change(cut, tmp_path):
+    resume_config(str(cut), {"output_dir": str(cut), "gradient_checkpointing": "auto"})
+    with pytest.raises(ValueError, match=r"--output-dir .*elsewhere: --resume continues in .*cut"):
+        resume_config(str(cut), {"output_dir": str(tmp_path / "elsewhere")})
+    moved = cut.rename(tmp_path / "moved")
+    Trainer(*resume_config(str(moved), {}))
 
 
 @pytest.mark.parametrize("part", checkpoint.RECORDED)

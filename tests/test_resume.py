@@ -31,7 +31,7 @@ OPTIONS = {
     "batch_size": 1,
     "learning_rate": 2e-2,
     "held": 4,
-    "epochs": 5,
+    "epochs": 5.0,
     "precision": "fp16",
     "rank": 64,  # the larger tensors have 8-bit state
     "alpha": 96.0,
@@ -217,7 +217,7 @@ def at(state: dict, path: tuple):
 
 
 # The same in every run: what never changes, and clocks of a fresh start.
-CONSTANT = {"growth_factor", "backoff_factor", "growth_interval", "qmap1", "qmap2", "param_groups"}
+CONSTANT = {"options", "growth_factor", "backoff_factor", "growth_interval", "qmap1", "qmap2", "param_groups"}
 
 
 def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make, monkeypatch):  # noqa: F811
