@@ -19,7 +19,8 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,15 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+@contextmanager
+def writing(where: str) -> Iterator[None]:
+    """What the disk refuses before training is a ValueError that names the option; while training, `_write` waits."""
+    try:
+        yield
+    except OSError as e:
+        raise ValueError(f"{where}: can't be written to ({e.strerror or e}); expected a folder with space") from None
+
+
 class Trainer:
     """One training run, from options to the best adapter on disk.
 
@@ -199,7 +209,10 @@ class Trainer:
     """
 
     def __init__(self, config: Config, resume: Path | None = None, data: Data | None = None):
-        self.lock = checkpoint.Lock(resume) if resume else None  # before anything is read there
+        self.lock = None
+        if resume:
+            with writing(f"--resume {resume}"):
+                self.lock = checkpoint.Lock(resume)  # before anything is read there
         try:
             self._prepare(config, resume, data)
         except BaseException:
@@ -256,6 +269,7 @@ class Trainer:
         self._order: tuple[int, list] = (-1, [])  # of one epoch
         self._ready: dict[int, tuple] = {}  # steps' micro-batches
         self.metrics = checkpoint.Metrics(self.run)
+        self.advice = f"continue with: python scripts/train.py --resume {shlex.quote(str(self.run))}"
         self.record = {
             "options": self.config.as_dict(),
             "precision": self.precision,
@@ -274,10 +288,11 @@ class Trainer:
         if resume:
             self._restore()
         else:
-            self.run.mkdir(parents=True, exist_ok=True)
-            self.lock = checkpoint.Lock(self.run)
-            output_directory(self.config)  # another process may have begun there while we loaded
-            checkpoint.write_json(self.run / "config.json", self.record)
+            with writing(f"--output-dir {self.run}"):
+                self.run.mkdir(parents=True, exist_ok=True)
+                self.lock = checkpoint.Lock(self.run)
+                output_directory(self.config)  # another process may have begun there while we loaded
+                checkpoint.write_json(self.run / "config.json", self.record)
 
     def _choose_how_to_compute(self) -> None:
         """By decoder.py on packed rows if it can, else by the model's modules on padded ones; what fits the memory."""
@@ -326,9 +341,8 @@ class Trainer:
         """
         p, c = self.progress, self.config
         print(self.describe(), flush=True)
-        advice = f"continue with: python scripts/train.py --resume {shlex.quote(str(self.run))}"
         bar = tqdm(total=self.total_steps, initial=p.step, unit="step", dynamic_ncols=True, disable=None)
-        with self.lock, Signals(advice) as self.signals, bar:
+        with self.lock, Signals(self.advice) as self.signals, bar:
             self.clock = time.perf_counter()
             while True:
                 # Evaluate and save, where due.
@@ -550,7 +564,9 @@ class Trainer:
             self.retry_at = time.monotonic() + RETRY_SECONDS
             what = f"step {self.progress.step}: '{self.run}' can't be written to ({e})"
             if self.failures >= SAVE_TRIES:
-                raise TrainingError(f"{what}, {SAVE_TRIES} times in a row; {self._last_good()}") from None
+                raise TrainingError(
+                    f"{what}, {SAVE_TRIES} times in a row; {self._last_good()}; when it can be, {self.advice}"
+                ) from None
             say(f"warning: {what}; next try in {RETRY_SECONDS:.0f} s ({self.failures} of {SAVE_TRIES} failed)")
             return False
         return True

@@ -134,6 +134,7 @@ def test_a_disk_that_stays_away_ends_the_run_after_ten_tries(make, no_waiting, c
         away.__exit__()
     assert "10 times in a row" in str(end.value) and os.strerror(error) in str(end.value)
     assert str(trainer.run / "checkpoints" / "step-4") in str(end.value)
+    assert str(end.value).endswith(f"when it can be, continue with: python scripts/train.py --resume {trainer.run}")
     assert sum(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines()) == 9
     assert last_checkpoint(trainer.run)["progress"]["step"] == 4
     resumed = Trainer(*resume_config(str(trainer.run), {}))
@@ -435,6 +436,23 @@ def test_another_error_of_the_lock_is_not_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(OSError):
         checkpoint.Lock(tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_to_names_its_option(make, cut, monkeypatch, tmp_path):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--output-dir .*below: can't be written to \(Not a directory\)"):
+        make("file/below", **OPTIONS)
+
+    def refuse(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(checkpoint, "Lock", refuse)
+    with pytest.raises(ValueError, match=r"--resume .*cut: can't be written to \(Read-only file system\)"):
+        Trainer(*resume_config(str(cut), {}))
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "write_json", refuse)
+    with pytest.raises(ValueError, match=r"--output-dir .*new: can't be written to \(Read-only"):
+        make("new", **OPTIONS)
 
 
 def test_a_start_that_fails_leaves_no_folder(make, tmp_path):  # noqa: F811
