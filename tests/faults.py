@@ -1,4 +1,4 @@
-"""What a run's directory survives, in figures: `python tests/faults.py [--kills 200]`, about a minute.
+"""What a run's directory survives, in figures: `python tests/faults.py [--kills 200]`, about two minutes.
 
 A real Trainer on the demo's model saves with its own code, weights changed each time; what stands on the disk after
 each fault is then read as a resumed run reads it. Exit code 1 if anything acknowledged was lost or damage not seen.
