@@ -168,6 +168,8 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, check = getattr(self, f.name), f.metadata["check"]
+            if f.type is float and type(value) is int:  # epochs=1: in a checkpoint as from the command line, 1.0
+                object.__setattr__(self, f.name, float(value))
             for name in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
                 refuse_secrets(name, flag(f.name))
             finite = not isinstance(value, float) or math.isfinite(value)

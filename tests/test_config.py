@@ -334,3 +334,7 @@ def test_run_script_turns_a_users_error_into_one_line(capsys):
     assert end.value.code == 0
     with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
         config.run_script(lambda: 1 / 0)
+
+
+def test_a_whole_number_from_python_is_the_float_that_the_command_line_gives():
+    assert repr(Config(epochs=1).as_dict()) == repr(Config(epochs=1.0).as_dict())

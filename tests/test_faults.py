@@ -88,7 +88,7 @@ def test_the_check_sees_what_is_lost(tmp_path, capsys):
 # Training goes on
 # ---------------------------------------------------------------------------------------------------------------------
 
-OPTIONS = {"rows": 6, "batch_size": 1, "held": 2, "epochs": 4.0, "eval_every": 2, "log_every": 1, "rank": 4}
+OPTIONS = {"rows": 6, "batch_size": 1, "held": 2, "epochs": 4, "eval_every": 2, "log_every": 1, "rank": 4}
 OPTIONS |= {"patience": 100}
 
 

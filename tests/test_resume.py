@@ -31,7 +31,7 @@ OPTIONS = {
     "batch_size": 1,
     "learning_rate": 2e-2,
     "held": 4,
-    "epochs": 5.0,
+    "epochs": 5,
     "precision": "fp16",
     "rank": 64,  # the larger tensors have 8-bit state
     "alpha": 96.0,
