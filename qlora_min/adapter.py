@@ -78,7 +78,7 @@ def save_adapter(
     }
     from . import __version__
 
-    origin = {k: asdict(config)[k] for k in ("base", "revision", "fingerprint", "quantization")}
+    origin = {k: asdict(config)[k] for k in ("base", "revision", "fingerprint", "quantization", "alpha")}
     (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     weights = weights or lora_parameters(model)
@@ -123,7 +123,7 @@ def read_config(folder: Path) -> AdapterConfig:
     targets = field(peft, "target_modules", None, _is_targets, "a list of at most 1,000 names of layers")
     base = field(peft, "base_model_name_or_path", None, _is_name, "the base's hub id or full path, without '..'")
     refuse_secrets(base, f"adapter '{folder}': base_model_name_or_path")
-    return AdapterConfig(
+    config = AdapterConfig(
         rank=field(peft, "r", None, lambda v: type(v) is int and 1 <= v < 2**63, "an integer of at least 1"),
         alpha=float(field(peft, "lora_alpha", None, lambda v: _is_number(v) and v > 0, "a number above 0")),
         dropout=float(field(peft, "lora_dropout", 0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")),
@@ -133,6 +133,12 @@ def read_config(folder: Path) -> AdapterConfig:
         fingerprint=field(origin, "fingerprint", None, lambda v: v is None or _is_sha256(v), "a sha256"),
         quantization=field(origin, "quantization", "nf4", lambda v: v in ("nf4", "fp4", "none"), "nf4, fp4 or none"),
     )
+    if origin.get("alpha", config.alpha) != config.alpha:  # a rank or targets that were edited do not fit the weights
+        raise ValueError(
+            f"adapter '{folder}': {CONFIG} says lora_alpha {shown(config.alpha)}, but the weights were trained with "
+            f"{shown(origin['alpha'])}; put it back"
+        )
+    return config
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

@@ -227,13 +227,22 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: a file is missing, damaged, or not as the manifest says.
+        OSError: the file system fails, which says nothing about the checkpoint.
     """
     try:
         sums = {name: _sha256(folder / name) for name in (STATE, TENSORS)}
         manifest = (folder / MANIFEST).read_bytes()
         if manifest == _manifest(sums):
             return unflatten(json.loads((folder / STATE).read_text(encoding="utf-8")), load_file(folder / TENSORS))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as e:
         raise ValueError(f"checkpoint '{folder}' can't be read ({e})") from None
     changed = [name for name in sums if sums[name].encode() not in manifest] or [MANIFEST]
     raise ValueError(f"checkpoint '{folder}': {', '.join(changed)} not as it was saved (sha256 differs)")

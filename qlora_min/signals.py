@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT) and SIGTERM while training: the first asks to stop where nothing is lost, a second one exits at once.
+"""Ctrl-C, SIGTERM, a terminal that closes: the first asks to stop where nothing is lost, a second one exits at once.
 
 A handler runs between any two instructions, so the first signal only leaves a mark, which the loop looks at between two
 steps. What can be given up without a loss (an evaluation, samples) runs under `abandonable` and ends at once.
@@ -18,7 +18,7 @@ class Stop(BaseException):
 
 
 class Signals:
-    """Takes both signals over for a `with` block (in the main thread: others can't), and gives them back.
+    """Takes these signals over for a `with` block (in the main thread: others can't), and gives them back.
 
     A block that ends with `Stop` becomes SystemExit with 128 + the signal's number, as shells do; `advice` is printed.
 
@@ -33,7 +33,10 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         here = threading.current_thread() is threading.main_thread()
-        self._former = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM) if here}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        self._former = {s: signal.signal(s, self._handle) for s in numbers if here}
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:

@@ -664,6 +664,7 @@ class Trainer:
         self.saved = (step, self.progress.evaluated)
         self.metrics.cut(state["metrics_bytes"])
         checkpoint.set_rng_state(state["rng"])
+        print(f"continues at step {step:,}")
 
     # -----------------------------------------------------------------------------------------------------------------
     # The beginning and the end

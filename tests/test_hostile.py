@@ -446,7 +446,7 @@ def test_what_names_may_be(adapter_folder):
         "base_model_name_or_path": ["Qwen/Qwen2-0.5B-Instruct", "gpt2", "./local", str(demo.MODEL_DIR), "models/mine",
                                     "/home/a user/modèle", "C:\\models\\qwen", "a..b/c"],
         "revision": [None, "main", "refs/pr/1", "v1.0", "0123456789abcdef0123456789abcdef01234567", "my-branch_2"],
-        "lora_alpha": [1, 0.5, 1000], "lora_dropout": [None, 0, 0.5], "target_modules": [["self_attn.q_proj"], ["fc1"]],
+        "lora_dropout": [None, 0, 0.5], "target_modules": [["self_attn.q_proj"], ["fc1"]],
         "megatron_core": [None, "megatron.core"], "r": [1, 512],
     }.items():  # fmt: skip
         for value in values:
@@ -529,6 +529,14 @@ def test_an_exchanged_file_is_named(adapter_folder, base):
         load_adapter(adapter_folder)
     edit(adapter_folder / ORIGIN, weights_sha256=None)
     load_adapter(adapter_folder)
+
+
+def test_an_edited_alpha_is_named(adapter_folder):
+    """Another scaling of the update fits the weights, and would pass in silence."""
+    edit(adapter_folder / CONFIG, lora_alpha=7)
+    with pytest.raises(ValueError) as error:
+        read_config(adapter_folder)
+    assert "lora_alpha 7.0, but the weights were trained with 8.0" in message_of(error, adapter_folder)
 
 
 def raw_file(path: Path, header: bytes | str, data: bytes = b"", length: int | None = None) -> None:
