@@ -170,10 +170,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Te
     packed rows. On a CPU one row after the other.
     """
     if not q.is_cuda:
-        bounds = ends.tolist()
-        rows = [(q[a:b], k[a:b], v[a:b]) for a, b in itertools.pairwise(bounds) if a < b]
+        rows = zip(*(t.split(ends.diff().tolist()) for t in (q, k, v)))  # whose backward is one concatenation each
         sdpa = F.scaled_dot_product_attention
-        out = [sdpa(*(t.transpose(0, 1)[None] for t in row), is_causal=True, enable_gqa=True)[0] for row in rows]
+        out = [
+            sdpa(*(t.transpose(0, 1)[None] for t in row), is_causal=True, enable_gqa=True)[0]
+            for row in rows
+            if len(row[0])
+        ]
         return torch.cat([o.transpose(0, 1) for o in out])
     if q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device)[0] >= 8:
         return torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False)[0]
