@@ -24,7 +24,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -349,7 +349,10 @@ class Metrics:
 
     Attributes:
         size: bytes that are on disk for certain; a checkpoint remembers it.
+        echo: is told each event too, as soon as there is one.
     """
+
+    echo: Callable[[dict[str, Any]], None] | None = None
 
     def __init__(self, run: Path):
         self.path = run / "metrics.jsonl"
@@ -360,6 +363,8 @@ class Metrics:
         """Add an event; a number that is not finite, for which JSON has no word, becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.waiting.append((json.dumps({"event": event, **values}) + "\n").encode())
+        if self.echo:
+            self.echo({"event": event, **values})
 
     def flush(self) -> None:
         """Write what waits.

@@ -1,24 +1,22 @@
 """Every option of a training run, in one frozen dataclass: its default, its check, its help.
 
-The command line, the TOML file and a run's config.json are all made from the fields below, so an option exists in one
-place only. `learning_rate` here is `--learning-rate` on the command line and `learning-rate` (or `learning_rate`) in
-the file. The command line wins over the file, the file over the defaults.
+The command line (cli.py), the TOML file and a run's config.json are all made from the fields below, so an option exists
+in one place only. `learning_rate` here is `--learning-rate` on the command line and `learning-rate` (or
+`learning_rate`) in the file. The command line wins over the file, the file over the defaults.
 """
 
-import argparse
 import dataclasses
 import difflib
 import math
 import os
 import re
 import reprlib
-import sys
 import tomllib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
@@ -105,7 +103,10 @@ class Config:
         None, "cut a step's packed rows by tokens instead; its result does not depend on it (default: what fits)"
     )
     learning_rate: float = option(
-        2e-4, "peak learning rate; cosine to 0 after the warm-up", check=lambda v: v > 0, expected="a number above 0"
+        2e-4,
+        "peak learning rate, QLoRA's for models up to 13B (its table 9); cosine to 0 after the warm-up",
+        check=lambda v: v > 0,
+        expected="a number above 0",
     )
     warmup_ratio: float = option(
         0.03, "share of the steps that warm up", check=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
@@ -118,22 +119,32 @@ class Config:
         "paged_adamw8bit", ("paged_adamw8bit", "adamw"), "bitsandbytes' paged 8-bit AdamW, or torch's AdamW"
     )
 
-    rank: int = _positive(16, "r: the update of a layer is a product of two matrices with r rows")
+    rank: int = _positive(
+        16, "r: a layer's update is a product of two matrices of rank r; QLoRA saw no effect of 8 to 256 (appendix A)"
+    )
     alpha: float = option(
-        32.0, "the update is scaled by alpha / rank", check=lambda v: v > 0, expected="a number above 0"
+        32.0,
+        "the update is scaled by alpha / rank, so that another rank needs no other learning rate (LoRA, section 4.1)",
+        check=lambda v: v > 0,
+        expected="a number above 0",
     )
     dropout: float = option(
-        0.05, "dropout on the update's input", check=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
+        0.05,
+        "dropout on the update's input; QLoRA took 0.1 up to 13B, 0.05 above",
+        check=lambda v: 0 <= v < 1,
+        expected="a number in [0, 1)",
     )
     targets: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "the linear layers that get an update, by name",
+        "the linear layers that get an update; QLoRA needed all seven to match full fine-tuning (section 4)",
         check=bool,
         expected="at least one name",
         separator=",",
     )
     quantization: str = _choice(
-        "nf4", ("nf4", "fp4", "none"), "the frozen base's 4-bit type, doubly quantised; or none"
+        "nf4",
+        ("nf4", "fp4", "none"),
+        "the frozen base's 4-bit type, doubly quantised; or none. QLoRA: nf4 loses less (section 4)",
     )
     precision: str = _choice(
         "auto",
@@ -201,14 +212,14 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-def _kinds(f: dataclasses.Field) -> set[type]:
+def kinds_of(f: dataclasses.Field) -> set[type]:
     """The types that a field admits: {int, NoneType} for `int | None`."""
     return set(typing.get_args(f.type)) or {f.type}
 
 
 def _convert(f: dataclasses.Field, value: Any) -> Any:
     """A value from a TOML or JSON file as the field's type; raises TypeError where it is of another."""
-    kinds = _kinds(f)
+    kinds = kinds_of(f)
     if value is None and type(None) in kinds:
         return None
     if f.type == tuple[str, ...]:
@@ -247,7 +258,7 @@ def parse_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             kinds = (
                 "list"
                 if FIELDS[name].type == tuple[str, ...]
-                else "/".join(k.__name__ for k in _kinds(FIELDS[name]) - {type(None)})
+                else "/".join(k.__name__ for k in kinds_of(FIELDS[name]) - {type(None)})
             )
             raise ValueError(f"{source}: option '{key}': got {value!r}, expected {kinds}") from None
     return out
@@ -266,84 +277,3 @@ def read_toml(path: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"--config {path}: not valid TOML ({e})") from None
     return parse_values(values, path)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr, with the nearest known option, and exit code 2."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [s for a in self._actions for s in a.option_strings]
-            name = unknown[0].split("=")[0]
-            self.error(f"unknown option '{name}'{nearest(name, known) if name.startswith('-') else ''}")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {redacted(message)} (see --help)\n")
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
-    return int(text)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add every field of Config as an option. Options that are not given stay out of the namespace."""
-    group = parser.add_argument_group("options of the run")
-    for f in FIELDS.values():
-        meta, kinds = f.metadata, _kinds(f)
-        if f.type == tuple[str, ...]:
-            if meta.get("separator"):
-                kwargs = {"type": lambda s: tuple(p.strip() for p in s.split(",") if p.strip()), "metavar": "A,B,..."}
-            else:
-                kwargs = {"nargs": "+", "metavar": "NAME"}
-        elif "choices" in meta:
-            kwargs = {"choices": meta["choices"]}
-        elif bool in kinds:
-            kwargs = {"action": argparse.BooleanOptionalAction}
-        elif int in kinds:
-            kwargs = {"type": int, "metavar": "N"}
-        elif float in kinds:
-            kwargs = {"type": float, "metavar": "X"}
-        else:
-            kwargs = {"metavar": "NAME"}
-        default = f.default if not isinstance(f.default, tuple) else ",".join(f.default)
-        text = meta["help"] + (f" [{default}]" if default not in (None, "") else "")
-        group.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kwargs)
-
-
-def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The Config fields that the command line gave."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(namespace).items() if k in FIELDS}
-
-
-def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's main: a ValueError (what a user can cause) or OSError is one line on stderr and exit code 2.
-
-    A ValueError may have several lines to show, in its attribute `lines`.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after it
-    try:
-        sys.exit(main() or 0)
-    except ValueError as e:
-        for line in getattr(e, "lines", [str(e)]):
-            print("error: " + " ".join(redacted(line).split()), file=sys.stderr)
-        sys.exit(2)
-    except MemoryError as e:
-        print(f"error: {e or 'out of memory'}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `... | head`
-        sys.stderr.close()
-        sys.exit(141)
-    except OSError as e:  # a file or folder that can't be read or written
-        print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
-        sys.exit(2)

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from . import memory
+from . import memory, report
 from .data import Row, Rows, collate
 from .decoder import Captured, Decoder
 from .loss import supervised_states
@@ -84,7 +83,7 @@ def evaluate(
     options, options_right, chance = 0, 0, 0.0
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(rows), desc=progress, unit="row", leave=False, disable=None if progress else True)
+    bar = report.bar(len(rows), progress, "row", show=progress is not None)
     try:
         start = 0
         while start < len(order):
@@ -105,7 +104,7 @@ def evaluate(
                         f"({memory.taken(device)}); lower --max-length, or free the device of other programs"
                     )
                 batch_size = len(part) // 2
-                tqdm.write(f"note: out of memory: evaluation goes on with batches of {batch_size}", file=sys.stderr)
+                report.say(f"note: out of memory: evaluation goes on with batches of {batch_size}", sys.stderr)
                 continue
             start += len(part)
             loss, right, count = loss + batch_loss, right + batch_right, count + batch_count
@@ -170,3 +169,13 @@ def _measure(
 
     found = dict(zip(chosen, numbers(chosen.values())))
     return sum(numbers(losses)), sum(numbers(right)), len(targets), [found.get(i) for i in range(len(part))]
+
+
+def side_by_side(before: Evaluation, after: Evaluation) -> str:
+    """A table: a line a measure, base and adapter in columns."""
+    lines = [("", "base", "adapter"), ("rows", f"{before.rows:,}", f"{after.rows:,}"),
+             ("supervised tokens", f"{before.supervised_tokens:,}", f"{after.supervised_tokens:,}")]  # fmt: skip
+    for label, key, form in (*MEASURES, ("  chance", "chance", "{:.1%}")):
+        if getattr(before, key) is not None:
+            lines.append((label, form.format(getattr(before, key)), form.format(getattr(after, key))))
+    return "\n".join(f"{a:<20}{b:>12}{c:>12}" for a, b, c in lines)

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # comes with datasets
-from tqdm import tqdm
+
+from . import report
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -179,17 +180,12 @@ def _examples(source: str, raw: Iterator[tuple[Any, str]], limit: int | None, ba
         mine.check()
 
 
-def _bar(name: str, total: int | None, unit: str) -> tqdm:
-    scale = unit == "B"
-    return tqdm(total=total, desc=name, unit=unit, unit_scale=scale, leave=False, disable=None, dynamic_ncols=True)
-
-
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number, line) of a text file, without a byte-order mark at its beginning.
 
     Of a line longer than MAX_LINE, only so much that it is seen to be longer.
     """
-    with path.open("rb") as file, _bar(path.name, path.stat().st_size, "B") as bar:
+    with path.open("rb") as file, report.bar(path.stat().st_size, path.name, "B") as bar:
         for number in itertools.count(1):
             line = part = file.readline(MAX_LINE + 2)
             if not line:
@@ -319,7 +315,7 @@ def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
     if text[at] != "[":
         raise ValueError(f"{path}: expected a list of objects, in [ ]; a file of one object a line is called .jsonl")
     at = space.match(text, at + 1).end()
-    with _bar(path.name, len(text), "B") as bar:
+    with report.bar(len(text), path.name, "B") as bar:
         for number in itertools.count(1):
             if number == 1 and text[at : at + 1] == "]":
                 break
@@ -393,7 +389,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             columns = [c for c in _check_columns(file.schema_arrow.names, str(path)) if c in COLUMNS]
             number = itertools.count(1)
-            with _bar(path.name, file.metadata.num_rows, "row") as bar:
+            with report.bar(file.metadata.num_rows, path.name, "row") as bar:
                 for batch in file.iter_batches(batch_size=256, columns=columns):
                     for row in _batch_rows(batch):
                         bar.update()
@@ -435,7 +431,7 @@ def _read_hub(name: str) -> Iterator[tuple[Any, str]]:
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as e:
         raise ValueError(f"data set '{name}': can't be loaded ({str(e).strip().splitlines()[0]})") from None
     columns = [c for c in _check_columns(data.column_names, name) if c in COLUMNS]
-    with _bar(name, len(data), "row") as bar:
+    with report.bar(len(data), name, "row") as bar:
         for number, row in enumerate(data.select_columns(columns), 1):
             bar.update()
             yield row, f"{name}:row {number}"

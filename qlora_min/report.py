@@ -1,8 +1,29 @@
-"""Curves of a run, from its events. matplotlib is an extra: without it there is a note, and no picture."""
+"""What a user sees of a run: bars, lines above them, and curves, from its events.
 
+matplotlib is an extra: without it there is a note, and no picture.
+"""
+
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep: bool = False, **kwargs: Any) -> tqdm:
+    """A bar on stderr, if that is a terminal and $TQDM_DISABLE is not set; keep: it stays when it is full."""
+    hidden = not show or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=keep, dynamic_ncols=True,
+                disable=hidden or None, **kwargs)  # fmt: skip
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line above the bars, at once also where the output is a file."""
+    file = file or sys.stdout
+    tqdm.write(line, file=file)
+    file.flush()
 
 
 def draw_curves(events: Sequence[dict[str, Any]], path: Path) -> str | None:

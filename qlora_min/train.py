@@ -17,7 +17,6 @@ import math
 import platform
 import random
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from . import __version__, checkpoint, memory, report
 from .adapter import AdapterConfig, read_config, save_adapter
@@ -66,6 +64,7 @@ from .model import (
 from .ops import have_kernels
 from .optim import PAGED_FROM, Stepper, TrainingError, cosine_with_warmup, make_optimizer
 from .reading import BadRows, read
+from .report import say
 from .signals import Signals, Stop
 
 MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
@@ -180,12 +179,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def say(line: str) -> None:
-    """Print a line above the bars, at once also where the output is a file."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
-
-
 @contextmanager
 def writing(where: str) -> Iterator[None]:
     """What the disk refuses before training is a ValueError that names the option; while training, `_write` waits."""
@@ -202,25 +195,26 @@ class Trainer:
         config: the options. With `resume`, as they were resolved when the run began.
         resume: the directory of a run to continue.
         data: encoded (training, held-out) rows, instead of those that the options name.
+        write: False leaves the disk alone, to `describe` and to `estimate` a run before it is begun.
 
     Raises:
         ValueError: an option, the model, the data or the output directory is not usable, or another process trains
             there; nothing has been written.
     """
 
-    def __init__(self, config: Config, resume: Path | None = None, data: Data | None = None):
+    def __init__(self, config: Config, resume: Path | None = None, data: Data | None = None, write: bool = True):
         self.lock = None
         if resume:
             with writing(f"--resume {resume}"):
                 self.lock = checkpoint.Lock(resume)  # before anything is read there
         try:
-            self._prepare(config, resume, data)
+            self._prepare(config, resume, data, write)
         except BaseException:
             if self.lock:
                 self.lock.__exit__()
             raise
 
-    def _prepare(self, config: Config, resume: Path | None, data: Data | None) -> None:
+    def _prepare(self, config: Config, resume: Path | None, data: Data | None, write: bool) -> None:
         if resume:
             refuse_finished(resume)
         self.device = pick_device()
@@ -287,7 +281,7 @@ class Trainer:
         self.failures, self.retry_at = 0, 0.0  # to save, in a row
         if resume:
             self._restore()
-        else:
+        elif write:
             with writing(f"--output-dir {self.run}"):
                 self.run.mkdir(parents=True, exist_ok=True)
                 self.lock = checkpoint.Lock(self.run)
@@ -341,7 +335,7 @@ class Trainer:
         """
         p, c = self.progress, self.config
         print(self.describe(), flush=True)
-        bar = tqdm(total=self.total_steps, initial=p.step, unit="step", dynamic_ncols=True, disable=None)
+        bar = report.bar(self.total_steps, None, "step", keep=True, initial=p.step)
         with self.lock, Signals(self.advice) as self.signals, bar:
             self.clock = time.perf_counter()
             while True:
@@ -460,7 +454,7 @@ class Trainer:
         now = time.perf_counter()
         p.seconds, p.window_seconds, self.clock = p.seconds + now - self.clock, p.window_seconds + now - self.clock, now
 
-    def _log(self, lr: float, grad_norm: float, bar: tqdm) -> None:
+    def _log(self, lr: float, grad_norm: float, bar: report.tqdm) -> None:
         self._count_time()
         p = self.progress
         loss, tokens_per_second = p.loss_sum / p.supervised, p.window_tokens / p.window_seconds
@@ -678,9 +672,6 @@ class Trainer:
             name = f"{torch.cuda.get_device_name(self.device)}, {total:.0f} GiB"
         trained = sum(w.numel() for w in self.trained.values())
         whole = parameter_count(self.model) - trained
-        checkpointing = c.gradient_checkpointing == "on"
-        bits8 = c.optimizer == "paged_adamw8bit"
-        forecast = memory.forecast(*self._shape(), checkpointing, bits8, self.decoder is not None)
         how = f"padded rows, by the model's modules ({self.why_padded})"
         if self.decoder:
             kernels = "" if self.device.type == "cpu" or have_kernels() else ", without Triton's kernels: it is missing"
@@ -694,7 +685,7 @@ class Trainer:
             f"steps       {self.total_steps:,} ({self.steps_per_epoch:,} an epoch), "
             f"{c.batch_size} x {c.grad_accum} rows and about {per_step:,.0f} tokens each",
             f"batches     {how}; gradient checkpointing {c.gradient_checkpointing}",
-            f"memory      {forecast} forecast peak",
+            f"memory      {self._forecast()} forecast peak",
         ]
         if c.optimizer == "paged_adamw8bit":
             largest = max(w.numel() for w in self.trained.values())
@@ -706,6 +697,44 @@ class Trainer:
             lines.append("held out    nothing: no evaluation and no early stopping; the last adapter is kept")
         lines.append(f"writes to   {self.run}")
         return "\n".join(lines)
+
+    def _forecast(self) -> memory.Forecast:
+        c = self.config
+        checkpointing, bits8 = c.gradient_checkpointing == "on", c.optimizer == "paged_adamw8bit"
+        return memory.forecast(*self._shape(), checkpointing, bits8, self.decoder is not None)
+
+    def estimate(self) -> dict[str, Any]:
+        """Print how long training will take, from one micro-batch that is computed and thrown away; and its parts.
+
+        Returns:
+            steps, rows, tokens, seconds and evaluation_seconds of the whole run, memory_gib as forecast.
+        """
+        p, c = self.progress, self.config
+        (batch, *_), _ = self.step_batches(p.step)
+        supervised = max(1, batch.n_supervised)
+        for _ in range(2):  # the first pays for kernels and graphs
+            self._synchronize()
+            start = time.perf_counter()
+            self.backward(batch, supervised, p.step, 0)
+            self._synchronize()
+            seconds = time.perf_counter() - start
+        self.stepper.optimizer.zero_grad(set_to_none=False)
+        per_token = seconds / batch.n_tokens
+        tokens = int(self.rows.lengths.sum()) * self.total_steps / self.steps_per_epoch
+        evaluations = 1 + math.ceil(self.total_steps / c.eval_every) if self.held else 0
+        held = int(self.held.lengths.sum()) * evaluations * per_token / 3  # a forward is a third of a step
+        print(
+            f"time        about {format_seconds(tokens * per_token)} of training for {tokens:,.0f} tokens at "
+            f"{1 / per_token:,.0f} a second, and {format_seconds(held)} for {evaluations} evaluations; measured on one "
+            f"micro-batch of {batch.n_tokens:,} tokens"
+        )
+        return {"steps": self.total_steps, "rows": len(self.rows), "held_out": len(self.held), "tokens": round(tokens),
+                "seconds": tokens * per_token, "evaluation_seconds": held,
+                "memory_gib": self._forecast().total / memory.GIB}  # fmt: skip
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _saved(self) -> str:
         return (
@@ -830,6 +859,13 @@ def output_directory(config: Config) -> Path:
     if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - checkpoint.BEFORE_A_RUN):
         raise ValueError(f"--output-dir {run}: exists and is not an empty directory; choose another")
     return run
+
+
+def format_seconds(seconds: float) -> str:
+    """40 s, 12 min, 3.5 h"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def refuse_finished(run: Path) -> None:

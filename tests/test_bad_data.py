@@ -785,8 +785,10 @@ def test_a_full_disk():
 
 
 def test_a_bar_goes_by_bytes_and_leaves_nothing(tmp_path, monkeypatch):
-    bars, real = [], reading.tqdm
-    monkeypatch.setattr(reading, "tqdm", lambda **kwargs: bars.append(real(**kwargs | {"disable": False})) or bars[-1])
+    bars, real = [], reading.report.tqdm
+    monkeypatch.setattr(
+        reading.report, "tqdm", lambda **kwargs: bars.append(real(**kwargs | {"disable": False})) or bars[-1]
+    )
     path = tmp_path / "rows.jsonl"
     path.write_text((json.dumps(GOOD) + "\n") * 50)
     assert len(list(read(str(path)))) == 50

@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from qlora_min import config
-from qlora_min.config import FIELDS, Config, Parser, add_options, given_options, read_toml
+from qlora_min.cli import Parser, add_options, given_options, run_script
+from qlora_min.config import FIELDS, Config, read_toml
 
 DEFAULTS = {  # the table of the reference configuration, by hand
     "model": "Qwen/Qwen2-0.5B-Instruct",
@@ -326,14 +326,14 @@ def test_run_script_turns_a_users_error_into_one_line(capsys):
         raise ValueError("--rank: got 0,\n  expected more")
 
     with pytest.raises(SystemExit) as end:
-        config.run_script(main)
+        run_script(main)
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: --rank: got 0, expected more\n"
     with pytest.raises(SystemExit) as end:
-        config.run_script(lambda: None)
+        run_script(lambda: None)
     assert end.value.code == 0
     with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
-        config.run_script(lambda: 1 / 0)
+        run_script(lambda: 1 / 0)
 
 
 def test_a_whole_number_from_python_is_the_float_that_the_command_line_gives():

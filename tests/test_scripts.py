@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import shutil
+import sys
 import time
 
 import pytest
@@ -90,8 +91,8 @@ def test_demo_run_directory(demo_run):
 
 def test_eval_merge_chat(demo_run, process, script, tmp_path):
     run, out, _ = demo_run
-    done = process("eval.py", "--adapter", run / "adapter", "--json", "result.json")
-    result = json.loads((tmp_path / "result.json").read_text())
+    done = process("eval.py", "--adapter", run / "adapter")
+    result = json.loads(script("eval.py", "--adapter", run / "adapter", "--json").stdout)
     assert result["with_adapter"]["option_accuracy"] >= 0.90 > 0.35 > result["base"]["option_accuracy"]
     assert "option accuracy" in done.stdout and "25.0%" in done.stdout  # chance
     printed = re.search(r"loss +([\d.]+) -> ([\d.]+)", out)
@@ -237,7 +238,6 @@ def test_a_merged_model_among_the_runs_is_no_run(script, tmp_path):
     [
         ("train.py", ["--preview", "0"], ["--preview", "at least 1"]),
         ("eval.py", ["--batch-size", "-1"], ["--batch-size", "at least 1"]),
-        ("eval.py", ["--json", "no/folder/x.json"], ["no/folder/x.json", "does not exist"]),
         ("merge.py", [], ["--output-dir"]),
         ("chat.py", ["--max-new-tokens", "0"], ["--max-new-tokens", "at least 1"]),
         ("train.py", ["--output-dir", "file/below"], ["file/below"]),
@@ -290,11 +290,75 @@ def test_adapter_of_another_base(demo_run, script, tmp_path):
     one_line_error(script("chat.py", expect=None), "--adapter DIR or --model NAME")
 
 
+BENCH = ["--model", demo.MODEL_DIR, "--device", "cpu", "--precision", "fp32", "--steps", 1, "--repeats", 1]
+
+
 def test_bench_on_a_cpu(script, tmp_path):
-    done = script("bench.py", "--model", demo.MODEL_DIR, "--device", "cpu", "--precision", "fp32", "--steps", 1,
-                  "--repeats", 1, "--max-length", 96, "--json", "bench.json")  # fmt: skip
-    figures = json.loads((tmp_path / "bench.json").read_text())
+    out = script("bench.py", *BENCH, "--max-length", 96).stdout.splitlines()
+    assert "tokens/s" in out[0] and out[1].startswith("qlora_min, 4 x 4 ") and len(out) == 3
+    lines = script("bench.py", *BENCH, "--max-length", 96, "--json").stdout.splitlines()
+    figures = [json.loads(line) for line in lines]
     assert [f["gradient_checkpointing"] for f in figures] == ["off", "on"]
     assert all(f["tokens_per_second"] > 0 and f["first_step_s"] < f["warm_up_s"] for f in figures)
-    assert "tokens/s" in done.stdout.splitlines()[0] and done.stdout.splitlines()[1].startswith("qlora_min, 4 x 4 ")
     assert "expected trl, unsloth" in script("bench.py", "--peers", "axolotl", expect=2).stderr
+
+
+# ---- ways to print ------------------------------------------------------------------------------------------------
+
+SHORT = ["--demo", "--max-steps", 4, "--eval-limit", 8, "--log-every", 2]
+
+
+def test_json_is_one_event_a_line(script, tmp_path):
+    """The same events as in metrics.jsonl, and nothing else."""
+    done = script("train.py", *SHORT, "--output-dir", "out", "--json")
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert done.stderr == ""
+    answer = json.loads(script("chat.py", "--model", demo.MODEL_DIR, "--prompt", "Hello", "--json").stdout)
+    assert answer["prompt"] == "Hello" and answer["adapter"] is False and answer["answer"]
+
+
+def test_quiet(script, tmp_path):
+    done = script("train.py", *SHORT, "--output-dir", "out", "--quiet")
+    assert done.stdout == done.stderr == "" and (tmp_path / "out" / "adapter").is_dir()
+
+
+def test_dry_run_writes_nothing(script, tmp_path):
+    out = script("train.py", *SHORT, "--output-dir", "out", "--dry-run").stdout
+    assert not (tmp_path / "out").exists()
+    for words in ("4 (200 an epoch)", "forecast peak", "time        about", "for 2 evaluations"):
+        assert words in out, words
+    plan = json.loads(script("train.py", *SHORT, "--dry-run", "--json").stdout)
+    assert (plan["steps"], plan["rows"], plan["held_out"]) == (4, 6400, 8)
+    assert plan["tokens"] == pytest.approx(4 * 32 * 58.7, rel=0.01) and plan["seconds"] > 0 < plan["memory_gib"]
+
+
+def test_every_option_is_in_one_group_of_the_help(script):
+    from qlora_min.cli import GROUPS
+    from qlora_min.config import FIELDS
+
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(FIELDS)
+    out = script("train.py", "--help").stdout
+    assert all(out.count(f"\n{title}:\n") == 1 for title in GROUPS)
+
+
+def test_the_console_command(monkeypatch, capsys):
+    from qlora_min import cli
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora-min", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    assert run()[0] == 0 and all(f"\n  {name} " in run("--help")[1] for name in cli.COMMANDS)
+    assert run("evl") == (2, "", "error: unknown command 'evl', did you mean eval? (see --help)\n")
+    assert run("train", "--rnak", "3")[::2] == (
+        2,
+        "error: unknown option '--rnak', did you mean --rank? (see --help)\n",
+    )
+    assert "usage: qlora-min merge" in run("merge", "--help")[1]
+    for shell in ("bash", "zsh"):
+        assert "--gradient-checkpointing" in run("completion", shell)[1]
+    assert "expected one of" in run("completion", "sh")[2]

@@ -1,0 +1,396 @@
+"""Measure how fast qlora_min trains, and in how much memory; beside other trainers, where they are installed.
+
+Speeds count real tokens, never what fills up. A run's warm-up, everything up to the end of its first steps, is left out
+of its speed and shown by itself. The rows are random tokens of real lengths, and rows over --max-length are cut, here
+only, for every trainer alike.
+"""
+
+import gc
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+
+# (tokens, supervised) of 48 of MedQA's questions under Qwen2's template, at even distances in order of length.
+LENGTHS = [
+    (137, 8), (154, 7), (163, 11), (173, 8), (181, 7), (186, 11), (192, 8), (196, 8), (201, 8), (205, 8), (209, 11),
+    (215, 8), (218, 10), (222, 12), (226, 8), (230, 7), (233, 9), (237, 6), (241, 6), (244, 10), (247, 7), (250, 18),
+    (254, 10), (258, 11), (262, 8), (266, 10), (271, 9), (276, 10), (280, 8), (284, 14), (289, 9), (294, 7), (298, 14),
+    (302, 16), (308, 10), (313, 16), (319, 11), (325, 19), (334, 10), (341, 10), (348, 9), (358, 12), (372, 8),
+    (384, 11), (404, 8), (428, 7), (468, 6), (530, 17),
+]  # fmt: skip
+QWEN2 = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+         "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+         "tie_word_embeddings": True, "rope_theta": 1000000.0, "use_sliding_window": False}  # fmt: skip
+WARM_UP = {"cuda": 40, "cpu": 2, "peers": 4}  # steps; on a GPU we capture a graph for each shape in them
+PROFILED = 3
+SWEEP = {"length": (128, 256, 512, 1024, 2048, 4096), "rows": (1, 4, 16, 32), "rank": (8, 16, 32, 64, 128)}
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--model", metavar="DIR", help="a model folder [Qwen2-0.5B's shape with random weights]")
+    parser.add_argument("--lengths", metavar="FILE", help="JSON list of [tokens, supervised] of rows [48 of MedQA's]")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="a GPU if there is one [auto]")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp16", help="[fp16]")
+    for name, default, text in (
+        ("--batch-size", 4, ""), ("--grad-accum", 4, ""), ("--max-length", 512, ""), ("--rank", 16, ""),
+        ("--steps", 30, "optimizer steps a run, timed "), ("--repeats", 3, "runs; their median is shown "),
+    ):  # fmt: skip
+        parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text}[{default}]")
+    parser.add_argument("--peers", default="", metavar="A,B", help="also measure trl, unsloth")
+    parser.add_argument("--sweep", metavar="FILE.png", help="measure how costs grow, and draw it, instead")
+    parser.add_argument("--only", help="JSON of one run of another trainer: how this command calls itself")
+
+
+def bench(args: Any, emit: Callable[[dict], None]) -> None:
+    if args.only:
+        return peer(args, **json.loads(args.only))
+    unknown = set(filter(None, args.peers.split(","))) - {"trl", "unsloth"}
+    if unknown:
+        raise ValueError(f"--peers: got {', '.join(sorted(unknown))}, expected trl, unsloth or both")
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
+    with tempfile.TemporaryDirectory() as folder:
+        args.model = args.model or random_base(Path(folder) / "qwen2-0.5b")
+        results = sweep(args) if args.sweep else compare(args)
+    for result in results:
+        emit(result)
+
+
+def random_base(folder: Path) -> str:
+    """Qwen2-0.5B's shape with random weights in fp16, and the demo's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from . import demo
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        Qwen2ForCausalLM(Qwen2Config(**QWEN2, architectures=["Qwen2ForCausalLM"])).half().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(folder)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return str(folder)
+
+
+def draw_rows(args, count: int, lengths=None) -> list[tuple[list[int], int]]:
+    """(ids, how many at the end are supervised) of `count` rows in random order."""
+    from transformers import AutoConfig
+
+    rng, vocab = random.Random(0), AutoConfig.from_pretrained(args.model).vocab_size
+    lengths = lengths or (json.loads(Path(args.lengths).read_text()) if args.lengths else LENGTHS)
+    chosen = [rng.choice(lengths) for _ in range(count)]
+    return [([rng.randrange(vocab) for _ in range(min(n, args.max_length))], taught) for n, taught in chosen]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run of one trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, lengths=None, **options) -> dict:
+    """qlora_min's trainer with its own options: figures of one run."""
+    import numpy as np
+    import torch
+
+    from .data import Encoded, Row, Rows
+    from .train import Trainer
+
+    start = time.perf_counter()
+    cuda = torch.cuda.is_available()
+    warm_up = warm_up or WARM_UP["cuda" if cuda else "cpu"]
+    options = {"batch_size": args.batch_size, "grad_accum": args.grad_accum, "rank": args.rank, **options}
+    per_step = options["batch_size"] * options["grad_accum"]
+    drawn = draw_rows(args, per_step * (warm_up + steps + PROFILED), lengths)
+    rows = Rows.write(
+        Row(torch.tensor(ids, dtype=torch.int32), torch.arange(len(ids)) >= len(ids) - n, "") for ids, n in drawn
+    )
+    data = Encoded("drawn", rows, np.zeros(len(rows), np.uint64), np.ones(len(rows), bool))
+    config = Config(
+        model=args.model, eval_fraction=0.0, epochs=1, max_length=args.max_length, precision=args.precision,
+        alpha=2.0 * options["rank"], save_minutes=0, output_dir=tempfile.mkdtemp(), **options,
+    )  # fmt: skip
+    gc.collect()  # the trainer before
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    held_before = torch.cuda.memory_allocated() if cuda else 0
+    with silent():
+        trainer = Trainer(config, data=([data], []))
+        forecast = trainer.describe().partition("memory      ")[2].partition(" GiB")[0]
+
+    def run(count: int) -> tuple[float, int]:
+        if cuda:
+            torch.cuda.synchronize()
+        began, tokens = time.perf_counter(), trainer.progress.tokens
+        for _ in range(count):
+            trainer.take_step()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, trainer.progress.tokens - tokens
+
+    run(1)
+    first = time.perf_counter() - start
+    run(warm_up - 1)
+    warm = time.perf_counter() - start
+    seconds, tokens = run(steps)
+    result = {
+        "tokens_per_second": tokens / seconds, "ms_per_step": 1000 * seconds / steps, "first_step_s": first,
+        "warm_up_s": warm, "forecast_gib": float(forecast),
+        "micro_batch_tokens": trainer.config.micro_batch_tokens,
+        "gradient_checkpointing": trainer.config.gradient_checkpointing,
+    }  # fmt: skip
+    if cuda:
+        result["peak_gib"] = (torch.cuda.max_memory_allocated() - held_before) / 2**30
+        result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        if profile:
+            with profiled() as kernels:
+                _, tokens = run(PROFILED)
+            result |= kernels(tokens, PROFILED)
+    trainer.lock.__exit__()
+    return result
+
+
+def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, grouped: bool) -> None:
+    """peft + trl, or unsloth, with the same rows and options, in fp16: prints one line of figures."""
+    if who == "unsloth":
+        import unsloth  # before the rest, as it asks for
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+
+    start = time.perf_counter()
+    count, targets = batch_size * grad_accum, ["q_proj", "k_proj", "v_proj", "o_proj"]
+    warm_up = WARM_UP["peers"]
+    steps = warm_up + args.steps + PROFILED
+    if who == "unsloth":
+        model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+            args.model, max_seq_length=args.max_length, dtype=torch.float16, load_in_4bit=True
+        )
+        model = unsloth.FastLanguageModel.get_peft_model(
+            model, r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.05, target_modules=targets, bias="none",
+            use_gradient_checkpointing="unsloth" if checkpointing else False, random_state=0,
+        )  # fmt: skip
+    else:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float16,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, quantization_config=quantised, dtype=torch.float16, device_map={"": 0}
+        )
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.05, target_modules=targets,
+                          bias="none", task_type="CAUSAL_LM")  # fmt: skip
+        model, tokenizer = get_peft_model(model, lora), AutoTokenizer.from_pretrained(args.model)
+    from trl import SFTConfig, SFTTrainer
+
+    torch.cuda.reset_peak_memory_stats()
+    drawn = draw_rows(args, count * steps)
+    rows = [{"input_ids": ids, "completion_mask": [0] * (len(ids) - n) + [1] * n} for ids, n in drawn]
+    kwargs = {"train_sampling_strategy": "group_by_length"} if grouped else {}
+    if checkpointing and who != "unsloth":
+        kwargs["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch_size, gradient_accumulation_steps=grad_accum,
+        max_steps=steps, learning_rate=2e-4, lr_scheduler_type="cosine", warmup_steps=1, fp16=True, bf16=False,
+        optim="paged_adamw_8bit", gradient_checkpointing=checkpointing, max_length=args.max_length, logging_steps=10,
+        save_strategy="no", report_to="none", completion_only_loss=True, disable_tqdm=True, **kwargs,
+    )  # fmt: skip
+    result, times = {}, {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, _, state, control, **kwargs):
+            if state.global_step in (1, warm_up, warm_up + args.steps):
+                torch.cuda.synchronize()
+                times[state.global_step] = time.perf_counter()
+            if state.global_step == warm_up + args.steps:
+                result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+                self.profile = profiled()
+                self.kernels = self.profile.__enter__()
+            if state.global_step == steps:
+                self.profile.__exit__(None, None, None)
+
+    clock = Clock()
+    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                         callbacks=[clock])  # fmt: skip
+    for p in trainer.model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()  # as released it makes them bf16, which the fp16 GradScaler refuses
+    trainer.train()
+    mean = sum(len(ids) for ids, _ in drawn) / len(drawn)  # which rows a step had is not told: their mean
+    seconds = times[warm_up + args.steps] - times[warm_up]
+    result |= clock.kernels(mean * count * PROFILED, PROFILED)
+    result |= {"tokens_per_second": mean * count * args.steps / seconds, "ms_per_step": 1000 * seconds / args.steps,
+               "first_step_s": times[1] - start, "warm_up_s": times[warm_up] - start}  # fmt: skip
+    print("RESULT " + json.dumps(result))
+
+
+class profiled:
+    """A block whose kernels are counted; `as f`, and f(tokens, steps) then gives the figures."""
+
+    def __enter__(self):
+        import torch
+
+        torch.cuda.synchronize()
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self.profile.__enter__()
+        return self.figures
+
+    def __exit__(self, *error) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+        self.profile.__exit__(*error)
+
+    def figures(self, tokens: float, steps: int) -> dict:
+        events = self.profile.key_averages()
+        microseconds = sum(e.self_device_time_total for e in events)
+        return {"kernels_per_step": sum(e.count for e in events) / steps, "kernel_ms_per_1k": microseconds / tokens}
+
+
+class silent:
+    """A block that prints nothing to stdout."""
+
+    def __enter__(self) -> None:
+        self.before, sys.stdout = sys.stdout, open("/dev/null", "w")
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.close()
+        sys.stdout = self.before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compare(args) -> list[dict]:
+    """Each trainer by default and at its best; prints one table."""
+    b, g = args.batch_size, args.grad_accum
+    results = []
+    for name, options in (
+        (f"qlora_min, {b} x {g}", {}),
+        (f"qlora_min, {b} x {g}, checkpointing on", {"gradient_checkpointing": "on"}),
+    ):
+        runs = [ours(args, args.steps, **options) for _ in range(args.repeats)]
+        results.append({"name": name, **{k: middle([r[k] for r in runs]) for k in runs[0]}})
+        speeds = ", ".join(f"{r['tokens_per_second']:,.0f}" for r in runs)
+        print(f"  {name}: {speeds} tokens/s", file=sys.stderr)
+    for who in filter(None, args.peers.split(",")):
+        default = {"batch_size": b, "grad_accum": g, "checkpointing": True, "grouped": False}
+        best = {"batch_size": b * g, "grad_accum": 1, "checkpointing": False, "grouped": True}
+        for name, options in ((f"{b} x {g}, its default", default), (f"{b * g} x 1, grouped, no checkpointing", best)):
+            name = f"{who}, {name}"
+            command = [
+                sys.executable,
+                "-m",
+                "qlora_min.cli",
+                "bench",
+                "--only",
+                json.dumps({"who": who, **options}),
+                "--model",
+                args.model,
+            ]
+            for key in ("max_length", "rank", "steps", *(["lengths"] if args.lengths else [])):
+                command += ["--" + key.replace("_", "-"), str(getattr(args, key))]
+            done = subprocess.run(command, capture_output=True, text=True)
+            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+            if line is None:
+                print(
+                    f"note: {name} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}", file=sys.stderr
+                )
+            else:
+                results.append({"name": name, **json.loads(line[7:])})
+    print_table(results)
+    return results
+
+
+def middle(values: list):
+    """The median of numbers; of anything else, the first."""
+    return statistics.median(values) if isinstance(values[0], int | float) else values[0]
+
+
+COLUMNS = (("tokens/s", "tokens_per_second", "{:,.0f}"), ("ms/step", "ms_per_step", "{:,.1f}"),
+           ("kernels/step", "kernels_per_step", "{:,.0f}"), ("kernel ms/1k tokens", "kernel_ms_per_1k", "{:.1f}"),
+           ("peak GiB", "peak_gib", "{:.3f}"), ("reserved", "reserved_gib", "{:.3f}"),
+           ("first step s", "first_step_s", "{:.1f}"))  # fmt: skip
+
+
+def print_table(results: list[dict]) -> None:
+    """A line a trainer; ratios are of our first line's speed to the line's."""
+    lines = [["", *(label for label, _, _ in COLUMNS), "ours is faster by"]]
+    for r in results:
+        cells = [form.format(r[key]) if r.get(key) is not None else "" for _, key, form in COLUMNS]
+        lines.append([r["name"], *cells, f"{results[0]['tokens_per_second'] / r['tokens_per_second']:.1f}"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]))
+
+
+def sweep(args) -> list[dict]:
+    """Time and memory against row length, rows at a time and rank, each with and without checkpointing."""
+    results = []
+    for axis, values in SWEEP.items():
+        for value, checkpointing in ((v, c) for v in values for c in ("off", "on")):
+            point = {"length": 512, "rows": 4, "rank": args.rank, axis: value}
+            args.max_length = point["length"]
+            options = {"batch_size": point["rows"], "grad_accum": 1, "rank": point["rank"],
+                       "micro_batch_tokens": point["rows"] * point["length"],
+                       "gradient_checkpointing": checkpointing}  # fmt: skip
+            result = ours(args, 5, warm_up=3, profile=False, lengths=[(point["length"], 10)], **options)
+            results.append({"axis": axis, **point, **result})
+            error = result["forecast_gib"] / result["peak_gib"] - 1 if "peak_gib" in result else float("nan")
+            print(f"{point['length']:>5} tokens x {point['rows']:>2}, rank {point['rank']:>3}, checkpointing "
+                  f"{checkpointing:<3}: {result['tokens_per_second']:>9,.0f} tokens/s, peak "
+                  f"{result.get('peak_gib', float('nan')):6.3f} GiB, forecast {result['forecast_gib']:6.2f} "
+                  f"({error:+.0%})", flush=True)  # fmt: skip
+    draw(results, args.sweep)
+    return results
+
+
+def draw(results: list[dict], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), sharex="col", sharey="row", constrained_layout=True)
+    titles = {"length": "tokens in a row (4 rows)", "rows": "rows of 512 tokens at a time", "rank": "rank (4 x 512)"}
+    for column, axis in enumerate(SWEEP):
+        for checkpointing, style in (("off", "o-"), ("on", "s--")):
+            points = [r for r in results if r["axis"] == axis and r["gradient_checkpointing"] == checkpointing]
+            x, label = [r[axis] for r in points], f"checkpointing {checkpointing}"
+            axes[0][column].plot(x, [r["tokens_per_second"] for r in points], style, label=label)
+            if all("peak_gib" in r for r in points):
+                (line,) = axes[1][column].plot(x, [r["peak_gib"] for r in points], style, label=label)
+                axes[1][column].plot(
+                    x, [r["forecast_gib"] for r in points], ":", color=line.get_color(), label="forecast"
+                )
+        axes[1][column].set(
+            xlabel=titles[axis], xscale="log", yscale="log", xticks=SWEEP[axis], xticklabels=SWEEP[axis]
+        )
+        axes[1][column].minorticks_off()
+        for row in axes:
+            row[column].grid(alpha=0.3)
+    axes[0][0].set(ylabel="tokens/s", ylim=(0, None))
+    axes[1][0].set(ylabel="peak memory, GiB")
+    axes[0][0].legend()
+    axes[1][0].legend()
+    figure.savefig(path, dpi=110)
+    print(f"drawn: {path}")

@@ -1,0 +1,518 @@
+"""The command line: what `qlora-min train|eval|merge|chat|bench` and the scripts of the same names do.
+
+A command is two functions here: one that adds its options to a parser, one that runs it. Imports that take seconds
+(torch) come late, so that --help and errors in options come at once. `--json` turns stdout into one JSON object a line,
+for programs; text and bars are then left out.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+from .config import FIELDS, Config, flag, kinds_of, nearest, read_toml, redacted
+
+Emit = Callable[[dict[str, Any]], None]
+
+# The order of --help: every field of Config is in one group.
+GROUPS = {
+    "model and data": ("model", "dataset", "eval_dataset", "eval_fraction", "max_length", "limit", "eval_limit",
+                       "skip_bad_rows"),
+    "steps": ("epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "warmup_ratio", "weight_decay",
+              "max_grad_norm", "optimizer", "seed"),
+    "LoRA and its base": ("rank", "alpha", "dropout", "targets", "quantization"),
+    "speed and memory": ("precision", "gradient_checkpointing", "micro_batch_tokens", "packing"),
+    "evaluating, saving, stopping": ("eval_every", "patience", "log_every", "save_every", "save_minutes",
+                                     "output_dir"),
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr, with the nearest known option, and exit code 2."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [s for a in self._actions for s in a.option_strings]
+            name = unknown[0].split("=")[0]
+            self.error(f"unknown option '{name}'{nearest(name, known) if name.startswith('-') else ''}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {redacted(message)} (see --help)\n")
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return int(text)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add every field of Config as an option. Options that are not given stay out of the namespace."""
+    titled = {}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        titled |= dict.fromkeys(names, group)
+    for f in (FIELDS[name] for name in titled):
+        meta, kinds = f.metadata, kinds_of(f)
+        if f.type == tuple[str, ...]:
+            if meta.get("separator"):
+                kwargs = {"type": lambda s: tuple(p.strip() for p in s.split(",") if p.strip()), "metavar": "A,B,..."}
+            else:
+                kwargs = {"nargs": "+", "metavar": "NAME"}
+        elif "choices" in meta:
+            kwargs = {"choices": meta["choices"]}
+        elif bool in kinds:
+            kwargs = {"action": argparse.BooleanOptionalAction}
+        elif int in kinds:
+            kwargs = {"type": int, "metavar": "N"}
+        elif float in kinds:
+            kwargs = {"type": float, "metavar": "X"}
+        else:
+            kwargs = {"metavar": "NAME"}
+        default = f.default if not isinstance(f.default, tuple) else ",".join(f.default)
+        text = meta["help"] + (f" [{default}]" if default not in (None, "") else "")
+        titled[f.name].add_argument(
+            flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kwargs
+        )
+
+
+def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The Config fields that the command line gave."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(namespace).items() if k in FIELDS}
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's main: a ValueError (what a user can cause) or OSError is one line on stderr and exit code 2.
+
+    A ValueError may have several lines to show, in its attribute `lines`.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after it
+    try:
+        sys.exit(main() or 0)
+    except ValueError as e:
+        for line in getattr(e, "lines", [str(e)]):
+            print("error: " + " ".join(redacted(line).split()), file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as e:
+        print(f"error: {e or 'out of memory'}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `... | head`
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as e:  # a file or folder that can't be read or written
+        print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_options(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line wins")
+    parser.add_argument("--demo", action="store_true", help="train the embedded demo: no network, no GPU, a minute")
+    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="continue a run (the newest unfinished)")
+    parser.add_argument("--preview", type=positive, metavar="N", help="print N rows as the model sees them, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, forecast memory and time, and exit")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    _json_option(parser)
+    add_options(parser)
+
+
+def train(args: argparse.Namespace, emit: Emit) -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # while loading; training has its own
+    options = {**(read_toml(args.config) if args.config else {}), **given_options(args)}
+    if args.demo:
+        options = _demo_options(options)
+    config = Config(**options)
+
+    from .optim import TrainingError
+    from .train import Trainer, resume_config
+
+    config, run = (config, None) if args.resume is None else resume_config(args.resume, options)
+    if args.preview:
+        _preview(config, args.preview)
+        return 0
+    trainer = Trainer(config, run, write=not args.dry_run)
+    try:
+        if args.dry_run:
+            print(trainer.describe())
+            emit({"event": "plan", **trainer.estimate()})
+        else:
+            trainer.metrics.echo = emit
+            trainer.train()
+    except TrainingError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _demo_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The demo's model, data and options, under those given; its data are written to the user's cache."""
+    from . import demo
+
+    train, held = demo.write_data(demo.cache_folder())
+    files = {"model": str(demo.MODEL_DIR), "dataset": (str(train),), "eval_dataset": (str(held),)}
+    return {**files, **demo.OPTIONS, **options}
+
+
+def _preview(config: Config, count: int) -> None:
+    """Print rows as the model sees them, supervised tokens in colour."""
+    from .data import Rows, preview
+    from .model import load_encoder
+    from .train import read_data
+
+    encoder = load_encoder(config.model)
+    train, _ = read_data(config, encoder)
+    for row in Rows.join(part.rows for part in train)[:count]:
+        print(f"--- {row.where}: {len(row)} tokens, {int(row.supervised.sum())} supervised")
+        print(preview(row, encoder.tokenizer, colour=sys.stdout.isatty()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def eval_options(parser: Parser) -> None:
+    _adapter_options(parser, required=True)
+    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="hub ids or files [the run's held-out rows]")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most the first N rows of each data set")
+    parser.add_argument(
+        "--max-length", type=positive, default=512, metavar="N", help="leave longer rows of --dataset out [512]"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows at a time [8]")
+    _precision_option(parser)
+    _json_option(parser)
+
+
+def evaluate(args: argparse.Namespace, emit: Emit) -> None:
+    from .adapter import load_adapter
+    from .data import Rows, table
+    from .evaluate import evaluate, side_by_side
+    from .lora import lora_disabled
+    from .model import pick_device, resolve_precision
+    from .train import evaluation_data
+
+    adapter = Path(args.adapter)
+    parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length)
+    rows = Rows.join(part.rows for part in parts)
+    print(table(parts), flush=True)
+
+    precision = resolve_precision(args.precision, pick_device())
+    base = load_adapter(adapter, args.model, precision)
+    with lora_disabled(base.model):
+        before = evaluate(base, rows, args.batch_size, "base")
+    after = evaluate(base, rows, args.batch_size, "adapter")
+    print(side_by_side(before, after))
+    emit({"adapter": str(adapter), "rows": len(rows), "precision": precision,
+          "base": before.as_dict(), "with_adapter": after.as_dict()})  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# merge
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def merge_options(parser: Parser) -> None:
+    _adapter_options(parser, required=True)
+    parser.add_argument("--output-dir", metavar="DIR", help="where to write the checkpoint")
+    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the file [fp16]")
+    parser.add_argument(
+        "--base", choices=("dequantized", "original"), default="dequantized",
+        help="add the update to the weights it was trained on, or to the original ones [dequantized]",
+    )  # fmt: skip
+    parser.add_argument("--compare", action="store_true", help="evaluate each way to merge instead, and write nothing")
+    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="for --compare [the run's held-out rows]")
+    parser.add_argument("--limit", type=positive, metavar="N", help="for --compare: at most the first N rows")
+    _json_option(parser)
+
+
+def merge(args: argparse.Namespace, emit: Emit) -> int:
+    if args.compare:
+        return _compare_merges(args, emit)
+    if not args.output_dir:
+        raise ValueError("--output-dir DIR is needed (see --help)")
+
+    from .merge import MergeError, merge
+
+    try:
+        result = merge(Path(args.adapter), Path(args.output_dir), args.dtype, args.base, args.model)
+    except MergeError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.output_dir} ({args.dtype}, {args.base} base)")
+    print(f"read back: logits differ by {result.difference:.1e} of their norm (bound {result.bound:.1e}), "
+          f"top-1 agrees on {result.agreement:.1%}")  # fmt: skip
+    if args.base == "original":
+        print(f"from the adapter as trained, on the 4-bit base: {result.from_trained:.1e}")
+    print(f"next: python scripts/chat.py --model {shlex.quote(args.output_dir)}")
+    emit({"output_dir": args.output_dir, "dtype": args.dtype, "base": args.base, **vars(result)})
+    return 0
+
+
+def _compare_merges(args: argparse.Namespace, emit: Emit) -> int:
+    """Print the held-out loss of the adapter on its base and of each way to merge it."""
+    from .data import Rows, table
+    from .merge import compare_merges
+    from .model import pick_device, resolve_precision
+    from .train import evaluation_data
+
+    adapter = Path(args.adapter)
+    parts = evaluation_data(adapter, args.model, args.dataset, args.limit)
+    print(table(parts), flush=True)
+    rows = Rows.join(part.rows for part in parts)
+    results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()), batch_size=8)
+    for name, r in results.items():
+        options = "" if r.option_accuracy is None else f"   option accuracy {r.option_accuracy:.1%}"
+        print(f"{name:<42} loss {r.loss:.4f}{options}")
+    emit({name: r.as_dict() for name, r in results.items()})
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chat
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chat_options(parser: Parser) -> None:
+    _adapter_options(parser, required=False)
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt instead of the template's own")
+    parser.add_argument("--compare", action="store_true", help="answer without and with the adapter")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="cut answers here [256]")
+    _precision_option(parser)
+    _json_option(parser)
+
+
+def chat(args: argparse.Namespace, emit: Emit) -> None:
+    if not args.adapter and not args.model:
+        raise ValueError("--adapter DIR or --model NAME is needed (see --help)")
+    if args.compare and not args.adapter:
+        raise ValueError("--compare needs an --adapter (see --help)")
+
+    from .adapter import load_adapter
+    from .lora import lora_disabled
+    from .model import load_base, pick_device, resolve_precision
+
+    precision = resolve_precision(args.precision, pick_device())
+    if args.adapter:
+        base = load_adapter(Path(args.adapter), args.model, precision)
+    else:
+        base = load_base(args.model, "none", precision)
+    sides = [("without the adapter", lora_disabled), ("with the adapter", nullcontext)][0 if args.compare else 1 :]
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    histories = [list(start) for _ in sides]  # each side remembers its own answers
+    for question in [args.prompt] if args.prompt else _questions():
+        for (label, context), history in zip(sides, histories):
+            if args.compare:
+                print(f"--- {label}")
+            history.append({"role": "user", "content": question})
+            with context(base.model):
+                history.append({"role": "assistant", "content": _answer(base, history, args.max_new_tokens)})
+            emit({"prompt": question, "adapter": bool(args.adapter) and context is nullcontext,
+                  "answer": history[-1]["content"]})  # fmt: skip
+
+
+def _answer(base: Any, messages: list[dict[str, str]], max_new_tokens: int) -> str:
+    """Stream the model's answer to stdout, and return it."""
+    from transformers import TextStreamer
+
+    from .generate import generate
+
+    streamer = TextStreamer(base.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return generate(base, [base.encoder.prompt(messages)], max_new_tokens, streamer)[0]
+
+
+def _questions() -> Iterator[str]:
+    """Questions from the terminal, until an empty one or the end of input."""
+    while True:
+        try:
+            question = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question:
+            return
+        yield question
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options that commands share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _adapter_options(parser: Parser, required: bool) -> None:
+    parser.add_argument("--adapter", required=required, metavar="DIR", help="an adapter saved by train.py or PEFT")
+    alone = "" if required else "a model; with --adapter, "
+    parser.add_argument("--model", metavar="NAME", help=f"{alone}where the base is, if not where the adapter says")
+
+
+def _precision_option(parser: Parser) -> None:
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="[auto]")
+
+
+def _json_option(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line, and no text")
+
+
+def _bench_options(parser: Parser) -> None:
+    from .bench import add_arguments
+
+    add_arguments(parser)
+    _json_option(parser)
+
+
+def _bench(args: argparse.Namespace, emit: Emit) -> None:
+    from .bench import bench
+
+    bench(args, emit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+# name: (what it does, examples, what adds its options, what runs it)
+COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None], Callable[[argparse.Namespace, Emit], int | None]]] = {
+    "train": (
+        "Fine-tune a model with QLoRA.",
+        """
+  train                                    the reference configuration: Qwen2-0.5B-Instruct on MedQA
+  train --demo                             an embedded model and data: no network, no GPU, a minute
+  train --model DIR --dataset FILE.jsonl   your own
+  train --resume                           continue the newest unfinished run""",
+        train_options,
+        train,
+    ),
+    "eval": (
+        "Evaluate a base and its adapter side by side on the same rows.",
+        """
+  eval --adapter runs/NAME/adapter                        the run's own held-out rows
+  eval --adapter runs/NAME/adapter --dataset FILE.jsonl   other rows""",
+        eval_options,
+        evaluate,
+    ),
+    "merge": (
+        "Merge an adapter into its base: an ordinary checkpoint, read back and compared before it is kept.",
+        """
+  merge --adapter runs/NAME/adapter --output-dir merged
+  merge --adapter runs/NAME/adapter --compare             held-out loss of each way to merge; writes nothing""",
+        merge_options,
+        merge,
+    ),
+    "chat": (
+        "Talk to a model: a base with an adapter, or a merged checkpoint.",
+        """
+  chat --adapter runs/NAME/adapter                        a conversation; an empty line or Ctrl-D ends it
+  chat --adapter runs/NAME/adapter --prompt "..."         one answer
+  chat --adapter runs/NAME/adapter --compare              each answer without and with the adapter
+  chat --model merged""",
+        chat_options,
+        chat,
+    ),
+    "bench": (
+        "Measure how fast qlora_min trains, and in how much memory; beside other trainers, where they are installed.",
+        """
+  bench                         Qwen2-0.5B's shape, random weights, MedQA's real lengths
+  bench --peers trl,unsloth     the same work by peft + trl and by unsloth
+  bench --sweep costs.png       how time and memory grow with row length, rows and rank""",
+        _bench_options,
+        _bench,
+    ),
+}
+
+
+def make_parser(name: str, prog: str | None = None) -> Parser:
+    """The parser of a command."""
+    what, examples, add, _ = COMMANDS[name]
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s [options]",
+        description=what,
+        epilog=f"examples:{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add(parser)
+    return parser
+
+
+def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Run a command to the process's end; `argv` is the process's own if not given."""
+    args = make_parser(name, prog).parse_args(argv)
+
+    def main() -> int | None:
+        with _output(args) as emit:
+            return COMMANDS[name][3](args, emit)
+
+    run_script(main)
+
+
+@contextmanager
+def _output(args: argparse.Namespace) -> Iterator[Emit]:
+    """What --json and --quiet do to stdout and to the bars; yields what prints an object where --json asks for it."""
+    out, as_json = sys.stdout, getattr(args, "json", False)
+
+    def emit(value: dict[str, Any]) -> None:
+        if as_json:
+            print(json.dumps(value), file=out, flush=True)
+
+    if not as_json and not getattr(args, "quiet", False):
+        yield emit
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), patch.dict(os.environ, TQDM_DISABLE="1"):
+        yield emit
+
+
+def main() -> NoReturn:
+    """The console command `qlora-min`."""
+    usage = "\n".join(["usage: qlora-min COMMAND [options]\n", *(f"  {n:<8}{c[0]}" for n, c in COMMANDS.items()),
+                       "\nqlora-min COMMAND --help tells more; qlora-min completion bash|zsh|tcsh prints a script "
+                       "that completes all this"])  # fmt: skip
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage)
+        sys.exit(0)
+    if name == "completion":
+        run_script(lambda: _completion(rest[0] if rest else "bash"))
+    if name not in COMMANDS:
+        known = [*COMMANDS, "completion"]
+        print(f"error: unknown command '{name}'{nearest(name, known)} (see --help)", file=sys.stderr)
+        sys.exit(2)
+    run_command(name, rest, f"qlora-min {name}")
+
+
+def _completion(shell: str) -> None:
+    """Print the completion script of a shell, by shtab."""
+    try:
+        import shtab
+    except ImportError:
+        raise ValueError("completion needs shtab: pip install 'qlora_min[completion]'") from None
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ValueError(f"completion: got {shell!r}, expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+    parser = argparse.ArgumentParser(prog="qlora-min")
+    commands = parser.add_subparsers()
+    for name, (what, _, add, _) in COMMANDS.items():
+        add(commands.add_parser(name, description=what, help=what))
+    print(shtab.complete(parser, shell))
+
+
+if __name__ == "__main__":
+    main()
