@@ -29,8 +29,8 @@ GROUPS = {
               "max_grad_norm", "optimizer", "seed"),
     "LoRA and its base": ("rank", "alpha", "dropout", "targets", "quantization"),
     "speed and memory": ("precision", "gradient_checkpointing", "micro_batch_tokens", "packing"),
-    "evaluating, saving, stopping": ("eval_every", "patience", "log_every", "save_every", "save_minutes",
-                                     "output_dir"),
+    "evaluating, saving, stopping": ("eval_every", "patience", "log_every", "tensorboard", "save_every",
+                                     "save_minutes", "output_dir"),
 }  # fmt: skip
 
 
