@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, checkpoint, memory, report
+from . import __version__, checkpoint, hub, memory, report
 from .adapter import AdapterConfig, read_config, save_adapter
 from .config import FIELDS, Config, flag
 from .data import (
@@ -581,6 +581,8 @@ class Trainer:
         if self.best and self.adapter_step != p.best_step:
             with checkpoint.atomic_folder(self.run / "adapter") as folder:
                 save_adapter(folder, self.model, self._described(), self.base.encoder.tokenizer, self.best)
+                card = hub.adapter_card(self._described(), self.record, p.before, p.best, p.best_step)
+                (folder / hub.CARD).write_text(card, encoding="utf-8")
             self.adapter_step = p.best_step
         if self.failures:
             say(f"step {p.step}: saved again, after {self.failures} failures")
