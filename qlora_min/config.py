@@ -162,6 +162,7 @@ class Config:
     eval_every: int | None = _positive(None, "steps between evaluations (default: a quarter of an epoch)")
     patience: int = _positive(3, "stop after N evaluations in a row without improvement")
     log_every: int = _positive(10, "steps between lines in metrics.jsonl")
+    tensorboard: bool = option(False, "write what metrics.jsonl says to RUN/tensorboard too (extra `tensorboard`)")
     save_every: int | None = _positive(None, "steps between checkpoints (besides those at evaluations)")
     save_minutes: float = option(
         5.0,
