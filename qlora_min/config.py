@@ -283,7 +283,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {redacted(message)} (see --help)\n")
+        self.exit(2, f"error: {redacted(message)} (see --help)\n" if is_first_process() else None)
 
 
 def positive(text: str) -> int:
@@ -323,16 +323,22 @@ def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(namespace).items() if k in FIELDS}
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all that torchrun started, or is alone; also before they know of each other."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main: a ValueError (what a user can cause) or OSError is one line on stderr and exit code 2.
 
-    A ValueError may have several lines to show, in its attribute `lines`.
+    A ValueError may have several lines to show, in its attribute `lines`. Of several processes that torchrun started,
+    the first shows it.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after it
     try:
         sys.exit(main() or 0)
     except ValueError as e:
-        for line in getattr(e, "lines", [str(e)]):
+        for line in getattr(e, "lines", [str(e)]) if is_first_process() else ():
             print("error: " + " ".join(redacted(line).split()), file=sys.stderr)
         sys.exit(2)
     except MemoryError as e:
@@ -345,5 +351,6 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.close()
         sys.exit(141)
     except OSError as e:  # a file or folder that can't be read or written
-        print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
+        if is_first_process():
+            print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ python scripts/train.py                                  the reference configura
 python scripts/train.py --demo                           an embedded model and data: no network, no GPU, a minute
 python scripts/train.py --model DIR --dataset FILE.jsonl your own
 python scripts/train.py --resume                         continue the newest unfinished run
+torchrun --nproc-per-node N scripts/train.py ...         any of these on N GPUs
 """
 
 import signal
@@ -27,16 +28,20 @@ def main() -> int:
         options = demo_options(options)
     config = Config(**options)
 
-    from qlora_min.optim import TrainingError  # late, so that --help and errors in options come at once
+    from qlora_min.distributed import from_main, join, together  # late, so that --help and errors in options come soon
+    from qlora_min.optim import TrainingError
     from qlora_min.train import Trainer, resume_config
 
-    config, run = (config, None) if args.resume is None else resume_config(args.resume, options)
-    if args.preview:
-        preview(config, args.preview)
-        return 0
-    trainer = Trainer(config, run)
     try:
-        trainer.train()
+        run = None
+        if args.resume is not None:
+            with together():
+                join()
+                config, run = from_main(lambda: resume_config(args.resume, options))
+        if args.preview:
+            preview(config, args.preview)
+            return 0
+        Trainer(config, run).train()
     except TrainingError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
