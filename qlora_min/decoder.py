@@ -565,8 +565,8 @@ class Captured:
             if not any(k[0] == kind for k in self.graphs):
                 self._try(compute, mine)
             torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL's own thread may ask the device meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
                 result = compute(mine)
             self.graphs[key] = mine, graph, result
         mine, graph, result = self.graphs[key]

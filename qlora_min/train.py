@@ -301,7 +301,8 @@ class Trainer:
         self.adapter_step: int | None = None  # the step whose adapter is in adapter/, as far as we know
         self.saved_at = time.monotonic()
         self.failures, self.retry_at = 0, 0.0  # to save, in a row
-        self._check_that_ranks_agree({k: self.record[k] for k in ("precision", "packed", "base", "files", "data")})
+        same = {k: self.record[k] for k in ("precision", "packed", "data")} | {"base": self.base.fingerprint}
+        self._check_that_ranks_agree(same)
         if resume:
             self._restore()
 

@@ -25,7 +25,7 @@ import torch
 from conftest import ROOT, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import CLOCK, outcome, wait_for
+from test_resume import outcome, wait_for
 from test_training import conversations, last_checkpoint, relative, saved_adapter
 
 import qlora_min.report
@@ -342,7 +342,7 @@ def test_a_rank_that_is_killed_ends_the_rest(run, where):
 def test_a_rank_that_hangs_is_given_up(run):
     def change(rank):
         distributed.TIMEOUT = 5.0
-        before_step(4, lambda _: time.sleep(30))(rank)
+        before_step(4, lambda _: time.sleep(12))(rank)
 
     done = run(2, change=change, expect=None)
     assert done.codes[0] == 1
@@ -418,7 +418,7 @@ def test_torchrun_ends_saved_by_its_own_signal(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
     command += [str(ROOT / "scripts" / "train.py")]
     options = ["--demo", "--limit", "320", "--batch-size", "8", "--eval-limit", "20", "--log-every", "1"]
-    options += ["--max-steps", "60", "--output-dir", "run"]
+    options += ["--max-steps", "40", "--output-dir", "run"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     pipes = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*command, *options], **pipes)
@@ -428,8 +428,8 @@ def test_torchrun_ends_saved_by_its_own_signal(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode
     step = checkpoint.checkpoint_steps(tmp_path / "run")[-1]
-    assert out.endswith(f"saved step {step}\n") and 14 <= step < 60, err
+    assert out.endswith(f"saved step {step}\n") and 14 <= step < 40, err
     assert err.count("stopped by SIGTERM; continue with: torchrun") == 1
     done = subprocess.run([*command, "--resume", "run"], timeout=200, **pipes | {"stdout": None, "stderr": None})
     assert done.returncode == 0 and checkpoint.is_finished(tmp_path / "run")
-    assert [json.loads(x)["step"] for x in metrics.read_text().splitlines()][-1] == 60 and CLOCK
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == 40
