@@ -186,11 +186,21 @@ def test_share_is_even():
         assert max(filled) < 1.02 * sum(filled) / count
 
 
+def rank_0_alone_writes(rank: int) -> None:
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"rank {rank} writes")
+
+    if rank:
+        for name in ("Lock", "save_checkpoint", "atomic_folder", "clean", "_write_file"):
+            setattr(checkpoint, name, refuse)
+        checkpoint.Metrics.write = checkpoint.Metrics.flush = checkpoint.Metrics.cut = refuse
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=slow)])
 @pytest.mark.parametrize("packing", ["auto", "off"], ids=["packed", "padded"])
 def test_several_ranks_make_the_same_run(run, ranks, packing):
     one = run(1, "one", packing=packing)
-    several = run(ranks, "several", packing=packing)
+    several = run(ranks, "several", packing=packing, change=rank_0_alone_writes)
     assert_equal_runs(several.run, one.run)
     assert len(events(one.run, "train")) == 9 and len(events(one.run, "eval")) == 4
     assert "waited" in events(several.run, "train")[0] and "waited" not in events(one.run, "train")[0]
@@ -251,13 +261,25 @@ def stop(trainer: Trainer) -> None:
 def test_a_signal_to_one_rank_stops_all_and_they_go_on_bit_for_bit(run, packing):
     options = {"dropout": 0.1, "optimizer": "paged_adamw8bit", "packing": packing, "max_steps": 7}
     whole = run(2, "whole", **options)
-    stopped = run(2, "stopped", **options, change=before_step(4, stop), expect=143)
-    assert checkpoint.checkpoint_steps(stopped.run)[-1] == 5  # the step in which all learned of it
-    assert stopped.out[0].endswith("saved step 5\n")
+
+    def change(rank):
+        inner = Trainer._sum_over_ranks
+
+        def behind(self, loss):
+            summed = inner(self, loss)
+            if rank == 1 and self.progress.step == 4:
+                stop(self)
+            return summed
+
+        Trainer._sum_over_ranks = behind
+
+    stopped = run(2, "stopped", **options, change=change, expect=143)
+    assert checkpoint.checkpoint_steps(stopped.run)[-1] == 6  # the step in which all learned of it
+    assert stopped.out[0].endswith("saved step 6\n")
     assert stopped.err[0].count("stopped by SIGTERM; continue with: torchrun --nproc-per-node 2 scripts/train.py") == 1
     assert stopped.err[1] == ""
     resumed = run(2, "stopped", resume=True)
-    assert "note:" not in resumed.out[0] and "continues at step 5" in resumed.out[0]
+    assert "note:" not in resumed.out[0] and "continues at step 6" in resumed.out[0]
     mine, reference = outcome(resumed.run), outcome(whole.run)
     for found in (mine, reference):
         found["events"] = [{k: v for k, v in e.items() if k not in ("waited", "summed")} for e in found["events"]]
