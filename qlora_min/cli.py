@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-from .config import FIELDS, Config, flag, kinds_of, nearest, positive, read_toml, redacted
+from .config import FIELDS, Config, flag, is_first_process, kinds_of, nearest, positive, read_toml, redacted
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {redacted(message)} (see --help)\n")
+        self.exit(2, f"error: {redacted(message)} (see --help)\n" if is_first_process() else None)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -90,13 +90,14 @@ def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main: a ValueError (what a user can cause) or OSError is one line on stderr and exit code 2.
 
-    A ValueError may have several lines to show, in its attribute `lines`.
+    A ValueError may have several lines to show, in its attribute `lines`. Of several processes that torchrun started,
+    the first shows it.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after it
     try:
         sys.exit(main() or 0)
     except ValueError as e:
-        for line in getattr(e, "lines", [str(e)]):
+        for line in getattr(e, "lines", [str(e)]) if is_first_process() else ():
             print("error: " + " ".join(redacted(line).split()), file=sys.stderr)
         sys.exit(2)
     except MemoryError as e:
@@ -109,7 +110,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.close()
         sys.exit(141)
     except OSError as e:  # a file or folder that can't be read or written
-        print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
+        if is_first_process():
+            print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -137,26 +139,33 @@ def train(args: argparse.Namespace, emit: Emit) -> int:
         options = _demo_options(options)
     config = Config(**options)
 
+    from .distributed import from_main, join, together
     from .optim import TrainingError
     from .train import Trainer, resume_config
 
-    config, run = (config, None) if args.resume is None else resume_config(args.resume, options)
-    if args.preview:
-        _preview(config, args.preview)
-        return 0
-    repo = None if args.dry_run else _checked_repo(args)
-    trainer = Trainer(config, run, write=not args.dry_run)
     try:
+        run, repo = None, None
+        with together():
+            join()
+            if args.resume is not None:
+                config, run = from_main(lambda: resume_config(args.resume, options))
+            if not args.dry_run and not args.preview:
+                repo = from_main(lambda: _checked_repo(args))
+        if args.preview:
+            _preview(config, args.preview)
+            return 0
+        trainer = Trainer(config, run, write=not args.dry_run)
         if args.dry_run:
             print(trainer.describe())
             emit({"event": "plan", **trainer.estimate()})
-        else:
-            trainer.metrics.echo = emit
-            trainer.train()
+            return 0
+        trainer.metrics.echo = emit
+        trainer.train()
     except TrainingError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    _push(trainer.run / "adapter", repo, args, emit)
+    if is_first_process():
+        _push(trainer.run / "adapter", repo, args, emit)
     return 0
 
 

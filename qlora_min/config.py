@@ -286,3 +286,8 @@ def read_toml(path: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"--config {path}: not valid TOML ({e})") from None
     return parse_values(values, path)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that torchrun started, or is alone; also before they know of each other."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"

@@ -516,3 +516,17 @@ def optimizer_steps(n_rows: int, batch_size: int, grad_accum: int, seed: int, ep
     random.Random(f"{seed}/{epoch}").shuffle(order)
     micro = [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
     return [micro[i : i + grad_accum] for i in range(0, len(micro), grad_accum)]
+
+
+def share(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Rows dealt out evenly: the longest first, each to the one of `count` parts that has the fewest tokens so far.
+
+    Returns:
+        Indices into `lengths`, ascending, a list a part; where there are fewer rows than parts, some are empty.
+    """
+    parts, filled = [[] for _ in range(count)], [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = filled.index(min(filled))
+        parts[emptiest].append(i)
+        filled[emptiest] += lengths[i]
+    return [sorted(p) for p in parts]

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from . import ops
 from .bits import bnb
-from .data import Row
+from .data import Row, share
 from .lora import LoRALinear
 from .memory import LOGIT_ROWS
 from .model import Base, dequantized_weight, output_head
@@ -146,16 +146,11 @@ def cut(lengths: Sequence[int], tokens: int) -> list[list[int]]:
         Indices into `lengths`, a list a micro-batch.
     """
     tokens = max([tokens, *lengths])
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for count in range(-(-sum(lengths) // tokens), len(lengths) + 1):
-        parts, filled = [[] for _ in range(count)], [0] * count
-        for i in order:  # the longest first, each into the emptiest
-            emptiest = filled.index(min(filled))
-            parts[emptiest].append(i)
-            filled[emptiest] += lengths[i]
-        if max(filled) <= tokens:
+        parts = share(lengths, count)
+        if all(sum(lengths[i] for i in part) <= tokens for part in parts):
             break
-    return [sorted(p) for p in parts if p]
+    return [part for part in parts if part]
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> Tensor:
@@ -570,8 +565,8 @@ class Captured:
             if not any(k[0] == kind for k in self.graphs):
                 self._try(compute, mine)
             torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL's own thread may ask the device meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
                 result = compute(mine)
             self.graphs[key] = mine, graph, result
         mine, graph, result = self.graphs[key]

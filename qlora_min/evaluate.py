@@ -129,6 +129,26 @@ def evaluate(
     )
 
 
+def combine(parts: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of all rows, from those of its parts."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def total(weight: str, mean: str | None = None) -> float:
+        return sum(getattr(e, weight) * ((getattr(e, mean) or 0.0) if mean else 1) for e in parts)
+
+    count, options = total("supervised_tokens"), total("option_rows")
+    return Evaluation(
+        rows=total("rows"),
+        supervised_tokens=count,
+        loss=total("supervised_tokens", "loss") / max(1, count),
+        token_accuracy=total("supervised_tokens", "token_accuracy") / max(1, count),
+        option_rows=options,
+        option_accuracy=total("option_rows", "option_accuracy") / options if options else None,
+        chance=total("option_rows", "chance") / options if options else None,
+    )
+
+
 def _measure(
     base: Base, part: Sequence[Row], device: torch.device, decoder: Decoder | Captured | None, count: int
 ) -> tuple[float, int, int, list[int | None]]:

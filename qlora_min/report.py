@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from .config import is_first_process
+
 Events = Sequence[dict[str, Any]]  # of a run's metrics.jsonl
 
 
@@ -22,14 +24,16 @@ def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep
     Args:
         keep: it stays when it is full.
     """
-    hidden = not show or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    hidden = not show or not is_first_process() or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
     disable = hidden or (not keep if "ipykernel" in sys.modules else None)
     return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=keep, dynamic_ncols=True,
                 disable=disable, **kwargs)  # fmt: skip
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Print a line above the bars, at once also where the output is a file."""
+    """Print a line above the bars, at once also where the output is a file; of several processes, the first does."""
+    if not is_first_process():
+        return
     file = file or sys.stdout
     tqdm.write(line, file=file)
     file.flush()

@@ -22,12 +22,16 @@ class Signals:
 
     A block that ends with `Stop` becomes SystemExit with 128 + the signal's number, as shells do; `advice` is printed.
 
+    Args:
+        among: this process's rank, where it is one of several: rank 0 alone speaks, and a further signal changes
+            nothing, since torchrun passes on to all what may have come to each already, and ends them itself in time.
+
     Attributes:
         received: the number of the signal that came, or None.
     """
 
-    def __init__(self, advice: str):
-        self.advice = advice
+    def __init__(self, advice: str, among: int | None = None):
+        self.advice, self.among = advice, among
         self.received: int | None = None
         self._may_abandon = False
 
@@ -43,16 +47,21 @@ class Signals:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         if kind is Stop:
-            print(f"stopped by {signal.Signals(self.received).name}; {self.advice}", file=sys.stderr, flush=True)
+            if not self.among:
+                print(f"stopped by {signal.Signals(self.received).name}; {self.advice}", file=sys.stderr, flush=True)
             raise SystemExit(128 + self.received) from None
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self.received is not None and self.among is not None:
+            return
         if self.received is not None:
             os.write(2, f"\n{name} again: exiting at once\n".encode())  # print is not safe in a handler
             os._exit(128 + number)
         self.received = number
-        os.write(2, f"\n{name}: saving at the next step, then stopping; once more to exit at once\n".encode())
+        if not self.among:
+            more = "; once more to exit at once" if self.among is None else ""
+            os.write(2, f"\n{name}: saving at the next step, then stopping{more}\n".encode())
         if self._may_abandon:
             raise Stop
 

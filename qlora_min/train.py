@@ -9,17 +9,21 @@ case. A disk that fails (full, away) does not end a run: training goes on, and w
 
 The loss of one optimizer step is (sum of token losses over its micro-batches) / (number of supervised tokens in them).
 The count is known from the data before the first forward, so each micro-batch's sum is divided by it at once, and the
-gradients add up to the step's, however the rows are cut into micro-batches.
+gradients add up to the step's, however the rows are cut into micro-batches, and shared out among ranks: several
+processes, each on a GPU of its own (distributed.py), make the same steps as one. What one of them learns by itself, a
+signal or the time to save, must not lead it another way than the rest.
 """
 
 import itertools
 import math
+import os
 import platform
 import random
 import shlex
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +44,14 @@ from .data import (
     encode_all,
     leave_out_shared,
     optimizer_steps,
+    share,
     split,
     steps_per_epoch,
     table,
 )
 from .decoder import Captured, Decoder, Packed, cut, dropout_seed, unsupported
-from .evaluate import MEASURES, Evaluation, evaluate
+from .distributed import from_main, gather, join, rank, size, sum_, together
+from .evaluate import MEASURES, Evaluation, combine, evaluate
 from .generate import generate
 from .lora import lora_disabled, lora_parameters
 from .loss import masked_cross_entropy
@@ -200,33 +206,38 @@ class Trainer:
     Raises:
         ValueError: an option, the model, the data or the output directory is not usable, or another process trains
             there; nothing has been written.
+        TrainingError, SystemExit: as `distributed.together`, where there are several processes.
     """
 
     def __init__(self, config: Config, resume: Path | None = None, data: Data | None = None, write: bool = True):
-        self.lock = None
-        if resume:
-            with writing(f"--resume {resume}"):
-                self.lock = checkpoint.Lock(resume)  # before anything is read there
+        self.lock: checkpoint.Lock | nullcontext = nullcontext()  # rank 0 has the lock
         try:
-            self._prepare(config, resume, data, write)
+            with together():
+                join()
+                if resume and rank() == 0:
+                    with writing(f"--resume {resume}"):
+                        self.lock = checkpoint.Lock(resume)  # before anything is read there
+                self._prepare(config, resume, data)
+                from_main(lambda: self._begin() if write and resume is None else None)
         except BaseException:
-            if self.lock:
-                self.lock.__exit__()
+            self.lock.__exit__(None, None, None)
             raise
 
-    def _prepare(self, config: Config, resume: Path | None, data: Data | None, write: bool) -> None:
+    def _prepare(self, config: Config, resume: Path | None, data: Data | None) -> None:
+        revision = None
         if resume:
-            refuse_finished(resume)
+            from_main(lambda: refuse_finished(resume))
+            revision = from_main(lambda: checkpoint.read_record(resume))["base"].get("revision")
         if config.tensorboard:
             report.require_tensorboard()
         self.device = pick_device()
         self.precision = resolve_precision(config.precision, self.device)
-        self.run = resume or output_directory(config)
-        revision = checkpoint.read_record(resume)["base"].get("revision") if resume else None
+        self.run = from_main(lambda: resume or output_directory(config))
         encoder = load_encoder(config.model, revision)
         train, held = data or read_data(config, encoder)
-        print(table([*train, *held]), flush=True)
+        say(table([*train, *held]))
         self.rows, self.held = (Rows.join(part.rows for part in side) for side in (train, held))
+        self.held_here = self.held[np.array(share(self.held.lengths, size())[rank()], int)] if size() > 1 else self.held
 
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)
@@ -262,16 +273,20 @@ class Trainer:
             self.device,
         )
         self.progress = Progress()
+        self.stopping: int | None = None  # the signal for which all ranks stop
+        self.waited = self.summed = 0.0  # seconds: for the slowest rank, and summing gradients
         self._order: tuple[int, list] = (-1, [])  # of one epoch
         self._ready: dict[int, tuple] = {}  # steps' micro-batches
         self.metrics = checkpoint.Metrics(self.run)
         self.board = report.Board(self.run) if config.tensorboard else None
-        self.advice = f"continue with: python scripts/train.py --resume {shlex.quote(str(self.run))}"
+        self.advice = f"continue with: {launcher()} scripts/train.py --resume {shlex.quote(str(self.run))}"
+        self.signals = Signals(self.advice, among=rank() if size() > 1 else None)
         self.record = {
             "options": self.config.as_dict(),
             "precision": self.precision,
             "packed": self.decoder is not None,
             "total_steps": self.total_steps,
+            "ranks": size(),
             "base": {"name": config.model, "revision": self.base.revision, "fingerprint": self.base.fingerprint},
             "files": {p.name: f"{len(p.rows)} rows, sha256 {data_hash(p.rows, [])[:16]}" for p in [*train, *held]},
             "data": {"rows": len(self.rows), "held_out": len(self.held), "sha256": data_hash(self.rows, self.held)},
@@ -282,32 +297,42 @@ class Trainer:
         self.adapter_step: int | None = None  # the step whose adapter is in adapter/, as far as we know
         self.saved_at = time.monotonic()
         self.failures, self.retry_at = 0, 0.0  # to save, in a row
+        same = {k: self.record[k] for k in ("precision", "packed", "data")} | {"base": self.base.fingerprint}
+        self._check_that_ranks_agree(same)
         if resume:
             self._restore()
-        elif write:
-            with writing(f"--output-dir {self.run}"):
-                self.run.mkdir(parents=True, exist_ok=True)
-                self.lock = checkpoint.Lock(self.run)
-                output_directory(self.config)  # another process may have begun there while we loaded
-                checkpoint.write_json(self.run / "config.json", self.record)
+
+    def _begin(self) -> None:
+        """Make the run's directory ours."""
+        with writing(f"--output-dir {self.run}"):
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.lock = checkpoint.Lock(self.run)
+            output_directory(self.config)  # another process may have begun there while we loaded
+            checkpoint.write_json(self.run / "config.json", self.record)
 
     def _choose_how_to_compute(self) -> None:
         """By decoder.py on packed rows if it can, else by the model's modules on padded ones; what fits the memory."""
         c, longest, rows = self.config, int(self.rows.lengths.max()), self.config.batch_size * self.config.grad_accum
+        rows = -(-rows // size())
         self.decoder: Decoder | None = None
         self.why_padded = "--packing off" if c.packing == "off" else unsupported(self.base, longest)
         bits8, available = c.optimizer == "paged_adamw8bit", memory.available(self.device)
+        if self.device.type == "cpu":
+            available /= size()
         if self.why_padded:
             checkpointing, tokens = c.gradient_checkpointing == "on", c.micro_batch_tokens
             if c.gradient_checkpointing == "auto":
                 checkpointing = memory.forecast(*self._shape(), False, bits8).total > available
-            if checkpointing:
-                checkpoint_layers(self.model)
         else:
             checkpointing, tokens = memory.plan(
                 self.model, self.base.dtype, rows, longest, int(self.rows.supervised.max()), bits8, available,
                 c.gradient_checkpointing, c.micro_batch_tokens,
             )  # fmt: skip
+        off, tokens = min(gather((not checkpointing, tokens)))  # of the rank with the least memory
+        checkpointing = not off
+        if self.why_padded and checkpointing:
+            checkpoint_layers(self.model)
+        elif not self.why_padded:
             grain = max(64, tokens // 32)  # of the tokens in a captured batch
             self.decoder = Decoder(self.base, checkpointing, max(longest, grain, int(self.held.lengths.max(initial=0))))
             self.compute = Captured(self.decoder, grain) if self.device.type == "cuda" else self.decoder
@@ -337,18 +362,17 @@ class Trainer:
             SystemExit: SIGINT or SIGTERM came, and the run was saved; the code is 128 + the signal's number.
         """
         p, c = self.progress, self.config
-        print(self.describe(), flush=True)
+        say(self.describe())
         bar = report.bar(self.total_steps, None, "step", keep=True, initial=p.step)
-        with self.lock, Signals(self.advice) as self.signals, bar:
+        with together(self._how_to_go_on), self.lock, self.signals, bar:
             self.clock = time.perf_counter()
             while True:
                 # Evaluate and save, where due.
                 if self._evaluation_due():
                     self._evaluate()
-                stop = self.signals.received is not None
+                stop = (self.signals.received if size() == 1 else self.stopping) is not None
                 if stop or self._finished():
-                    while not self._save():
-                        time.sleep(RETRY_SECONDS)
+                    from_main(self._save_at_last)
                 elif self._save_due():
                     self._save()
                 if stop:
@@ -367,30 +391,34 @@ class Trainer:
 
         Raises:
             TrainingError: it was the 20th in a row without finite gradients, memory ran out, or a layer does not train.
+            SystemExit, Lost: as `distributed.gather`.
         """
         p = self.progress
         batches, where = self.step_batches(p.step)
-        supervised = sum(b.n_supervised for b in batches)
-        lr = self.stepper.lr
+        rows = self.step_rows(p.step)
+        supervised, tokens = int(self.rows.supervised[rows].sum()), int(self.rows.lengths[rows].sum())
+        lr, loss = self.stepper.lr, 0.0
         try:
-            # Forward and backward of the step's rows, a micro-batch at a time; the gradients add up.
+            # Forward and backward of this rank's rows, a micro-batch at a time; the gradients add up.
             for i, batch in enumerate(batches):
-                p.loss_sum = p.loss_sum + self.backward(batch, supervised, p.step, i)
+                loss = loss + self.backward(batch, supervised, p.step, i * size() + rank())
 
             # Clip and step; the next step's rows are made ready while the device computes.
             if p.step + 1 < self.total_steps:
                 self.step_batches(p.step + 1)
+            if size() > 1:
+                loss = self._sum_over_ranks(loss)
             grad_norm, taken = self.stepper.step()
         except TrainingError as e:
             raise TrainingError(self._explain(e, where)) from None
         except (RuntimeError, MemoryError) as e:
-            if not memory.is_out_of_memory(e):
+            if not memory.is_out_of_memory(e) or not batches:
                 raise
             raise TrainingError(self._explain_memory(batch)) from None
 
         # Count.
         p.step += 1
-        tokens = sum(b.n_tokens for b in batches)
+        p.loss_sum = p.loss_sum + loss
         p.supervised, p.tokens, p.window_tokens = p.supervised + supervised, p.tokens + tokens, p.window_tokens + tokens
         if self.initial and self.stepper.taken == MOVED_BY:
             self._check_that_all_moved()
@@ -399,39 +427,77 @@ class Trainer:
         return lr, grad_norm
 
     def step_batches(self, step: int) -> tuple[list[Batch] | list[Packed], list[str]]:
-        """The micro-batches of an optimizer step (0-based), and where their rows stand; the last two are remembered."""
+        """This rank's micro-batches of an optimizer step (0-based), and where all the step's rows stand.
+
+        The last two steps' are remembered.
+        """
         if step not in self._ready:
-            c = self.config
-            epoch, index = divmod(step, self.steps_per_epoch)
-            if self._order[0] != epoch:
-                self._order = (epoch, optimizer_steps(len(self.rows), c.batch_size, c.grad_accum, c.seed, epoch))
-            parts = self._order[1][index]
+            c, mine = self.config, self.step_rows(step)
+            rows = {i: self.rows[i] for i in mine}
+            if size() > 1:
+                mine = [mine[j] for j in share(self.rows.lengths[mine], size())[rank()]]
             if self.decoder:
-                whole = [i for part in parts for i in part]
-                parts = [[whole[j] for j in part] for part in cut(self.rows.lengths[whole], c.micro_batch_tokens)]
-            micro_batches = [[self.rows[i] for i in part] for part in parts]
-            rows = c.batch_size * c.grad_accum
-            batches = [self.compute.pack(part, rows) if self.decoder else collate(part) for part in micro_batches]
+                parts = [[mine[j] for j in part] for part in cut(self.rows.lengths[mine], c.micro_batch_tokens)]
+            else:
+                parts = [mine[j : j + c.batch_size] for j in range(0, len(mine), c.batch_size)]
+            micro_batches = [[rows[i] for i in part] for part in parts]
+            most = c.batch_size * c.grad_accum
+            batches = [self.compute.pack(part, most) if self.decoder else collate(part) for part in micro_batches]
             self._ready = {s: b for s, b in self._ready.items() if s == step - 1}
-            self._ready[step] = batches, [r.where for part in micro_batches for r in part]
+            self._ready[step] = batches, [r.where for r in rows.values()]
         return self._ready[step]
+
+    def step_rows(self, step: int) -> list[int]:
+        """The rows of an optimizer step (0-based), those of all ranks: a function of the seed and the step alone."""
+        c = self.config
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, optimizer_steps(len(self.rows), c.batch_size, c.grad_accum, c.seed, epoch))
+        return [i for part in self._order[1][index] for i in part]
 
     def backward(self, batch: Batch | Packed, supervised: int, step: int, index: int) -> torch.Tensor:
         """Forward and backward of the micro-batch `index` of a step: adds its share of the step's gradient.
 
         Args:
             supervised: tokens of the whole step, by whose number the loss is divided.
+            index: among those of all ranks; each has a dropout of its own.
 
         Returns:
             the sum of the micro-batch's token losses: 0-dim, fp32.
         """
+        seed = dropout_seed(self.config.seed, step, index)
         if self.decoder is None:
+            if size() > 1:
+                torch.manual_seed(int(seed))
             loss = self.loss(batch.to(self.device))
             self.stepper.backward(loss / supervised)
             return loss.detach()
         factor = self.stepper.scaler.scale(torch.tensor(1 / supervised, device=self.device))
-        seed = dropout_seed(self.config.seed, step, index).to(self.device)
-        return self.compute.loss_and_gradients(batch, factor, seed)
+        return self.compute.loss_and_gradients(batch, factor, seed.to(self.device))
+
+    def _sum_over_ranks(self, loss: float | torch.Tensor) -> float:
+        """Sum the gradients of all ranks, on each; returns the sum of their losses.
+
+        One that is not finite anywhere is so on all after it, so that they skip the same steps.
+        """
+        loss = float(loss)  # waits for the device
+        start = time.perf_counter()
+        losses = self._gather(loss)
+        then = time.perf_counter()
+        for p in self.stepper.params:
+            if p.grad is None:  # a rank without a row in the first step
+                p.grad = torch.zeros_like(p)
+        self.stepper.scaler.scale(torch.zeros((), device=self.device))  # as above: makes the scale
+        sum_([p.grad for p in self.stepper.params])
+        self.waited, self.summed = self.waited + then - start, self.summed + time.perf_counter() - then
+        return sum(losses)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every rank's value; with it all learn of a signal that came to one."""
+        values, signals = zip(*gather((value, self.signals.received)))
+        self.stopping = next((s for s in signals if s), None)
+        self.signals.received = self.stopping or self.signals.received
+        return list(values)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The sum of a padded micro-batch's supervised token losses, by the modules: 0-dim, fp32."""
@@ -461,16 +527,20 @@ class Trainer:
         self._count_time()
         p = self.progress
         loss, tokens_per_second = p.loss_sum / p.supervised, p.window_tokens / p.window_seconds
-        peak = memory.peak_gib(self.device)
-        self.metrics.write(
+        peak = max(gather(memory.peak_gib(self.device)))
+        self._record(
             "train", step=p.step, epoch=p.step / self.steps_per_epoch, loss=loss, lr=lr, grad_norm=grad_norm,
             skipped=self.stepper.skipped, tokens_per_second=round(tokens_per_second, 1), peak_memory_gib=round(peak, 3),
-            seconds=round(p.seconds, 2),
+            seconds=round(p.seconds, 2), **self._communication(),
         )  # fmt: skip
-        if not self.failures:  # or else the next save writes it
+        if rank() == 0 and not self.failures:  # or else the next save writes it
             self._write(self.metrics.flush)
         bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tok/s, {peak:.2f} GiB")
         p.loss_sum, p.supervised, p.window_tokens, p.window_seconds = 0.0, 0, 0, 0.0
+
+    def _communication(self) -> dict[str, float]:
+        """What goes into the metrics of several ranks, of this process's life so far."""
+        return {"waited": round(self.waited, 2), "summed": round(self.summed, 2)} if size() > 1 else {}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluating, saving, resuming
@@ -490,12 +560,17 @@ class Trainer:
         """
         p = self.progress
         improved = True
+        self._check_that_ranks_agree({"adapter": self._checksum()})
         if self.held:
             try:
                 with self.signals.abandonable():
                     result = self.evaluate()
             except Stop:
+                result = None
+            results = self._gather(result)
+            if None in results:
                 return
+            result = combine(results)
             line = f"step {p.step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}"
             if result.option_accuracy is not None:
                 line += f", option accuracy {result.option_accuracy:.1%} (chance {result.chance:.1%})"
@@ -508,7 +583,7 @@ class Trainer:
                 p.bad_evaluations += 1
                 p.stopped_early = p.bad_evaluations >= self.config.patience
             say(line + (" *" if improved and p.step else ""))
-            self.metrics.write(
+            self._record(
                 "eval", step=p.step, epoch=p.step / self.steps_per_epoch, eval_loss=result.loss,
                 perplexity=result.perplexity, token_accuracy=result.token_accuracy,
                 option_accuracy=result.option_accuracy,
@@ -520,18 +595,38 @@ class Trainer:
         self.clock = time.perf_counter()
 
     def evaluate(self) -> Evaluation:
-        """Evaluate on the held-out rows, with a bar."""
+        """Evaluate on this rank's share of the held-out rows, with a bar."""
         try:
             if self.decoder:
                 at_a_time = {"batch_size": EVALUATED, "tokens": self.config.micro_batch_tokens, "decoder": self.compute}
             else:
                 at_a_time = {"batch_size": self.config.batch_size}
-            return evaluate(self.base, self.held, progress="evaluating", **at_a_time)
+            return evaluate(self.base, self.held_here, progress=None if rank() else "evaluating", **at_a_time)
         except MemoryError as e:
             raise TrainingError(f"{e}\n{self._saved()}") from None
 
+    def _checksum(self) -> int:
+        """Of the adapter."""
+        check = 0
+        for w in self.trained.values() if size() > 1 else ():
+            check = zlib.crc32(w.detach().cpu().numpy(), check)
+        return check
+
+    def _check_that_ranks_agree(self, facts: dict[str, Any]) -> None:
+        """Raises ValueError where one of these is not the same on all ranks."""
+        for r, theirs in enumerate(everyone := gather(facts)):
+            for key, value in theirs.items():
+                if value != (first := everyone[0][key]):
+                    raise ValueError(
+                        f"rank {r} has another {key} than rank 0: {value} and {first}; all need the same files, "
+                        "versions and kind of GPU"
+                    )
+
     def _save_due(self) -> bool:
+        """Rank 0 alone writes, and when, only it knows."""
         p, c = self.progress, self.config
+        if rank():
+            return False
         if self.failures:
             return time.monotonic() >= self.retry_at
         if self.saved == (p.step, p.evaluated):
@@ -546,6 +641,14 @@ class Trainer:
         done = self._write(self._write_all)
         self.clock = time.perf_counter()
         return done
+
+    def _save_at_last(self) -> None:
+        while not self._save():
+            time.sleep(RETRY_SECONDS)
+
+    def _record(self, event: str, **values: Any) -> None:
+        if rank() == 0:
+            self.metrics.write(event, **values)
 
     def _write(self, action: Callable[[], None]) -> bool:
         """Write to the run's directory; a failure is a warning, and the run goes on.
@@ -615,7 +718,7 @@ class Trainer:
             ValueError: the data, the base or the precision is not what it was, which the message names; or no
                 checkpoint is good.
         """
-        recorded = checkpoint.read_record(self.run)
+        recorded = from_main(lambda: checkpoint.read_record(self.run))
         for what in ("base", "files", "data"):
             for key in recorded[what] | self.record[what]:
                 then, now = recorded[what].get(key), self.record[what].get(key)
@@ -631,19 +734,13 @@ class Trainer:
         for key in recorded["versions"] | self.record["versions"]:  # a GPU may be there now only
             then, now = recorded["versions"].get(key), self.record["versions"].get(key)
             if then != now:
-                print(
-                    f"note: {key} was {then}, now {now}: the run goes on, but not bitwise as it would have", flush=True
-                )
-        checkpoint.clean(self.run)
-        found = checkpoint.newest_checkpoint(self.run)
+                say(f"note: {key} was {then}, now {now}: the run goes on, but not bitwise as it would have")
+        if (ranks := recorded.get("ranks", 1)) != size():
+            say(f"note: it began in {ranks} processes, now {size()}: the run goes on, but not bitwise as it would have")
+        found = from_main(self._newest_checkpoint)
         if found is None:
-            if (self.run / "adapter").exists():  # the best of a run whose checkpoints are lost
-                raise ValueError(
-                    f"--resume {self.run}: none of its checkpoints is good, and beginning again would overwrite its "
-                    "adapter/; start a new run, without --resume"
-                )
-            print(f"no checkpoint in {self.run}: starting from the beginning")
-            self.metrics.cut(0)
+            say(f"no checkpoint in {self.run}: starting from the beginning")
+            from_main(lambda: self.metrics.cut(0))
             return
         step, state = found
         expected = self._state()
@@ -663,9 +760,20 @@ class Trainer:
         self.stepper.load_state_dict(state["stepper"])
         self.progress, self.best = Progress(**state["progress"]), state["best_adapter"]
         self.saved = (step, self.progress.evaluated)
-        self.metrics.cut(state["metrics_bytes"])
+        from_main(lambda: self.metrics.cut(state["metrics_bytes"]))
         checkpoint.set_rng_state(state["rng"])
-        print(f"continues at step {step:,}")
+        say(f"continues at step {step:,}")
+
+    def _newest_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
+        """(step, state) of the newest good checkpoint, or None where there is none yet."""
+        checkpoint.clean(self.run)
+        found = checkpoint.newest_checkpoint(self.run)
+        if found is None and (self.run / "adapter").exists():  # the best of a run whose checkpoints are lost
+            raise ValueError(
+                f"--resume {self.run}: none of its checkpoints is good, and beginning again would overwrite its "
+                "adapter/; start a new run, without --resume"
+            )
+        return found
 
     # -----------------------------------------------------------------------------------------------------------------
     # The beginning and the end
@@ -702,6 +810,11 @@ class Trainer:
             )
         if not self.held:
             lines.append("held out    nothing: no evaluation and no early stopping; the last adapter is kept")
+        if size() > 1:
+            lines.append(
+                f"ranks       {size()} processes share out each step's rows; the busiest has {self.imbalance():.1%} "
+                "more tokens than the mean"
+            )
         lines.append(f"writes to   {self.run}")
         return "\n".join(lines)
 
@@ -743,9 +856,22 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def imbalance(self, steps: int = 200) -> float:
+        """How much more the busiest rank has to do in a step than the mean rank: 0.02 is 2% more tokens.
+
+        Args:
+            steps: the mean of so many, the first.
+        """
+        found = []
+        for step in range(min(steps, self.steps_per_epoch)):
+            lengths = self.rows.lengths[self.step_rows(step)]
+            tokens = [lengths[part].sum() for part in share(lengths, size())]
+            found.append(max(tokens) / np.mean(tokens) - 1)
+        return float(np.mean(found))
+
     def _saved(self) -> str:
         return (
-            f"  {self._last_good()}; if other programs held the memory, go on with: python scripts/train.py "
+            f"  {self._last_good()}; if other programs held the memory, go on with: {launcher()} scripts/train.py "
             f"--resume {shlex.quote(str(self.run))}\n  --resume keeps a run's options: with others, start a new run"
         )
 
@@ -773,6 +899,9 @@ class Trainer:
             f"{self._last_good()}. Lower --learning-rate, look at those rows, or use --precision bf16 or fp32"
         )
 
+    def _how_to_go_on(self) -> str:
+        return f"; {self.advice}" if rank() else f"; {self._last_good()}; {self.advice}"  # rank 0 knows what it saved
+
     def _last_good(self) -> str:
         return f"last good checkpoint: {self.run / 'checkpoints' / f'step-{self.saved[0]}' if self.saved else 'none'}"
 
@@ -782,7 +911,12 @@ class Trainer:
         with torch.no_grad():
             for name, weight in self.trained.items():
                 weight.copy_(self.best[name])
-        with self.signals.abandonable():
+        from_main(self._write_end)
+        return p
+
+    def _write_end(self) -> None:
+        p = self.progress
+        with self.signals.abandonable() if size() == 1 else nullcontext():  # the others wait, and would not know
             try:
                 self._write_samples()
                 note = report.draw_curves({"": checkpoint.read_metrics(self.run)}, self.run / "curves.png")
@@ -815,11 +949,11 @@ class Trainer:
             seconds=round(p.seconds, 2),
             tokens_per_second=round(speed, 1),
             peak_memory_gib=round(memory.peak_gib(self.device), 3),
+            **self._communication(),
         )
         while not self._write(self.metrics.flush):
             time.sleep(RETRY_SECONDS)
-        print("\n".join(lines), flush=True)
-        return p
+        say("\n".join(lines))
 
     def _write_samples(self) -> None:
         rows = self.held[:SAMPLES]
@@ -842,7 +976,12 @@ class Trainer:
         ]
         checkpoint.write_jsonl(self.run / "samples.jsonl", samples)
         first = samples[0]
-        print(f"sample: expected {first['reference']!r}\n  before {first['before']!r}\n  after  {first['after']!r}")
+        say(f"sample: expected {first['reference']!r}\n  before {first['before']!r}\n  after  {first['after']!r}")
+
+
+def launcher() -> str:
+    """How this program was started, to say how to go on."""
+    return "python" if size() == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size())}"
 
 
 def output_directory(config: Config) -> Path:

@@ -40,17 +40,15 @@ def test_the_snippets_print_what_stands_below_them():
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_is_one(words):
     """Ours parse; what they name of the repository is there."""
-    name = (
-        re.fullmatch(r"scripts/(\w+)\.py", words[1])[1] if words[:1] == ["python"] and "scripts" in words[1] else None
-    )
-    if words[0] == "qlora-min" and words[1] in COMMANDS:
-        name = words[1]
-    if name in COMMANDS:
-        make_parser(name).parse_args(words[2:])  # exits where an option is unknown
+    for at, word in enumerate(words):
+        script = re.fullmatch(r"scripts/(\w+)\.py", word)
+        name = script[1] if script else words[1] if word == "qlora-min" else None
+        if name in COMMANDS:
+            make_parser(name).parse_args(words[at + (1 if script else 2) :])  # exits where an option is unknown
     for word in words:
         if re.match(r"(scripts|tests)/", word):
             assert (ROOT / word).exists(), word
-    known = {"python", "python3", ".", "pip", "pytest", "git", "cd", "qlora-min", "eval"}
+    known = {"python", "python3", ".", "pip", "pytest", "git", "cd", "qlora-min", "eval", "torchrun"}
     assert words[0] in known, words
 
 

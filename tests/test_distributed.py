@@ -1,0 +1,457 @@
+"""Several processes: the same run as one, and what happens to one of them reaches all.
+
+Processes are forked, so that the imports are paid once, and run scripts/train.py as torchrun would start it.
+"""
+
+import ctypes
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas  # noqa: F401 (pyarrow would import it in each process)
+import pytest
+import torch
+from conftest import ROOT, assert_same
+from hypothesis import given
+from hypothesis import strategies as st
+from test_resume import outcome, wait_for
+from test_training import conversations, last_checkpoint, relative, saved_adapter
+
+import qlora_min.report
+import qlora_min.train
+from qlora_min import checkpoint, demo, distributed
+from qlora_min.data import share
+from qlora_min.evaluate import Evaluation, combine, evaluate
+from qlora_min.model import load_base
+from qlora_min.train import Trainer
+
+CPU = torch.device("cpu")
+slow = pytest.mark.slow
+OPTIONS = {
+    "batch_size": 2,
+    "grad_accum": 2,
+    "learning_rate": 1e-3,
+    "rank": 16,
+    "alpha": 24,
+    "dropout": 0,
+    "optimizer": "adamw",
+    "precision": "fp32",
+    "gradient_checkpointing": "off",
+    "micro_batch_tokens": 300,
+    "epochs": 3,  # 9 steps of 4, 4 and 1 rows: in the last of an epoch all ranks but one have none
+    "eval_every": 3,
+    "log_every": 1,
+}
+
+
+@pytest.fixture
+def run(tmp_path, write_rows):
+    """run(ranks, **options) -> train on 9 ragged rows in so many processes; how each ended.
+
+    `change(rank)` is called in each process before: it may break what it likes.
+    """
+    write_rows(conversations(9, seed=1), "train.jsonl")
+    write_rows(conversations(5, seed=2), "held.jsonl")
+
+    def run(ranks: int, name: str = "run", resume: bool = False, change=lambda rank: None, expect=0, **options):
+        files = {"model": demo.MODEL_DIR, "dataset": tmp_path / "train.jsonl", "eval_dataset": tmp_path / "held.jsonl"}
+        given = {**files, **OPTIONS, **options, "output_dir": tmp_path / name}
+        arguments = [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]
+        arguments = ["--resume", str(tmp_path / name)] if resume else arguments
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        fork = multiprocessing.get_context("fork")
+        processes = [
+            fork.Process(target=train, args=(rank, ranks, port, tmp_path, arguments, change)) for rank in range(ranks)
+        ]
+        for p in processes:
+            p.start()
+        end = time.monotonic() + 120
+        try:
+            for p in processes:
+                p.join(max(0, end - time.monotonic()))
+                assert p.exitcode is not None, "it hangs"
+        finally:
+            for p in processes:
+                p.kill()
+        found = SimpleNamespace(
+            run=tmp_path / name,
+            codes=[p.exitcode for p in processes],
+            out=[(tmp_path / f"out-{rank}").read_text() for rank in range(ranks)],
+            err=[(tmp_path / f"err-{rank}").read_text() for rank in range(ranks)],
+        )
+        if expect is not None:
+            assert found.codes == [expect] * ranks, "\n".join(found.err)
+        return found
+
+    return run
+
+
+def train(rank: int, ranks: int, port: int, folder: Path, arguments: list[str], change) -> None:
+    """One of the processes, from torchrun's environment to its end."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with its parent
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    if ranks > 1:
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ |= {k: str(v) for k, v in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.cuda.is_available = lambda: False
+    qlora_min.train.SAMPLE_TOKENS = 4
+    qlora_min.report.draw_curves = lambda *args: None  # matplotlib takes seconds
+    change(rank)
+    sys.argv = ["train.py", *arguments]
+    os.chdir(folder)
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    except SystemExit as e:
+        code = e.code
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def before_step(at: int, action, where: int = 1):
+    """A change for `run`: `action(trainer)` on one rank, when so many steps lie behind it."""
+
+    def change(rank: int) -> None:
+        take_step = Trainer.take_step
+
+        def wrapped(self):
+            if rank == where and self.progress.step == at:
+                action(self)
+            return take_step(self)
+
+        Trainer.take_step = wrapped
+
+    return change
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    return [e for e in checkpoint.read_metrics(run) if e["event"] == kind]
+
+
+def assert_equal_runs(mine: Path, reference: Path) -> None:
+    """Losses to 1e-6 and the adapter to 1e-5: equal but for the order of sums."""
+    for kind, keys in (("train", ("loss", "grad_norm", "lr")), ("eval", ("eval_loss", "token_accuracy"))):
+        a, b = events(mine, kind), events(reference, kind)
+        assert [e["step"] for e in a] == [e["step"] for e in b] and a
+        for x, y in zip(a, b):
+            for key in keys:
+                assert x[key] == pytest.approx(y[key], rel=1e-6 if "loss" in key else 1e-5), (kind, x["step"], key)
+    (a,), (b,) = events(mine, "end"), events(reference, "end")
+    assert (a["tokens"], a["step"], a["best_step"]) == (b["tokens"], b["step"], b["best_step"])
+    weights, theirs = (last_checkpoint(run)["adapter"] for run in (mine, reference))
+    assert weights.keys() == theirs.keys()
+    for name in weights:
+        assert relative(weights[name], theirs[name]) < 1e-5, name
+    for name, w in saved_adapter(mine).items():
+        assert relative(w, saved_adapter(reference)[name]) < 1e-5, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same mathematics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 9))
+def test_share(lengths, count):
+    """Every row once; no part has more than the mean and the longest row; a function of its arguments alone."""
+    parts = share(lengths, count)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert len(parts) == count and all(part == sorted(part) for part in parts)
+    filled = [sum(lengths[i] for i in part) for part in parts]
+    assert max(filled) <= sum(lengths) / count + max(lengths, default=0)
+    assert max(filled) - min(filled) <= max(lengths, default=0)
+    assert share(lengths, count) == parts
+
+
+def test_share_is_even():
+    """Real rows, 16 for each of 2, 4 and 8 ranks: the busiest has less than 2% more than the mean."""
+    rng = random.Random(0)
+    for count in (2, 4, 8):
+        lengths = [rng.randint(137, 530) for _ in range(16 * count)]
+        filled = [sum(lengths[i] for i in part) for part in share(lengths, count)]
+        assert max(filled) < 1.02 * sum(filled) / count
+
+
+def rank_0_alone_writes(rank: int) -> None:
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"rank {rank} writes")
+
+    if rank:
+        for name in ("Lock", "save_checkpoint", "atomic_folder", "clean", "_write_file"):
+            setattr(checkpoint, name, refuse)
+        checkpoint.Metrics.write = checkpoint.Metrics.flush = checkpoint.Metrics.cut = refuse
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=slow)])
+@pytest.mark.parametrize("packing", ["auto", "off"], ids=["packed", "padded"])
+def test_several_ranks_make_the_same_run(run, ranks, packing):
+    one = run(1, "one", packing=packing)
+    several = run(ranks, "several", packing=packing, change=rank_0_alone_writes)
+    assert_equal_runs(several.run, one.run)
+    assert len(events(one.run, "train")) == 9 and len(events(one.run, "eval")) == 4
+    assert "waited" in events(several.run, "train")[0] and "waited" not in events(one.run, "train")[0]
+    assert checkpoint.read_record(several.run)["ranks"] == ranks
+    # One bar, one log: the rest say nothing.
+    assert f"{ranks} processes share out each step's rows; the busiest has" in several.out[0]
+    assert "processes" not in one.out[0]
+    assert several.out[1:] == [""] * (ranks - 1)
+    assert not any("done:" in e or "it/s" in e for e in several.err)
+    losses = [e["loss"] for e in events(several.run, "train")]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_combined_evaluations_are_the_evaluation_of_all_rows(run, tmp_path):
+    base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
+    rows = base.encoder.encode_examples(
+        [qlora_min.data.to_example(r, f"x:{i}") for i, r in enumerate(demo.rows(demo.CONDITIONS, 7, 3))]
+    )
+    whole = evaluate(base, rows, 8)
+    parts = [evaluate(base, part, 8) for part in (rows[:4], rows[4:], [])]
+    assert whole.option_rows == 7 and 0 < whole.token_accuracy < 1
+    both = combine(parts)
+    assert both.as_dict() == pytest.approx(whole.as_dict(), rel=1e-6)
+    assert combine([whole]) is whole
+    plain = Evaluation(rows=1, supervised_tokens=3, loss=1.0, token_accuracy=0.5)
+    assert combine([plain, plain]) == Evaluation(rows=2, supervised_tokens=6, loss=1.0, token_accuracy=0.5)
+
+
+def test_each_rank_has_dropout_of_its_own(run):
+    """Otherwise rows on different ranks would share their masks."""
+
+    def change(rank):
+        backward = Trainer.backward
+
+        def wrapped(self, batch, supervised, step, index):
+            print(f"micro-batch {step}.{index}", file=sys.stderr)
+            return backward(self, batch, supervised, step, index)
+
+        Trainer.backward = wrapped
+
+    done = run(2, change=change, dropout=0.1, micro_batch_tokens=100, max_steps=2)
+    drawn = [set(re.findall(r"micro-batch (.*)", e)) for e in done.err]
+    assert min(map(len, drawn)) >= 2 and not drawn[0] & drawn[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same safety
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stop(trainer: Trainer) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    if distributed.size() > 1:  # torchrun passes on what may have come already
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("packing", ["auto", pytest.param("off", marks=slow)], ids=["packed", "padded"])
+def test_a_signal_to_one_rank_stops_all_and_they_go_on_bit_for_bit(run, packing):
+    options = {"dropout": 0.1, "optimizer": "paged_adamw8bit", "packing": packing, "max_steps": 7}
+    whole = run(2, "whole", **options)
+
+    def change(rank):
+        inner = Trainer._sum_over_ranks
+
+        def behind(self, loss):
+            summed = inner(self, loss)
+            if rank == 1 and self.progress.step == 4:
+                stop(self)
+            return summed
+
+        Trainer._sum_over_ranks = behind
+
+    stopped = run(2, "stopped", **options, change=change, expect=143)
+    assert checkpoint.checkpoint_steps(stopped.run)[-1] == 6  # the step in which all learned of it
+    assert stopped.out[0].endswith("saved step 6\n")
+    assert stopped.err[0].count("stopped by SIGTERM; continue with: torchrun --nproc-per-node 2 scripts/train.py") == 1
+    assert stopped.err[1] == ""
+    resumed = run(2, "stopped", resume=True)
+    assert "note:" not in resumed.out[0] and "continues at step 6" in resumed.out[0]
+    mine, reference = outcome(resumed.run), outcome(whole.run)
+    for found in (mine, reference):
+        found["events"] = [{k: v for k, v in e.items() if k not in ("waited", "summed")} for e in found["events"]]
+    assert_same(mine, reference)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), pytest.param(2, 4, marks=slow)])
+def test_a_run_goes_on_in_another_number_of_processes(run, before, after):
+    whole = run(1, "whole")
+    stopped = run(before, "moved", change=before_step(4, stop, where=before - 1), expect=143)
+    step = checkpoint.checkpoint_steps(stopped.run)[-1]
+    resumed = run(after, "moved", resume=True)
+    assert f"note: it began in {before} processes, now {after}" in resumed.out[0]
+    assert f"continues at step {step}" in resumed.out[0] and step in (4, 5)
+    assert_equal_runs(resumed.run, whole.run)
+
+
+def test_a_signal_during_an_evaluation_abandons_it_on_all(run):
+    def change(rank):
+        inner = Trainer.evaluate
+
+        def interrupted(self):
+            if rank == 1 and self.progress.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+                raise AssertionError("not abandoned")
+            return inner(self)
+
+        Trainer.evaluate = interrupted
+
+    stopped = run(2, change=change, expect=143)
+    assert [e["step"] for e in events(stopped.run, "eval")] == [0]
+    assert checkpoint.checkpoint_steps(stopped.run)[-1] == 3
+    resumed = run(2, resume=True)
+    assert [e["step"] for e in events(resumed.run, "eval")] == [0, 3, 6, 9]
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(run):
+    """The adapters would part otherwise, which the next evaluation checks."""
+
+    def change(rank):
+        inner = Trainer._sum_over_ranks
+
+        def broken(self, loss):
+            if rank == 1 and self.progress.step == 1:
+                self.stepper.params[0].grad.view(-1)[0] = math.inf
+            return inner(self, loss)
+
+        Trainer._sum_over_ranks = broken
+
+    done = run(2, change=change, max_steps=4)
+    assert [e["skipped"] for e in events(done.run, "train")] == [0, 1, 1, 1]
+    assert "step 2: skipped, a gradient is not finite" in done.out[0]
+
+
+def test_ranks_that_part_are_noticed(run):
+    def nudge(trainer):
+        trainer.stepper.params[0].data.view(-1)[0] += 1e-6
+
+    done = run(2, change=before_step(4, nudge), expect=2)
+    assert re.search(r"^error: rank 1 has another adapter than rank 0: ", done.err[0], re.M)
+    assert done.err[1] == "" and checkpoint.checkpoint_steps(done.run)[-1] == 3
+
+
+@pytest.mark.parametrize("where", [1, pytest.param(0, marks=slow)])
+def test_a_rank_that_is_killed_ends_the_rest(run, where):
+    start = time.monotonic()
+    done = run(2, change=before_step(4, lambda _: os.kill(os.getpid(), signal.SIGKILL), where=where), expect=None)
+    assert done.codes[where] == -signal.SIGKILL and done.codes[1 - where] == 1
+    (line,) = [x for x in done.err[1 - where].splitlines() if x.startswith("error: ")]
+    assert f"rank {1 - where}: the process of rank {where} has ended (" in line
+    if where:
+        assert f"last good checkpoint: {done.run}/checkpoints/step-3; continue with: torchrun" in line
+    assert "Traceback" not in done.err[1 - where]
+    assert time.monotonic() - start < 60
+    with checkpoint.Lock(done.run):  # which the lost ones have left; now it is ours
+        refused = run(2, resume=True, expect=2)
+    assert "is training there" in refused.err[0] and refused.err[0].count("\n") == 1 and refused.err[1] == ""
+
+
+@slow
+def test_a_rank_that_hangs_is_given_up(run):
+    def change(rank):
+        distributed.TIMEOUT = 5.0
+        before_step(4, lambda _: time.sleep(12))(rank)
+
+    done = run(2, change=change, expect=None)
+    assert done.codes[0] == 1
+    assert "another process has ended, or did not answer for 5 s" in done.err[0]
+
+
+def test_an_error_on_one_rank_ends_all(run):
+    def fail(self, *args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    def change(rank):
+        before_step(4, lambda trainer: setattr(trainer, "backward", fail.__get__(trainer)))(rank)
+
+    done = run(2, change=change, expect=1)
+    assert done.err[0].startswith("error: rank 1: out of memory at step 5, in a micro-batch of")
+    assert done.err[1] == ""
+
+
+def test_a_disk_that_fails_ends_all(run):
+    """Rank 0 alone writes, and tells the others that it gave up."""
+
+    def change(rank):
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        qlora_min.train.RETRY_SECONDS = 0.0
+        checkpoint.save_checkpoint = full
+
+    done = run(2, change=change, expect=1, epochs=30)
+    assert "10 times in a row; last good checkpoint: none" in done.err[0] and done.err[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"dataset": "nowhere.jsonl"}, "nowhere.jsonl"), ({"rank": -1}, "--rank"), ({"targets": "x"}, "x")],
+    ids=["data", "option", "model"],
+)
+def test_what_a_user_can_cause_is_said_once(run, options, words):
+    done = run(2, **options, expect=2)
+    assert done.err[0].startswith("error: ") and done.err[0].count("\n") == 1 and words in done.err[0]
+    assert done.err[1] == "" and not done.run.exists()
+
+
+def test_what_only_one_rank_finds_wrong_is_said_by_rank_0(run):
+    """Another host may lack the file, or hold another one."""
+
+    def lacks(rank):
+        def refuse(*args):
+            raise ValueError("no such file")
+
+        if rank == 1:
+            qlora_min.train.read_data = refuse
+
+    done = run(2, change=lacks, expect=2)
+    assert done.err == ["error: rank 1: no such file\n", ""] and not done.run.exists()
+
+    def other(rank):
+        inner = qlora_min.train.data_hash
+        qlora_min.train.data_hash = lambda *rows: f"{rank}{inner(*rows)}"
+
+    done = run(2, change=other, expect=2)
+    assert done.err[0].startswith("error: rank 1 has another ") and done.err[1] == "" and not done.run.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchrun itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@slow
+def test_torchrun_ends_saved_by_its_own_signal(tmp_path):
+    """A signal to torchrun goes to all ranks, whose checkpoint then is the last step; another command goes on."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    command += [str(ROOT / "scripts" / "train.py")]
+    options = ["--demo", "--limit", "320", "--batch-size", "8", "--eval-limit", "20", "--log-every", "1"]
+    options += ["--max-steps", "40", "--output-dir", "run"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    pipes = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, *options], **pipes)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"step": 14' in metrics.read_text())
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode
+    step = checkpoint.checkpoint_steps(tmp_path / "run")[-1]
+    assert out.endswith(f"saved step {step}\n") and 14 <= step < 40, err
+    assert err.count("stopped by SIGTERM; continue with: torchrun") == 1
+    done = subprocess.run([*command, "--resume", "run"], timeout=200, **pipes | {"stdout": None, "stderr": None})
+    assert done.returncode == 0 and checkpoint.is_finished(tmp_path / "run")
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == 40
