@@ -101,7 +101,8 @@ def run(tmp_path, write_rows):
 
 def train(rank: int, ranks: int, port: int, folder: Path, arguments: list[str], change) -> None:
     """One of the processes, from torchrun's environment to its end."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with its parent
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with its parent
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
