@@ -170,7 +170,7 @@ def _answered() -> Iterator[None]:
 
 def _is_gone(host: str, process: int) -> bool:
     """Whether a process of this host has ended; of other hosts' nothing is known."""
-    if host != socket.gethostname():
+    if host != socket.gethostname() or os.name != "posix":
         return False
     try:
         os.kill(process, 0)

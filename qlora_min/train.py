@@ -312,8 +312,8 @@ class Trainer:
 
     def _choose_how_to_compute(self) -> None:
         """By decoder.py on packed rows if it can, else by the model's modules on padded ones; what fits the memory."""
-        c, longest, rows = self.config, int(self.rows.lengths.max()), self.config.batch_size * self.config.grad_accum
-        rows = -(-rows // size())
+        c, longest = self.config, int(self.rows.lengths.max())
+        rows = -(-c.batch_size * c.grad_accum // size())  # of a rank
         self.decoder: Decoder | None = None
         self.why_padded = "--packing off" if c.packing == "off" else unsupported(self.base, longest)
         bits8, available = c.optimizer == "paged_adamw8bit", memory.available(self.device)
@@ -643,6 +643,7 @@ class Trainer:
         return done
 
     def _save_at_last(self) -> None:
+        """The save that the run must not end without."""
         while not self._save():
             time.sleep(RETRY_SECONDS)
 
@@ -911,10 +912,11 @@ class Trainer:
         with torch.no_grad():
             for name, weight in self.trained.items():
                 weight.copy_(self.best[name])
-        from_main(self._write_end)
+        peak = max(gather(memory.peak_gib(self.device)))
+        from_main(lambda: self._write_end(peak))
         return p
 
-    def _write_end(self) -> None:
+    def _write_end(self, peak: float) -> None:
         p = self.progress
         with self.signals.abandonable() if size() == 1 else nullcontext():  # the others wait, and would not know
             try:
@@ -948,7 +950,7 @@ class Trainer:
             tokens=p.tokens,
             seconds=round(p.seconds, 2),
             tokens_per_second=round(speed, 1),
-            peak_memory_gib=round(memory.peak_gib(self.device), 3),
+            peak_memory_gib=round(max(peak, memory.peak_gib(self.device)), 3),
             **self._communication(),
         )
         while not self._write(self.metrics.flush):

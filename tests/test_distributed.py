@@ -101,7 +101,8 @@ def run(tmp_path, write_rows):
 
 def train(rank: int, ranks: int, port: int, folder: Path, arguments: list[str], change) -> None:
     """One of the processes, from torchrun's environment to its end."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with its parent
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with its parent
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
@@ -344,17 +345,17 @@ def test_ranks_that_part_are_noticed(run):
     assert done.err[1] == "" and checkpoint.checkpoint_steps(done.run)[-1] == 3
 
 
-@pytest.mark.parametrize("where", [1, pytest.param(0, marks=slow)])
-def test_a_rank_that_is_killed_ends_the_rest(run, where):
+@pytest.mark.parametrize(("ranks", "where"), [(2, 1), pytest.param(2, 0, marks=slow), pytest.param(4, 2, marks=slow)])
+def test_a_rank_that_is_killed_ends_the_rest(run, ranks, where):
     start = time.monotonic()
-    done = run(2, change=before_step(4, lambda _: os.kill(os.getpid(), signal.SIGKILL), where=where), expect=None)
-    assert done.codes[where] == -signal.SIGKILL and done.codes[1 - where] == 1
-    (line,) = [x for x in done.err[1 - where].splitlines() if x.startswith("error: ")]
-    assert f"rank {1 - where}: the process of rank {where} has ended (" in line
-    if where:
-        assert f"last good checkpoint: {done.run}/checkpoints/step-3; continue with: torchrun" in line
-    assert "Traceback" not in done.err[1 - where]
+    done = run(ranks, change=before_step(4, lambda _: os.kill(os.getpid(), signal.SIGKILL), where=where), expect=None)
     assert time.monotonic() - start < 60
+    assert done.codes == [-signal.SIGKILL if rank == where else 1 for rank in range(ranks)]
+    for rank in set(range(ranks)) - {where}:
+        (line,) = [x for x in done.err[rank].splitlines() if x.startswith("error: ")]
+        assert re.match(rf"error: rank {rank}: the process of rank .*\b{where}\b.* has ended \(", line)
+        assert "continue with: torchrun" in line and "Traceback" not in done.err[rank]
+        assert rank or f"last good checkpoint: {done.run}/checkpoints/step-3; " in line
     with checkpoint.Lock(done.run):  # which the lost ones have left; now it is ours
         refused = run(2, resume=True, expect=2)
     assert "is training there" in refused.err[0] and refused.err[0].count("\n") == 1 and refused.err[1] == ""
