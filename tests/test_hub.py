@@ -54,6 +54,7 @@ def test_an_adapters_card_says_all_that_a_stranger_needs():
         "On 25 held-out rows, after 40 optimizer steps", "| loss | 1.5000 | 0.2500 |",
         "| option accuracy (chance 25.0%) | 20.0% | 90.0% |", "- o/data: 90 rows", "- rows.jsonl (held out): 1 rows",
         "rank = 16", "Computed in bf16", "Rank 8, alpha 12.5, on q_proj, v_proj",
+        'from_pretrained("a/base", revision="abc123", dtype=torch.bfloat16, quant',
         "bnb_4bit_compute_dtype=torch.bfloat16",
     ):  # fmt: skip
         assert words in card.content, words
