@@ -1,6 +1,7 @@
 """What we save serves elsewhere: plain transformers, vLLM's LoRA layout, llama.cpp. (peft: test_adapter.py.)"""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_adapter import ATTENTION, MLP, adapted, edit
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from qlora_min import demo
 from qlora_min.adapter import CONFIG, WEIGHTS, save_adapter
 from qlora_min.generate import generate
+from qlora_min.merge import merge
 from qlora_min.model import load_base
 
 QUESTIONS = ("Which vitamin deficiency causes scurvy?", "Name three primary colours.")
@@ -133,6 +135,7 @@ def assert_llama_cpp_answers_as_we_do(merged: Path, gguf: Path) -> list[str]:
         assert theirs.strip() == answers[-1]
         chat = llama.create_chat_completion(messages, temperature=0.0, max_tokens=32)  # by the template in the file
         assert chat["choices"][0]["message"]["content"].strip() == answers[-1]
+    llama.close()
     return answers
 
 
@@ -151,3 +154,30 @@ def test_llama_cpp_answers_as_we_do_on_smollm2(script, smollm2, write_rows, tmp_
     prompts = [plain.encoder.prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
     assert answers != [generate(plain, [p], 32)[0] for p in prompts]  # the adapter is in it
     assert not any(re.search(r"<\|", a) for a in answers)
+
+
+@pytest.mark.real
+def test_llama_cpp_answers_as_we_do_on_qwen2(tmp_path):
+    """The default model's architecture (biases, its tokenizer), with random weights."""
+    tokenizer = os.environ.get("QLORA_MIN_QWEN2_TOKENIZER")
+    if not tokenizer:
+        pytest.skip("QLORA_MIN_QWEN2_TOKENIZER is not set, expected a folder with Qwen2's tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    config = Qwen2Config(
+        vocab_size=151_936, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        initializer_range=0.1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base, described = adapted(8, 16.0, ATTENTION, "nf4", str(tmp_path / "base"))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", base.model, described, base.encoder.tokenizer)
+    merge(tmp_path / "adapter", tmp_path / "merged", "fp16")
+    assert all(assert_llama_cpp_answers_as_we_do(tmp_path / "merged", tmp_path / "merged.gguf"))
