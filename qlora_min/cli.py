@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-from .config import FIELDS, Config, flag, kinds_of, nearest, read_toml, redacted
+from .config import FIELDS, Config, flag, kinds_of, nearest, positive, read_toml, redacted
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -50,13 +50,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {redacted(message)} (see --help)\n")
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
-    return int(text)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

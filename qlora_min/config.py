@@ -5,6 +5,7 @@ in one place only. `learning_rate` here is `--learning-rate` on the command line
 `learning_rate`) in the file. The command line wins over the file, the file over the defaults.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -263,6 +264,13 @@ def parse_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             )
             raise ValueError(f"{source}: option '{key}': got {value!r}, expected {kinds}") from None
     return out
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return int(text)
 
 
 def read_toml(path: str) -> dict[str, Any]:

@@ -17,10 +17,15 @@ Events = Sequence[dict[str, Any]]  # of a run's metrics.jsonl
 
 
 def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep: bool = False, **kwargs: Any) -> tqdm:
-    """A bar on stderr, if that is a terminal and $TQDM_DISABLE is not set; keep: it stays when it is full."""
+    """A bar on stderr, if that is a terminal and $TQDM_DISABLE is not set; a notebook shows those that it is to keep.
+
+    Args:
+        keep: it stays when it is full.
+    """
     hidden = not show or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    disable = hidden or (not keep if "ipykernel" in sys.modules else None)
     return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=keep, dynamic_ncols=True,
-                disable=hidden or None, **kwargs)  # fmt: skip
+                disable=disable, **kwargs)  # fmt: skip
 
 
 def say(line: str, file: TextIO | None = None) -> None:
