@@ -153,8 +153,11 @@ def named(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_push(repo: str, public: bool) -> None:
+def check_push(repo: str, public: bool, base: str | None = None) -> None:
     """Ask the hub, before any work, whether a push to OWNER/NAME can succeed; nothing is changed there.
+
+    Args:
+        base: of an adapter that is to be pushed; there is a note if its place on this machine would be pushed with it.
 
     Raises:
         ValueError: no such name is possible, there is no token or not one that may write there, the hub can't be
@@ -185,6 +188,10 @@ def check_push(repo: str, public: bool) -> None:
             raise ValueError(f"--push-to-hub {repo}: the token may only read; make one that may write")
         with suppress(RepositoryNotFoundError):  # or else it will be made
             _refuse_public(repo, HfApi().model_info(repo).private, public)
+    if base and Path(base).is_dir():
+        print(
+            f"note: the adapter will name its base as '{Path(base).resolve()}', and those who load it must give theirs"
+        )
 
 
 def push(folder: Path, repo: str, public: bool) -> str:

@@ -269,6 +269,7 @@ def test_train_pushes_the_adapter_privately(fake, script, tmp_path):
     assert "README.md" in fake.files["me/mine"] and fake.tokens - {""} == {f"Bearer {TOKEN}"}
     assert not any(b"push" in p.read_bytes() for p in tmp_path.glob("out/*.json*"))  # of the run, not of its record
     assert_nothing_leaks(done, tmp_path)
+    assert done.stdout.startswith(f"note: the adapter will name its base as '{demo.MODEL_DIR}'")
     assert fake.asked.index("GET /api/whoami-v2") < fake.asked.index("POST /api/repos/create")
 
 

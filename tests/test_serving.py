@@ -29,12 +29,12 @@ QUESTIONS = ("Which vitamin deficiency causes scurvy?", "Name three primary colo
 
 def test_plain_transformers_answers_as_chat_does(script, tmp_path):
     """The merged folder by its documented calls, template included, without any of our code."""
-    options = ["--max-steps", 8, "--limit", 256, "--eval-limit", 8, "--quiet", "--output-dir", "run"]
-    script("train.py", "--demo", *options)
-    script("merge.py", "--adapter", "run/adapter", "--output-dir", "merged", "--dtype", "fp32")
-    question = json.loads(Path(demo.write_data(tmp_path / "rows")[1]).read_text().splitlines()[0])
-    text = f"{question['instruction']}\n\n{question['input']}".replace("\n", " ")
-    said = script("chat.py", "--adapter", "run/adapter", "--prompt", text, "--max-new-tokens", 24).stdout.strip()
+    base, config = adapted(8, 16.0, ATTENTION, "nf4")
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", base.model, config, base.encoder.tokenizer)
+    merge(tmp_path / "adapter", tmp_path / "merged", "fp32")
+    text = "Which drug? {'A': 'Zetaxol', 'B': 'Movupril'}"
+    said = script("chat.py", "--adapter", "adapter", "--prompt", text, "--max-new-tokens", 24).stdout.strip()
 
     model, tokenizer = (c.from_pretrained(tmp_path / "merged") for c in (AutoModelForCausalLM, AutoTokenizer))
     messages = [{"role": "user", "content": text}]
