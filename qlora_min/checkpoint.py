@@ -393,10 +393,15 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The events of a run; lines that hold none, cut short by a crash or damaged, are left out."""
+    """The events of a run."""
     path = run / "metrics.jsonl"
+    return events_in(path.read_bytes()) if path.exists() else []
+
+
+def events_in(lines: bytes) -> list[dict[str, Any]]:
+    """The events of some lines; those that hold none, cut short by a crash or damaged, are left out."""
     events = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in lines.splitlines():
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):

@@ -150,7 +150,7 @@ def train(args: argparse.Namespace, emit: Emit) -> int:
             if args.resume is not None:
                 config, run = from_main(lambda: resume_config(args.resume, options))
             if not args.dry_run and not args.preview:
-                repo = from_main(lambda: _checked_repo(args))
+                repo = from_main(lambda: _checked_repo(args, config.model))
         if args.preview:
             _preview(config, args.preview)
             return 0
@@ -386,14 +386,14 @@ def _hub_options(parser: Parser, what: str) -> None:
     parser.add_argument("--public", action="store_true", help="for --push-to-hub: the repository may be public")
 
 
-def _checked_repo(args: argparse.Namespace) -> str | None:
+def _checked_repo(args: argparse.Namespace, base: str | None = None) -> str | None:
     """Where to push, if anywhere: asked before any work, so that a missing token costs no training."""
     if args.public and not args.push_to_hub:
         raise ValueError("--public needs --push-to-hub OWNER/NAME (see --help)")
     if args.push_to_hub:
         from .hub import check_push
 
-        check_push(args.push_to_hub, args.public)
+        check_push(args.push_to_hub, args.public, base)
     return args.push_to_hub
 
 

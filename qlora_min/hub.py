@@ -26,23 +26,23 @@ CARD = "README.md"
 Record = Mapping[str, Any]  # a run's config.json
 
 LOAD_ADAPTER = """\
-With peft, {on} (`BASE` stands for the base, `FOLDER` for this folder or repository):
+With peft, on the base as it was trained on ({stands}`FOLDER` is this folder or repository):
 
 ```python
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer{more}
 
-base = AutoModelForCausalLM.from_pretrained("BASE", dtype=torch.{dtype}{quantized})
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype=torch.{dtype}{quantized})
 model = PeftModel.from_pretrained(base, "FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-With qlora_min: `qlora-min chat --adapter FOLDER`, and `--model BASE` where the base lies elsewhere;
+With qlora_min: `qlora-min chat --adapter FOLDER`, and `--model NAME` where the base lies elsewhere;
 `qlora-min merge --adapter FOLDER --output-dir merged` makes an ordinary checkpoint of it.
 """
 LOAD_MERGED = """\
-With transformers (`FOLDER` stands for this folder or repository):
+With transformers (`FOLDER` is this folder or repository):
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,7 +65,10 @@ def adapter_card(config: AdapterConfig, record: Record, before: dict | None, bes
     weights = f"weights in 4-bit {bits}, doubly quantised" if four else "unquantised weights"
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[record["precision"]]
     load = LOAD_ADAPTER.format(
-        on="on the base as it was trained on", dtype=dtype, more=", BitsAndBytesConfig" if four else "",
+        dtype=dtype, more=", BitsAndBytesConfig" if four else "",
+        base=config.base if is_hub_id(config.base) else "BASE",
+        stands="" if is_hub_id(config.base) else "`BASE` is the base, ",
+        revision=f', revision="{config.revision}"' if config.revision else "",
         quantized=", quantization_config=BitsAndBytesConfig(\n    load_in_4bit=True, "
         f'bnb_4bit_quant_type="{config.quantization}", bnb_4bit_use_double_quant=True, '
         f"bnb_4bit_compute_dtype=torch.{dtype})" if four else "",
@@ -150,8 +153,11 @@ def named(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_push(repo: str, public: bool) -> None:
+def check_push(repo: str, public: bool, base: str | None = None) -> None:
     """Ask the hub, before any work, whether a push to OWNER/NAME can succeed; nothing is changed there.
+
+    Args:
+        base: of an adapter that is to be pushed; there is a note if its place on this machine would be pushed with it.
 
     Raises:
         ValueError: no such name is possible, there is no token or not one that may write there, the hub can't be
@@ -182,6 +188,10 @@ def check_push(repo: str, public: bool) -> None:
             raise ValueError(f"--push-to-hub {repo}: the token may only read; make one that may write")
         with suppress(RepositoryNotFoundError):  # or else it will be made
             _refuse_public(repo, HfApi().model_info(repo).private, public)
+    if base and Path(base).is_dir():
+        print(
+            f"note: the adapter will name its base as '{Path(base).resolve()}', and those who load it must give theirs"
+        )
 
 
 def push(folder: Path, repo: str, public: bool) -> str:

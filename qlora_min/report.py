@@ -3,7 +3,6 @@
 matplotlib is an extra: without it there is a note, and no picture. TensorBoard is one too.
 """
 
-import json
 import os
 import sys
 import time
@@ -135,6 +134,8 @@ class Board:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        from .checkpoint import events_in  # not above: it imports torch
+
         if not (self.run / "metrics.jsonl").exists():
             return
         began = (self.run / "config.json").stat().st_mtime
@@ -149,7 +150,7 @@ class Board:
         with (self.run / "metrics.jsonl").open("rb") as f:
             f.seek(self.read)
             lines = f.read()
-        for line in map(json.loads, lines.splitlines()):
+        for line in events_in(lines):
             if line["event"] not in ("train", "eval"):
                 continue
             self.seconds = line.get("seconds", self.seconds)
@@ -215,7 +216,7 @@ def compare(runs: Sequence[Path], output: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a directory that holds no run, or an output that exists.
     """
-    from .checkpoint import read_metrics, read_record  # not above: it imports torch
+    from .checkpoint import read_metrics, read_record
 
     if output.exists():
         raise ValueError(f"--output {output}: exists, and is never overwritten; choose another")

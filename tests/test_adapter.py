@@ -55,9 +55,9 @@ def give_effect(parameters, seed: int = 0) -> None:
 
 
 def adapted(
-    rank: int, alpha: float, targets: tuple[str, ...], quantization: str = "none"
+    rank: int, alpha: float, targets: tuple[str, ...], quantization: str = "none", model: str = str(demo.MODEL_DIR)
 ) -> tuple[Base, AdapterConfig]:
-    base = load_base(str(demo.MODEL_DIR), quantization)
+    base = load_base(model, quantization)
     add_lora(base, targets, rank, alpha, 0.1)
     base.model.eval()
     give_effect(lora_parameters(base.model).values())

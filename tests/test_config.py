@@ -41,6 +41,7 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "eval_every": None,  # a quarter of an epoch
     "patience": 3,
     "log_every": 10,
+    "tensorboard": False,
     "save_every": None,
     "save_minutes": 5.0,
     "output_dir": None,  # runs/MODEL-DATASET-TIME
@@ -98,6 +99,7 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "eval_every": ("5", "5", 5),
     "patience": ("4", "4", 4),
     "log_every": ("1", "1", 1),
+    "tensorboard": ("", "true", True),
     "save_every": ("7", "7", 7),
     "save_minutes": ("0.5", "0.5", 0.5),
     "output_dir": ("runs/x", '"runs/x"', "runs/x"),

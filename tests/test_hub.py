@@ -54,6 +54,7 @@ def test_an_adapters_card_says_all_that_a_stranger_needs():
         "On 25 held-out rows, after 40 optimizer steps", "| loss | 1.5000 | 0.2500 |",
         "| option accuracy (chance 25.0%) | 20.0% | 90.0% |", "- o/data: 90 rows", "- rows.jsonl (held out): 1 rows",
         "rank = 16", "Computed in bf16", "Rank 8, alpha 12.5, on q_proj, v_proj",
+        'from_pretrained("a/base", revision="abc123", dtype=torch.bfloat16, quant',
         "bnb_4bit_compute_dtype=torch.bfloat16",
     ):  # fmt: skip
         assert words in card.content, words
@@ -268,6 +269,7 @@ def test_train_pushes_the_adapter_privately(fake, script, tmp_path):
     assert "README.md" in fake.files["me/mine"] and fake.tokens - {""} == {f"Bearer {TOKEN}"}
     assert not any(b"push" in p.read_bytes() for p in tmp_path.glob("out/*.json*"))  # of the run, not of its record
     assert_nothing_leaks(done, tmp_path)
+    assert done.stdout.startswith(f"note: the adapter will name its base as '{demo.MODEL_DIR}'")
     assert fake.asked.index("GET /api/whoami-v2") < fake.asked.index("POST /api/repos/create")
 
 

@@ -71,6 +71,8 @@ def test_what_a_resumed_run_forgets_tensorboard_forgets(make):  # noqa: F811
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert [s for s, _ in scalars(trainer.run)["train/loss"]] == [1, 2, 3, 4, 5]
+    with (trainer.run / "metrics.jsonl").open("r+b") as f:
+        f.write(b"x")  # a damaged line, here the first evaluation, ends nothing
     again = Trainer(trainer.config, trainer.run)
     assert again.progress.step == 3
     again.train()
