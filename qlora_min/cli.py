@@ -24,7 +24,7 @@ Emit = Callable[[dict[str, Any]], None]
 # The order of --help: every field of Config is in one group.
 GROUPS = {
     "model and data": ("model", "dataset", "eval_dataset", "eval_fraction", "max_length", "limit", "eval_limit",
-                       "skip_bad_rows"),
+                       "skip_bad_rows", "shuffle_options", "mix"),
     "steps": ("epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "warmup_ratio", "weight_decay",
               "max_grad_norm", "optimizer", "seed"),
     "LoRA and its base": ("rank", "alpha", "dropout", "targets", "quantization"),
@@ -72,6 +72,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 kwargs = {"type": lambda s: tuple(p.strip() for p in s.split(",") if p.strip()), "metavar": "A,B,..."}
             else:
                 kwargs = {"nargs": "+", "metavar": "NAME"}
+        elif f.type == tuple[float, ...]:
+            kwargs = {"nargs": "+", "type": float, "metavar": "X"}
         elif "choices" in meta:
             kwargs = {"choices": meta["choices"]}
         elif bool in kinds:
@@ -175,13 +177,16 @@ def _demo_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _preview(config: Config, count: int) -> None:
     """Print rows as the model sees them, supervised tokens in colour."""
-    from .data import Rows, preview
+    from .data import Rows, preview, shuffle_options
     from .model import load_encoder
     from .train import read_data
 
     encoder = load_encoder(config.model)
     train, _ = read_data(config, encoder)
-    for row in Rows.join(part.rows for part in train)[:count]:
+    rows = Rows.join(part.rows for part in train)
+    for i, row in enumerate(rows[:count]):
+        if config.shuffle_options:  # as in the first epoch
+            row = shuffle_options(row, encoder, int(rows.lengths.max()), config.seed, 0, i)
         print(f"--- {row.where}: {len(row)} tokens, {int(row.supervised.sum())} supervised")
         print(preview(row, encoder.tokenizer, colour=sys.stdout.isatty()))
 

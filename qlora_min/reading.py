@@ -533,3 +533,47 @@ def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
     if not isinstance(options, dict) or answer[1] not in options or not all(isinstance(k, str) for k in options):
         return None
     return MultipleChoice(tuple(options), answer[1], literal[0])
+
+
+# Options that speak of others, or of their own place, mean something else in another order.
+_REFERS = re.compile(
+    r"(?i)\b(above|below|foregoing|preceding|following|both|neither)\b"
+    r"|\b(only|options?|choices?|statements?) [a-z]\b|\b[a-z] ?(,|&|\+|and|or|nor) ?[a-z]\b"
+)
+
+
+def permute_options(example: Example, order: Sequence[int]) -> Example | None:
+    """The same question with its options in another order; what is written around them stays as it is.
+
+    Args:
+        order: letter i gets the option that letter order[i] had, a permutation; the answer's letter follows.
+
+    Returns:
+        None where the meaning could change: an option names others ("A and C", "all of the above"), or the answer
+        says more than a letter and its option, such as an explanation that names letters.
+    """
+    choice = example.choice
+    if choice is None:
+        return None
+    *before, user, assistant = example.messages
+    source = choice.literal.encode("utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nodes = ast.parse(source.decode(), mode="eval").body.values
+    texts = [n.value if isinstance(n, ast.Constant) else None for n in nodes]
+    right = choice.letters.index(choice.correct)
+    if len(nodes) != len(choice.letters) or not all(isinstance(t, str) and not _REFERS.search(t) for t in texts):
+        return None
+    said, mark = assistant["content"], re.match(r"[\s:.)]*", assistant["content"][1:])[0]
+    if " ".join(said[1 + len(mark) :].split()) not in ("", " ".join(texts[right].split())):
+        return None
+    lines = [0, *(m.end() for m in re.finditer(rb"\r\n?|\n", source))]  # ast counts bytes of a line
+    spans = [(lines[n.lineno - 1] + n.col_offset, lines[n.end_lineno - 1] + n.end_col_offset) for n in nodes]
+    new, end = b"", 0
+    for i, (start, stop) in enumerate(spans):
+        new, end = new + source[end:start] + source[slice(*spans[order[i]])], stop
+    literal = (new + source[end:]).decode("utf-8")
+    at = user["content"].rindex(choice.literal)
+    content = user["content"][:at] + literal + user["content"][at + len(choice.literal) :]
+    answer = choice.letters[list(order).index(right)] + said[1:]
+    return Example((*before, {**user, "content": content}, {**assistant, "content": answer}), example.where)

@@ -12,6 +12,7 @@ The count is known from the data before the first forward, so each micro-batch's
 gradients add up to the step's, however the rows are cut into micro-batches.
 """
 
+import functools
 import itertools
 import math
 import platform
@@ -34,12 +35,15 @@ from .data import (
     Batch,
     ChatEncoder,
     Encoded,
+    Row,
     Rows,
     collate,
     data_hash,
     encode_all,
+    epoch_rows,
     leave_out_shared,
     optimizer_steps,
+    shuffle_options,
     split,
     steps_per_epoch,
     table,
@@ -97,20 +101,23 @@ class Progress:
     stopped_early: bool = False
 
 
-def read_data(config: Config, encoder: ChatEncoder) -> Data:
+def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data:
     """(training, held-out) data, encoded, one part a data set. Without --eval-dataset a share of --dataset is held out.
+
+    Args:
+        texts: rows keep their text, as they do for --shuffle-options.
 
     Raises:
         ValueError: a data set that can't be read, or none of whose rows fits.
         BadData: bad rows, questions among them that are in both; with --skip-bad-rows they are counted and left out.
     """
-    bad = BadRows(config.skip_bad_rows)
+    bad, keep = BadRows(config.skip_bad_rows), texts or config.shuffle_options
     train, held = (  # a data set that is named twice counts once
         {name: read(name, limit, bad) for name in names}
         for names, limit in ((config.dataset, config.limit), (config.eval_dataset, config.eval_limit))
     )
     train, held = (
-        [encode_all(name, examples, encoder, config.max_length, bad) for name, examples in side.items()]
+        [encode_all(name, examples, encoder, config.max_length, bad, keep) for name, examples in side.items()]
         for side in (train, held)
     )
     for i, part in itertools.product(range(len(train)), held):
@@ -237,7 +244,10 @@ class Trainer:
         self.initial = {n: w.detach().cpu().clone() for n, w in self.trained.items()}  # until all have moved
         self.model.train()
 
-        self.steps_per_epoch = steps_per_epoch(len(self.rows), config.batch_size, config.grad_accum)
+        self.epoch_rows = functools.partial(epoch_rows, [len(p.rows) for p in train], config.mix, config.seed)
+        visited = self.epoch_rows(0)
+        self.epoch_tokens = int(self.rows.lengths[visited].sum())
+        self.steps_per_epoch = steps_per_epoch(len(visited), config.batch_size, config.grad_accum)
         total = math.ceil(config.epochs * self.steps_per_epoch)
         self.total_steps = min(total, config.max_steps or total)
         every = config.eval_every or math.ceil(self.steps_per_epoch / 4)
@@ -260,7 +270,7 @@ class Trainer:
             self.device,
         )
         self.progress = Progress()
-        self._order: tuple[int, list] = (-1, [])  # of one epoch
+        self._order: tuple[int, list, np.ndarray] = (-1, [], np.arange(0))  # of one epoch, and the rows it visits
         self._ready: dict[int, tuple] = {}  # steps' micro-batches
         self.metrics = checkpoint.Metrics(self.run)
         self.advice = f"continue with: python scripts/train.py --resume {shlex.quote(str(self.run))}"
@@ -401,17 +411,25 @@ class Trainer:
             c = self.config
             epoch, index = divmod(step, self.steps_per_epoch)
             if self._order[0] != epoch:
-                self._order = (epoch, optimizer_steps(len(self.rows), c.batch_size, c.grad_accum, c.seed, epoch))
-            parts = self._order[1][index]
+                visited = self.epoch_rows(epoch)
+                steps = optimizer_steps(len(visited), c.batch_size, c.grad_accum, c.seed, epoch)
+                self._order = (epoch, steps, visited)
+            micro_batches = [[self._row(epoch, i) for i in part] for part in self._order[1][index]]
             if self.decoder:
-                whole = [i for part in parts for i in part]
-                parts = [[whole[j] for j in part] for part in cut(self.rows.lengths[whole], c.micro_batch_tokens)]
-            micro_batches = [[self.rows[i] for i in part] for part in parts]
+                whole = [row for part in micro_batches for row in part]
+                micro_batches = [[whole[j] for j in p] for p in cut([len(r) for r in whole], c.micro_batch_tokens)]
             rows = c.batch_size * c.grad_accum
             batches = [self.compute.pack(part, rows) if self.decoder else collate(part) for part in micro_batches]
             self._ready = {s: b for s, b in self._ready.items() if s == step - 1}
             self._ready[step] = batches, [r.where for part in micro_batches for r in part]
         return self._ready[step]
+
+    def _row(self, epoch: int, visit: int) -> Row:
+        """What an epoch's visit (an index into `epoch_rows`) to a row shows of it: the same whenever it is asked."""
+        row, c = self.rows[self._order[2][visit]], self.config
+        if not c.shuffle_options:
+            return row
+        return shuffle_options(row, self.base.encoder, int(self.rows.lengths.max()), c.seed, epoch, visit)
 
     def backward(self, batch: Batch | Packed, supervised: int, step: int, index: int) -> torch.Tensor:
         """Forward and backward of the micro-batch `index` of a step: adds its share of the step's gradient.
@@ -676,7 +694,7 @@ class Trainer:
         if self.decoder:
             kernels = "" if self.device.type == "cpu" or have_kernels() else ", without Triton's kernels: it is missing"
             how = f"packed rows, up to {c.micro_batch_tokens:,} tokens at a time{kernels}"
-        per_step = self.rows.lengths.sum() / self.steps_per_epoch
+        per_step = self.epoch_tokens / self.steps_per_epoch
         lines = [
             f"trained     {trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
             f"{len(self.wrapped)} layers",
@@ -687,6 +705,11 @@ class Trainer:
             f"batches     {how}; gradient checkpointing {c.gradient_checkpointing}",
             f"memory      {self._forecast()} forecast peak",
         ]
+        if c.mix:
+            weights = ", ".join(f"{w:g} x {Path(name).name}" for name, w in zip(dict.fromkeys(c.dataset), c.mix))
+            lines.append(f"an epoch    {len(self.epoch_rows(0)):,} rows: {weights}")
+        if c.shuffle_options:
+            lines.append("options     of multiple-choice rows in another order each epoch")
         if c.optimizer == "paged_adamw8bit":
             largest = max(w.numel() for w in self.trained.values())
             paged = "none of it paged" if largest < PAGED_FROM or self.device.type == "cpu" else "paged where large"
@@ -720,7 +743,7 @@ class Trainer:
             seconds = time.perf_counter() - start
         self.stepper.optimizer.zero_grad(set_to_none=False)
         per_token = seconds / batch.n_tokens
-        tokens = int(self.rows.lengths.sum()) * self.total_steps / self.steps_per_epoch
+        tokens = self.epoch_tokens * self.total_steps / self.steps_per_epoch
         evaluations = 1 + math.ceil(self.total_steps / c.eval_every) if self.held else 0
         held = int(self.held.lengths.sum()) * evaluations * per_token / 3  # a forward is a third of a step
         print(
