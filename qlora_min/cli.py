@@ -1,4 +1,4 @@
-"""The command line: what `qlora-min train|eval|merge|chat|bench` and the scripts of the same names do.
+"""The command line: what `qlora-min train|data|eval|merge|chat|bench` and the scripts of the same names do.
 
 A command is two functions here: one that adds its options to a parser, one that runs it. Imports that take seconds
 (torch) come late, so that --help and errors in options come at once. `--json` turns stdout into one JSON object a line,
@@ -59,12 +59,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add every field of Config as an option. Options that are not given stay out of the namespace."""
+def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(FIELDS)) -> None:
+    """Add the fields of Config as options, or some. Options that are not given stay out of the namespace."""
     titled = {}
     for title, names in GROUPS.items():
-        group = parser.add_argument_group(title)
-        titled |= dict.fromkeys(names, group)
+        if names := [name for name in names if name in only]:
+            titled |= dict.fromkeys(names, parser.add_argument_group(title))
     for f in (FIELDS[name] for name in titled):
         meta, kinds = f.metadata, kinds_of(f)
         if f.type == tuple[str, ...]:
@@ -177,18 +177,37 @@ def _demo_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _preview(config: Config, count: int) -> None:
     """Print rows as the model sees them, supervised tokens in colour."""
-    from .data import Rows, preview, shuffle_options
+    from .care import show_rows
     from .model import load_encoder
     from .train import read_data
 
     encoder = load_encoder(config.model)
     train, _ = read_data(config, encoder)
-    rows = Rows.join(part.rows for part in train)
-    for i, row in enumerate(rows[:count]):
-        if config.shuffle_options:  # as in the first epoch
-            row = shuffle_options(row, encoder, int(rows.lengths.max()), config.seed, 0, i)
-        print(f"--- {row.where}: {len(row)} tokens, {int(row.supervised.sum())} supervised")
-        print(preview(row, encoder.tokenizer, colour=sys.stdout.isatty()))
+    show_rows(config, encoder, train, count, colour=sys.stdout.isatty())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def data_options(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line wins")
+    parser.add_argument("--demo", action="store_true", help="look at the embedded demo's data")
+    parser.add_argument(
+        "--preview", type=positive, default=0, metavar="N", help="and print N rows as the model sees them"
+    )
+    _json_option(parser)
+    add_options(parser, [*GROUPS["model and data"], "seed"])
+
+
+def data(args: argparse.Namespace, emit: Emit) -> None:
+    options = {**(read_toml(args.config) if args.config else {}), **given_options(args)}
+    config = Config(**(_demo_options(options) if args.demo else options))
+
+    from .care import look_at
+
+    emit(look_at(config, args.preview, colour=sys.stdout.isatty()).as_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,6 +425,14 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None], Callable[[argparse
   train --resume                           continue the newest unfinished run""",
         train_options,
         train,
+    ),
+    "data": (
+        "Look at data before training: lengths, letters, repeated, contradicting and leaking questions.",
+        """
+  data --dataset FILE.jsonl --eval-dataset OTHER.jsonl   takes the options of train that name data
+  data --demo --preview 3                                and rows as the model sees them""",
+        data_options,
+        data,
     ),
     "eval": (
         "Evaluate a base and its adapter side by side on the same rows.",

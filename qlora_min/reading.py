@@ -74,6 +74,11 @@ class MultipleChoice:
     correct: str
     literal: str
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """letter -> what it stands for"""
+        return _literal(self.literal)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad rows
@@ -518,6 +523,13 @@ def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
+def _literal(text: str) -> Any:
+    """A Python literal's value, without a warning of a backslash that is no escape, which would show the text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.literal_eval(text)
+
+
 def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
     """The options of a question written as MedQA's are (text with {'A': '...'}, answer "B: ..."), or None."""
     answer = re.match(r"([A-Z])\b", messages[-1]["content"])
@@ -525,9 +537,7 @@ def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
     if not answer or not literal:
         return None
     try:
-        with warnings.catch_warnings():  # of a backslash that is no escape
-            warnings.simplefilter("ignore")
-            options = ast.literal_eval(literal[0])
+        options = _literal(literal[0])
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     if not isinstance(options, dict) or answer[1] not in options or not all(isinstance(k, str) for k in options):

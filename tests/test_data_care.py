@@ -1,8 +1,10 @@
 """Options in another order, weights of data sets, and the report on what is in the data."""
 
 import ast
+import json
 import random
 import re
+import time
 from collections import Counter
 from functools import cache
 
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from test_data import medqa, real_tokenizer
 from test_training import last_checkpoint, make, on_the_cpu, saved_adapter  # noqa: F401
 
-from qlora_min import data, demo
+from qlora_min import care, data, demo
+from qlora_min.care import look
 from qlora_min.config import Config
 from qlora_min.data import ChatEncoder, Rows
 from qlora_min.model import load_encoder
@@ -265,3 +268,139 @@ def test_preview_shows_the_first_epochs_order(script, write_rows):
         new = data.shuffle_options(row, encoder(), int(part.rows.lengths.max()), config.seed, 0, i)
         assert data.preview(new, encoder().tokenizer, colour=False) in shuffled
     assert plain != shuffled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in "aeiou"]
+
+
+def vignette(seed: int, words: int = 80) -> list[str]:
+    return random.Random(seed).choices(WORDS, k=words)
+
+
+def question(words: list[str], options: str = "ABCD", right: str = "B", **texts: str) -> dict:
+    literal = str({letter: texts.get(letter, f"text {letter.lower()}") for letter in options})
+    return {"instruction": demo.INSTRUCTION, "input": f"Q:{' '.join(words)}? \n{literal},",
+            "output": f"{right}: {texts.get(right, f'text {right.lower()}')}"}  # fmt: skip
+
+
+def parts(train: list[dict], held: list[dict] = ()) -> tuple[list, list]:
+    return tuple(
+        [data.encode_all(n, [data.to_example(r, f"{n}:{i}") for i, r in enumerate(rows)], encoder(), 4096, texts=True)]
+        if rows
+        else []
+        for n, rows in (("train", train), ("held", held))
+    )
+
+
+def jaccard(one: list[str], two: list[str]) -> float:
+    """Of the questions' own words: the instruction's runs are shared by all rows."""
+    a, b = (set(zip(*(["q", *words][i:] for i in range(5)))) for words in (one, two))
+    return len(a & b) / len(a | b)
+
+
+def test_near_duplicates_are_found_and_only_they():
+    train = [vignette(seed) for seed in range(120)]
+    changed = {}
+    for i, changes in enumerate([1, 2, 3, 6, 12, 30]):  # of row i, in row 100 + i
+        copy = list(train[i])
+        for at in random.Random(i).sample(range(80), changes):
+            copy[at] = "other"
+        train[100 + i], changed[100 + i] = copy, jaccard(train[i], copy)
+    leaked = list(train[50])
+    leaked[40] = "other"
+    found = look(*parts([question(w) for w in train], [question(leaked), question(vignette(999))]))
+    wanted = [(f"train:{i}", f"train:{i - 100}") for i, likeness in changed.items() if likeness >= 0.72]
+    near = [i for i, likeness in changed.items() if 0.68 < likeness < 0.72]  # the first and last runs blur the bound
+    assert 2 <= len(wanted) <= 4 and not near
+    assert [(a, b) for a, b, _ in found.alike_pairs] == wanted and found.alike == len(wanted)
+    assert [(a, b) for a, b, _ in found.leak_pairs] == [("train:50", "held:0")] and found.leaks == 1
+    assert found.leak_pairs[0][2] == pytest.approx(jaccard(train[50], leaked), abs=0.05)
+    assert found.repeated == found.conflicts == 0
+
+
+def test_an_instruction_that_all_rows_share_makes_no_likeness():
+    short = [question([f"drug{i}"]) for i in range(30)]  # 10 words of instruction, one of its own
+    assert look(*parts(short)).alike == 0
+
+
+def test_many_copies_cost_no_square(monkeypatch):
+    words = vignette(1, 200)
+    rows = [question([*words[:i], "other", *words[i + 1 :]]) for i in range(45)]
+    (part,), _ = parts([*rows, *(question(vignette(seed)) for seed in range(2, 1000))])
+    seen = []
+    monkeypatch.setattr(care, "candidates", lambda *args, real=care.candidates: seen.extend(real(*args)) or seen)
+    assert look([part]).alike == 44
+    assert len(seen) <= 8 * 44 < 44 * 45 / 2
+
+
+def test_repeated_and_contradicting_rows():
+    one, two = vignette(1), vignette(2)
+    rows = [
+        question(one),
+        question(one, right="C"),  # contradicts row 0
+        question([w.upper() for w in one]),  # repeats row 0
+        question(one, A="text b", B="text a", right="A"),  # row 0's answer under another letter: repeats it
+        question(one, B="another", right="B"),  # other options: neither
+        {"prompt": " ".join(two), "completion": "Yes"},
+        {"prompt": " ".join(two), "completion": "yes "},  # repeats
+        {"prompt": " ".join(two), "completion": "No"},  # contradicts
+    ]
+    found = look(*parts(rows))
+    assert [p[:2] for p in found.repeated_pairs] == [
+        ("train:2", "train:0"),
+        ("train:3", "train:0"),
+        ("train:6", "train:5"),
+    ]
+    assert [p[:2] for p in found.conflict_pairs] == [("train:1", "train:0"), ("train:7", "train:5")]
+    assert (found.repeated, found.conflicts, found.alike) == (3, 2, 0)
+
+
+def test_letters_and_lengths():
+    rows = [question(vignette(i), right="ABCD"[i % 8 % 4 if i % 2 else 1]) for i in range(40)]
+    found = look(*parts(rows, [question(vignette(77), right="D")]))
+    assert found.letters == {"training": {"B": 30, "D": 10}, "held out": {"D": 1}}
+    assert found.can_shuffle == 40
+    assert sum(found.lengths["training"]) == 40 and sum(found.lengths["held out"]) == 1
+    (part,), _ = parts(rows)
+    for low, high, n in zip(found.edges, found.edges[1:], found.lengths["training"]):
+        assert n == ((low <= part.rows.lengths) & (part.rows.lengths < high)).sum()
+    text = str(found)
+    assert "right letters of 40 training rows: B 75.0%  D 25.0%" in text
+    assert "always B would be right in 75.0% (95% interval 59.8% to 85.8%)" in text
+    assert "can move the options of 40 of 40 training rows" in text
+
+
+def test_rows_without_options_have_no_letters():
+    found = look(*parts([{"prompt": "Why?", "completion": "So."}]))
+    assert "letters" not in str(found) and "shuffle" not in str(found) and found.rows == {"training": 1}
+
+
+def test_the_data_command(script, write_rows):
+    words = vignette(33)
+    train = write_rows([question(vignette(i)) for i in range(20)] + [question(words)], "train.jsonl")
+    held = write_rows([question([*words[:40], "secretword", *words[41:]])], "held.jsonl")
+    options = ["--model", demo.MODEL_DIR, "--dataset", train, "--eval-dataset", held]
+    done = script("data.py", *options, "--preview", 1, "--max-length", 4096)
+    line = rf"     1  training questions almost like a held-out one: .*\n +{train}:21  {held}:1  0\.8\d"
+    assert re.search(line, done.stdout)
+    assert f"--- {train}:1: " in done.stdout and "⟦B: text b<|im_end|>⟧" in done.stdout
+    result = script("data.py", *options, "--json", "--max-length", 4096)
+    assert json.loads(result.stdout)["leaks"] == 1 and result.stdout.count("\n") == 1
+    for text in ("secretword", words[0] + " " + words[1]):  # places, never a text
+        assert text not in result.stdout + script("data.py", *options, "--max-length", 4096).stdout
+    assert "unknown option '--rank'" in script("data.py", *options, "--rank", 3, expect=2).stderr
+
+
+@pytest.mark.real
+def test_real_medqa_leaks_two_questions():
+    real = real_tokenizer("QLORA_MIN_SMOLLM2")
+    train, held = (data.encode_all(n, data.read(medqa(n)), real, 512, texts=True) for n in ("train", "validation"))
+    start = time.perf_counter()
+    found = look([train], [held])
+    assert time.perf_counter() - start < 30  # 5 s of one core
+    assert [(a.split(":")[-1], b.split(":")[-1]) for a, b, _ in found.leak_pairs] == [("1337", "84"), ("2464", "78")]
+    assert (found.repeated, found.conflicts, found.alike, found.can_shuffle) == (0, 0, 1, 3374)
