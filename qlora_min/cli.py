@@ -223,31 +223,64 @@ def eval_options(parser: Parser) -> None:
         "--max-length", type=positive, default=512, metavar="N", help="leave longer rows of --dataset out [512]"
     )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows at a time [8]")
+    parser.add_argument(
+        "--generate", type=positive, metavar="N",
+        help="also let both write answers to the first N rows of each data set, and compare them with the references",
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="cut these answers here [64]")
+    parser.add_argument("--html", metavar="FILE", help="write a report: curves, tables, answers side by side")
     _precision_option(parser)
     _json_option(parser)
 
 
 def evaluate(args: argparse.Namespace, emit: Emit) -> None:
+    from . import page
     from .adapter import load_adapter
-    from .data import Rows, table
-    from .evaluate import evaluate, side_by_side
+    from .data import table
+    from .evaluate import Evaluation, aligned, by_data_set, by_letter, evaluate, generated, side_by_side
     from .lora import lora_disabled
     from .model import pick_device, resolve_precision
+    from .scores import need_libraries
     from .train import evaluation_data
 
+    if args.generate:
+        need_libraries()
+    if args.html:
+        page.check_writable(args.html)
     adapter = Path(args.adapter)
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length)
-    rows = Rows.join(part.rows for part in parts)
-    print(table(parts), flush=True)
+    names = [part.name for part in parts]
+    print(table(parts) + "\n", flush=True)
 
     precision = resolve_precision(args.precision, pick_device())
     base = load_adapter(adapter, args.model, precision)
-    with lora_disabled(base.model):
-        before = evaluate(base, rows, args.batch_size, "base")
-    after = evaluate(base, rows, args.batch_size, "adapter")
-    print(side_by_side(before, after))
-    emit({"adapter": str(adapter), "rows": len(rows), "precision": precision,
-          "base": before.as_dict(), "with_adapter": after.as_dict()})  # fmt: skip
+    results, answers = [], []  # of each side: base, adapter
+    for side, context in (("base", lora_disabled), ("adapter", nullcontext)):
+        with context(base.model):
+            results.append([evaluate(base, part.rows, args.batch_size, side) for part in parts])
+            if args.generate:
+                rows = [row for part in parts for row in part.rows[: args.generate]]
+                answers.append(generated(base, rows, args.batch_size, args.max_new_tokens, f"{side} answers"))
+    before, after = (Evaluation.join(side) for side in results)
+    texts = tuple(side.scores for side in answers) or (None, None)
+    print(side_by_side(before, after, texts))
+    if len(parts) > 1:
+        print("\nEach data set, base → adapter (95% interval of the adapter's option accuracy):")
+        print(aligned(by_data_set(names, *results)))
+    if after.option_rows:
+        print("\nThe adapter's answers by right letter:\n" + aligned(by_letter(after.choices)))
+
+    def side(result: Evaluation, scores: Any, each: list[Evaluation]) -> dict[str, Any]:
+        options = {"options": result.choices.as_dict()} if result.option_rows else {}
+        written = {"generated": scores.as_dict()} if scores else {}
+        return {**result.as_dict(), **options, **written, "datasets": {n: e.as_dict() for n, e in zip(names, each)}}
+
+    emit({"adapter": str(adapter), "rows": after.rows, "precision": precision,
+          "base": side(before, texts[0], results[0]),
+          "with_adapter": side(after, texts[1], results[1])})  # fmt: skip
+    if args.html:
+        page.write(Path(args.html), page.evaluation(adapter, names, results, answers, precision))
+        print(f"\nwrote {args.html}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

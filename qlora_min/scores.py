@@ -77,7 +77,7 @@ class Choices:
     @property
     def bins(self) -> list[tuple[int, float, float]]:
         """Ten bins of equal width by confidence: (rows, mean confidence, accuracy); (0, nan, nan) for an empty one."""
-        at = np.minimum((self.confidence * BINS).astype(int), BINS - 1)
+        at = np.minimum((np.nan_to_num(self.confidence) * BINS).astype(int), BINS - 1)
         out = []
         for i in range(BINS):
             here = at == i
