@@ -31,7 +31,7 @@ from . import report
 from .config import Config
 from .data import ChatEncoder, Encoded, Rows, preview, shuffle_options, table
 from .reading import Example, permute_options
-from .scores import wilson
+from .scores import between, wilson
 
 ALIKE = 0.7  # J from which two questions are near-duplicates
 WORDS = 5  # in a shingle
@@ -76,11 +76,10 @@ class Care:
         for side, letters in self.letters.items():
             if total := sum(letters.values()):
                 most_often, count = max(letters.items(), key=lambda item: item[1])
-                low, high = wilson(count, total)
                 shares = "  ".join(f"{letter} {n / total:.1%}" for letter, n in letters.items())
                 lines.append(f"right letters of {total:,} {side} rows: {shares}")
-                lines.append(f"  always {most_often} would be right in {count / total:.1%} (95% interval {low:.1%} to "
-                             f"{high:.1%})")  # fmt: skip
+                sure = between(wilson(count, total))
+                lines.append(f"  always {most_often} would be right in {count / total:.1%} (95% interval {sure})")
         if total := sum(self.letters["training"].values()):
             lines.append(f"--shuffle-options can move the options of {self.can_shuffle:,} of {total:,} training rows")
         lines.append("")

@@ -237,10 +237,20 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     from . import page
     from .adapter import load_adapter
     from .data import table
-    from .evaluate import Evaluation, aligned, by_data_set, by_letter, evaluate, generated, side_by_side
+    from .evaluate import (
+        Answers,
+        Evaluation,
+        aligned,
+        by_data_set,
+        by_letter,
+        evaluate,
+        generated,
+        side_by_side,
+        texts_by_data_set,
+    )
     from .lora import lora_disabled
     from .model import pick_device, resolve_precision
-    from .scores import need_libraries
+    from .scores import TextScores, need_libraries
     from .train import evaluation_data
 
     if args.generate:
@@ -254,30 +264,35 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
 
     precision = resolve_precision(args.precision, pick_device())
     base = load_adapter(adapter, args.model, precision)
-    results, answers = [], []  # of each side: base, adapter
+    results, answers = [], []  # of each side, base and adapter: one for each data set
     for side, context in (("base", lora_disabled), ("adapter", nullcontext)):
         with context(base.model):
             results.append([evaluate(base, part.rows, args.batch_size, side) for part in parts])
             if args.generate:
-                rows = [row for part in parts for row in part.rows[: args.generate]]
-                answers.append(generated(base, rows, args.batch_size, args.max_new_tokens, f"{side} answers"))
+                how = (args.batch_size, args.max_new_tokens, f"{side} answers")
+                answers.append([generated(base, part.rows[: args.generate], *how) for part in parts])
     before, after = (Evaluation.join(side) for side in results)
-    texts = tuple(side.scores for side in answers) or (None, None)
+    texts = tuple(Answers.join(side).scores for side in answers) or (None, None)
+    each = [[a.scores for a in side] for side in answers]
     print(side_by_side(before, after, texts))
     if len(parts) > 1:
         print("\nEach data set, base → adapter (95% interval of the adapter's option accuracy):")
         print(aligned(by_data_set(names, *results)))
+        if answers:
+            print(aligned(texts_by_data_set(names, *each)))
     if after.option_rows:
         print("\nThe adapter's answers by right letter:\n" + aligned(by_letter(after.choices)))
 
-    def side(result: Evaluation, scores: Any, each: list[Evaluation]) -> dict[str, Any]:
+    def values(result: Evaluation, scores: TextScores | None) -> dict[str, Any]:
         options = {"options": result.choices.as_dict()} if result.option_rows else {}
-        written = {"generated": scores.as_dict()} if scores else {}
-        return {**result.as_dict(), **options, **written, "datasets": {n: e.as_dict() for n, e in zip(names, each)}}
+        return {**result.as_dict(), **options, **({"generated": scores.as_dict()} if scores else {})}
 
-    emit({"adapter": str(adapter), "rows": after.rows, "precision": precision,
-          "base": side(before, texts[0], results[0]),
-          "with_adapter": side(after, texts[1], results[1])})  # fmt: skip
+    sides = {}
+    for key, whole, score, evaluations, scores in zip(
+        ("base", "with_adapter"), (before, after), texts, results, each or [[None] * len(parts)] * 2
+    ):
+        sides[key] = values(whole, score) | {"datasets": {n: values(*p) for n, *p in zip(names, evaluations, scores)}}
+    emit({"adapter": str(adapter), "rows": after.rows, "precision": precision, **sides})
     if args.html:
         page.write(Path(args.html), page.evaluation(adapter, names, results, answers, precision))
         print(f"\nwrote {args.html}")

@@ -12,7 +12,7 @@ options. What a model writes itself is another pass (`generated`), a forward a t
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from .decoder import Captured, Decoder
 from .generate import generate
 from .loss import supervised_states
 from .model import Base, autocast, hidden_states, output_head
-from .scores import Choices, TextScores, text_scores, wilson
+from .scores import Choices, TextScores, between, text_scores, wilson
 
 MEASURES = (  # what is shown of an Evaluation: label, field, format
     ("loss", "loss", "{:.4f}"),
@@ -227,6 +227,11 @@ class Answers:
     def scores(self) -> TextScores:
         return text_scores(self.answers, self.references, self.letters)
 
+    @classmethod
+    def join(cls, parts: Sequence["Answers"]) -> "Answers":
+        """Of all parts' rows together."""
+        return cls(*([x for p in parts for x in getattr(p, f.name)] for f in fields(cls)))
+
 
 def generated(
     base: Base, rows: Sequence[Row], batch_size: int, max_new_tokens: int, progress: str | None = None
@@ -276,9 +281,8 @@ def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[
         if getattr(result, key) is not None:
             lines.append((label, form.format(getattr(result, key))))
     if result.option_accuracy is not None:
-        low, high = result.choices.interval
         lines += [
-            ("  95% interval", f"{low:.1%}-{high:.1%}"),
+            ("  95% interval", between(result.choices.interval)),
             ("  chance", f"{result.chance:.1%}"),
             ("  mean confidence", f"{result.choices.confidence.mean():.1%}"),
             ("  calibration error", f"{result.choices.calibration_error:.1%}"),
@@ -310,8 +314,21 @@ def by_data_set(
         for key, form in (("loss", "{:.4f}"), ("token_accuracy", "{:.1%}"), ("option_accuracy", "{:.1%}")):
             values = [getattr(side, key) for side in (b, a)]
             line.append("-" if None in values else " → ".join(map(form.format, values)))
-        low, high = a.choices.interval
-        line += ["-", "-"] if a.chance is None else [f"{low:.1%}-{high:.1%}", f"{a.chance:.1%}"]
+        line += ["-", "-"] if a.chance is None else [between(a.choices.interval), f"{a.chance:.1%}"]
+        lines.append(tuple(line))
+    return lines
+
+
+def texts_by_data_set(
+    names: Sequence[str], before: Sequence[TextScores], after: Sequence[TextScores]
+) -> list[tuple[str, ...]]:
+    """As `by_data_set`, of generated answers."""
+    lines = [("data", "answers", *(label for label, _, _ in GENERATED))]
+    for name, *pair in zip(names, before, after):
+        line = [name, f"{pair[1].rows:,}"]
+        for _, key, form in GENERATED:
+            values = [getattr(side, key) for side in pair]
+            line.append("-" if None in values else " → ".join(map(form.format, values)))
         lines.append(tuple(line))
     return lines
 
@@ -322,8 +339,7 @@ def by_letter(choices: Choices) -> list[tuple[str, ...]]:
     lines = [("right letter", *(f"said {letter}" for letter in letters), "rows", "accuracy", "95% interval")]
     for i, letter in enumerate(letters):
         n, right = int(confusion[i].sum()), int(confusion[i, i])
-        low, high = wilson(right, n)
-        end = (f"{right / n:.1%}", f"{low:.1%}-{high:.1%}") if n else ("-", "-")
+        end = (f"{right / n:.1%}", between(wilson(right, n))) if n else ("-", "-")
         lines.append((letter, *(f"{c:,}" for c in confusion[i]), f"{n:,}", *end))
     return lines
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from . import checkpoint
 from .adapter import read_config
-from .evaluate import Answers, Evaluation, by_data_set, by_letter, measures
-from .scores import Choices
+from .evaluate import Answers, Evaluation, by_data_set, by_letter, measures, texts_by_data_set
+from .scores import Choices, between
 
 SHOWN = 24  # answers side by side, evenly from all that were generated
 WIDTH, HEIGHT, LEFT, BOTTOM = 400, 230, 46, 34  # of a chart, in px at its own size
@@ -35,7 +35,7 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: 
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem } p { margin: .4rem 0 }
 .dim, figcaption, th { color: var(--dim) } small, figcaption, .dim { font-size: .85rem }
 .base { color: var(--base) } .adapter { color: var(--adapter) } .good { color: var(--good) } .bad { color: var(--bad) }
-.cards, .charts, .sides { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)) }
+.cards, .charts, .sides { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)) }
 .cards { margin-top: 1rem } .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)) }
 .sides { grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)) }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; margin: 0 }
@@ -45,7 +45,7 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align
 th { font-weight: 500; font-size: .85rem } th:first-child, td:first-child { text-align: left; padding-left: 0 }
 td.heat { background: color-mix(in srgb, var(--adapter) calc(var(--share) * 60%), transparent) }
 td.heat.of-base { background: color-mix(in srgb, var(--base) calc(var(--share) * 60%), transparent) }
-td.name { white-space: normal; min-width: 10rem }
+td:first-child { white-space: normal; min-width: 6.5rem }
 .row { display: grid; grid-template-columns: minmax(6rem, 13rem) 1fr 11rem; gap: 0 .75rem; align-items: center;
   margin-bottom: .35rem; line-height: 1.3 } .row > :last-child { white-space: nowrap }
 .track { position: relative; height: 1.1rem; border-bottom: 1px solid var(--line) }
@@ -54,6 +54,7 @@ td.name { white-space: normal; min-width: 10rem }
 .track .chance { border-left: 2px dotted var(--dim) }
 @media (max-width: 36rem) { .row { grid-template-columns: 1fr auto; margin-bottom: .8rem }
   .row .track { grid-column: 1 / 3; grid-row: 2 }
+  th, td { padding: .25rem .35rem; font-size: .85rem } .cards { gap: .5rem } .card b { font-size: 1.05rem }
   .row > :last-child { text-align: right } }
 svg { width: 100%; height: auto; display: block } svg text { fill: var(--dim); font-size: 11px }
 svg .grid { stroke: var(--line) } svg path { fill: none; stroke: currentColor; stroke-width: 1.6 }
@@ -83,7 +84,7 @@ def evaluation(
     adapter: Path,
     names: Sequence[str],
     results: Sequence[Sequence[Evaluation]],
-    answers: Sequence[Answers],
+    answers: Sequence[Sequence[Answers]],
     precision: str,
 ) -> str:
     """The page of an evaluation.
@@ -92,10 +93,11 @@ def evaluation(
         adapter: its folder; in a run directory, the run's curves are shown, and its samples where there are no answers.
         names: of the data sets.
         results: (base's, adapter's), each with one for each data set.
-        answers: (base's, adapter's), or nothing.
+        answers: the same, or nothing.
     """
     before, after = map(Evaluation.join, results)
-    texts = [side.scores for side in answers] or [None, None]
+    written = [Answers.join(side) for side in answers]
+    texts = [side.scores for side in written] or [None, None]
     run = adapter.parent if checkpoint.is_run(adapter.parent) else None
     both = [(label, b, a) for (label, b), (_, a) in zip(measures(before, texts[0]), measures(after, texts[1]))]
     cards = [c for c in both if c[0].strip() in ("loss", "option accuracy", "exact match", "valid format")]
@@ -112,7 +114,10 @@ def evaluation(
         body += _section("Option accuracy", _intervals(names, results), note)
     if len(names) > 1:
         note = "Base → adapter; the interval is the adapter's."
-        body += _section("Each data set", _table(by_data_set(names, *results)), note)
+        tables = _table(by_data_set(names, *results))
+        if answers:
+            tables += "<p></p>" + _table(texts_by_data_set(names, *([a.scores for a in side] for side in answers)))
+        body += _section("Each data set", tables, note)
     if run:
         body += _section("How training went", _curves(checkpoint.read_metrics(run)))
     if after.option_rows:
@@ -123,7 +128,7 @@ def evaluation(
             "of those of 60% confidence. Larger dots are more answers."
         )
         body += _section("Calibration", _calibration(before.choices, after.choices), note)
-    return _document(f"{adapter}: base and adapter", body + _samples(answers, run))
+    return _document(f"{adapter}: base and adapter", body + _samples(written, run))
 
 
 def _document(title: str, body: str) -> str:
@@ -144,7 +149,7 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     head, *rest = [[escape(cell) for cell in line] for line in lines]
     named = [c.removeprefix("  ") for c in head]
     body = "".join(
-        f"<tr><td class=name>{'&emsp;' * line[0].startswith('  ')}{line[0].strip()}</td>"
+        f"<tr><td>{'&emsp;' * line[0].startswith('  ')}{line[0].strip()}</td>"
         + "".join(f"<td>{c}</td>" for c in line[1:]) + "</tr>"
         for line in rest
     )  # fmt: skip
@@ -168,7 +173,7 @@ def _intervals(names: Sequence[str], results: Sequence[Sequence[Evaluation]]) ->
                 f'<i class=band style="left:{low:.2%};width:{high - low:.2%}"></i>'
                 f'<i class=dot style="left:{result.option_accuracy:.2%}"></i>'
                 f'<i class=chance style="left:{result.chance:.2%}"></i></div>'
-                f"<span>{result.option_accuracy:.1%} <small class=dim>{low:.1%}-{high:.1%}</small></span></div>"
+                f"<span>{result.option_accuracy:.1%} <small class=dim>{between((low, high))}</small></span></div>"
             )
     return "".join(lines)
 

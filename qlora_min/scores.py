@@ -30,6 +30,11 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return max(0.0, (p + zz / 2 - half) / (1 + zz)), min(1.0, (p + zz / 2 + half) / (1 + zz))
 
 
+def between(interval: tuple[float, float]) -> str:
+    """(0.1, 0.256) -> 10.0-25.6%"""
+    return f"{100 * interval[0]:.1f}-{interval[1]:.1%}"
+
+
 @dataclass(frozen=True)
 class Choices:
     """The answers to multiple-choice rows, a value a row.

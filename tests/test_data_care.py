@@ -370,7 +370,7 @@ def test_letters_and_lengths():
         assert n == ((low <= part.rows.lengths) & (part.rows.lengths < high)).sum()
     text = str(found)
     assert "right letters of 40 training rows: B 75.0%  D 25.0%" in text
-    assert "always B would be right in 75.0% (95% interval 59.8% to 85.8%)" in text
+    assert "always B would be right in 75.0% (95% interval 59.8-85.8%)" in text
     assert "can move the options of 40 of 40 training rows" in text
 
 

@@ -9,7 +9,7 @@ from conftest import assert_same
 from test_training import make, on_the_cpu  # noqa: F401
 
 from qlora_min import data, demo
-from qlora_min.evaluate import Evaluation, by_data_set, by_letter, evaluate, generated
+from qlora_min.evaluate import Answers, Evaluation, by_data_set, by_letter, evaluate, generated
 from qlora_min.generate import generate
 from qlora_min.model import load_base
 from qlora_min.scores import Choices
@@ -79,6 +79,8 @@ def test_answers_come_in_the_rows_order(base, rows):
         assert answers.answers[i] == generate(base, [prompt], 6)[0]
         assert answers.prompts[i] == base.encoder.tokenizer.decode(prompt)
     assert answers.references[23] == "None." and re.fullmatch(r"[A-D]: \w+", answers.references[0])
+    halves = [generated(base, part, 4, 6) for part in (rows[:7], rows[7:])]
+    assert Answers.join(halves) == answers
     assert answers.scores.rows == 24 and answers.scores.valid_format is not None
 
 
@@ -92,7 +94,7 @@ def test_tables_by_hand():
     one = Evaluation(3, 9, 0.5, 0.75, 3, 2 / 3, 0.5, choices)
     plain = Evaluation(2, 4, 0.25, 0.5)
     assert by_data_set(["x", "y"], [one, plain], [one, plain])[1:] == [
-        ("x", "3", "0.5000 → 0.5000", "75.0% → 75.0%", "66.7% → 66.7%", "20.8%-93.9%", "50.0%"),
+        ("x", "3", "0.5000 → 0.5000", "75.0% → 75.0%", "66.7% → 66.7%", "20.8-93.9%", "50.0%"),
         ("y", "2", "0.2500 → 0.2500", "50.0% → 50.0%", "-", "-", "-"),
     ]
 
@@ -114,6 +116,7 @@ def test_the_command(adapter, script, write_rows, tmp_path):
     assert re.search(r"answers generated +4 +4\n", out)
     assert re.search(rf"^{files[0]} +12 +[\d.]+ → [\d.]+ ", out, re.MULTILINE)
     assert len(re.findall(r"^[A-D]( +\d+){4,5} ", out, re.MULTILINE)) == 4
+    assert re.search(rf"^{files[1]} +2( +[\d.]+%? → [\d.]+%?){{4}}$", out, re.MULTILINE)
     assert "wrote report.html" in out and (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 
     result = json.loads(script("eval.py", *options, "--json").stdout)
@@ -124,6 +127,7 @@ def test_the_command(adapter, script, write_rows, tmp_path):
         low, high = found["options"]["interval"]
         assert low < found["option_accuracy"] < high
         assert found["generated"]["rows"] == 4
+        assert [found["datasets"][str(f)]["generated"]["rows"] for f in files] == [2, 2]
     each = [result["base"]["datasets"][str(f)] for f in files]
     assert result["base"]["loss"] == pytest.approx(
         sum(e["loss"] * e["supervised_tokens"] for e in each) / sum(e["supervised_tokens"] for e in each)

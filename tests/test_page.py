@@ -8,7 +8,7 @@ import pytest
 
 from qlora_min import checkpoint, page
 from qlora_min.evaluate import Answers, Evaluation
-from qlora_min.scores import Choices
+from qlora_min.scores import Choices, between
 
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -99,7 +99,9 @@ def texts(kind: str) -> Answers:
     return Answers(ATTACKS, ATTACKS, ATTACKS, [kind + a for a in ATTACKS], [["A"]] * len(ATTACKS))
 
 
-@pytest.mark.parametrize("answers", [[texts(""), texts("A: ")], []], ids=["generated", "the run's samples"])
+@pytest.mark.parametrize(
+    "answers", [[[texts(""), texts("")], [texts("A: ")] * 2], []], ids=["generated", "the run's samples"]
+)
 def test_no_text_becomes_anything_else(adapter, answers, tmp_path):
     names = ["<script>x.jsonl", "plain.jsonl"]
     results = [[result(3.0, 5), result(2.0, 6, ["A", "B", "C", "<b>"])], [result(0.5, 15), result(0.4, 14)]]
@@ -121,8 +123,7 @@ def test_figures_of_the_page_are_those_of_the_evaluation(adapter):
     made = page.evaluation(adapter, ["one"], [[result(3.0, 5)], [result(0.5, 15)]], [], "fp32")
     text = " ".join("".join(check(made).text).split())
     assert "3.0000 → 0.5000" in text and "25.0% → 75.0%" in text
-    low, high = result(0.5, 15).choices.interval
-    assert f"{low:.1%}-{high:.1%}" in text
+    assert between(result(0.5, 15).choices.interval) in text
     assert "Each data set" not in text
     assert made.count('<td class="heat of-adapter"') == 16
     points = re.findall(r"<g class=adapter><path d='M(\S+) (\S+) L(\S+) (\S+)'", made)[0]
