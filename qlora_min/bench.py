@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import Config
+from .config import Config, positive
 
 # (tokens, supervised) of 48 of MedQA's questions under Qwen2's template, at even distances in order of length.
 LENGTHS = [
@@ -40,25 +40,28 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--model", metavar="DIR", help="a model folder [Qwen2-0.5B's shape with random weights]")
     parser.add_argument("--lengths", metavar="FILE", help="JSON list of [tokens, supervised] of rows [48 of MedQA's]")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="a GPU if there is one [auto]")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp16", help="[fp16]")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="[fp16, and fp32 on a CPU]")
     for name, default, text in (
         ("--batch-size", 4, ""), ("--grad-accum", 4, ""), ("--max-length", 512, ""), ("--rank", 16, ""),
         ("--steps", 30, "optimizer steps a run, timed "), ("--repeats", 3, "runs; their median is shown "),
     ):  # fmt: skip
-        parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text}[{default}]")
+        parser.add_argument(name, type=positive, default=default, metavar="N", help=f"{text}[{default}]")
     parser.add_argument("--peers", default="", metavar="A,B", help="also measure trl, unsloth")
     parser.add_argument("--sweep", metavar="FILE.png", help="measure how costs grow, and draw it, instead")
     parser.add_argument("--only", help="JSON of one run of another trainer: how this command calls itself")
 
 
 def bench(args: Any, emit: Callable[[dict], None]) -> None:
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
     if args.only:
         return peer(args, **json.loads(args.only))
     unknown = set(filter(None, args.peers.split(","))) - {"trl", "unsloth"}
     if unknown:
         raise ValueError(f"--peers: got {', '.join(sorted(unknown))}, expected trl, unsloth or both")
-    if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
+    import torch
+
+    args.precision = args.precision or ("fp16" if torch.cuda.is_available() else "fp32")
     with tempfile.TemporaryDirectory() as folder:
         args.model = args.model or random_base(Path(folder) / "qwen2-0.5b")
         results = sweep(args) if args.sweep else compare(args)
@@ -129,13 +132,11 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
         forecast = trainer.describe().partition("memory      ")[2].partition(" GiB")[0]
 
     def run(count: int) -> tuple[float, int]:
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize()
         began, tokens = time.perf_counter(), trainer.progress.tokens
         for _ in range(count):
             trainer.take_step()
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize()
         return time.perf_counter() - began, trainer.progress.tokens - tokens
 
     run(1)
@@ -161,17 +162,18 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
 
 
 def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, grouped: bool) -> None:
-    """peft + trl, or unsloth, with the same rows and options, in fp16: prints one line of figures."""
+    """peft + trl, or unsloth, with the same rows and options, in fp16, on a CPU in fp32: prints a line of figures."""
     if who == "unsloth":
         import unsloth  # before the rest, as it asks for
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
 
-    start = time.perf_counter()
+    start, cuda = time.perf_counter(), torch.cuda.is_available()
+    dtype = torch.float16 if cuda else torch.float32
     count, targets = batch_size * grad_accum, ["q_proj", "k_proj", "v_proj", "o_proj"]
     warm_up = WARM_UP["peers"]
-    steps = warm_up + args.steps + PROFILED
+    steps = warm_up + args.steps + (PROFILED if cuda else 0)
     if who == "unsloth":
         model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
             args.model, max_seq_length=args.max_length, dtype=torch.float16, load_in_4bit=True
@@ -186,10 +188,10 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
 
         quantised = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float16,
+            bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(
-            args.model, quantization_config=quantised, dtype=torch.float16, device_map={"": 0}
+            args.model, quantization_config=quantised, dtype=dtype, device_map={"": 0 if cuda else "cpu"}
         )
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -199,7 +201,8 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
         model, tokenizer = get_peft_model(model, lora), AutoTokenizer.from_pretrained(args.model)
     from trl import SFTConfig, SFTTrainer
 
-    torch.cuda.reset_peak_memory_stats()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     drawn = draw_rows(args, count * steps)
     rows = [{"input_ids": ids, "completion_mask": [0] * (len(ids) - n) + [1] * n} for ids, n in drawn]
     kwargs = {"train_sampling_strategy": "group_by_length"} if grouped else {}
@@ -207,7 +210,7 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
         kwargs["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch_size, gradient_accumulation_steps=grad_accum,
-        max_steps=steps, learning_rate=2e-4, lr_scheduler_type="cosine", warmup_steps=1, fp16=True, bf16=False,
+        max_steps=steps, learning_rate=2e-4, lr_scheduler_type="cosine", warmup_steps=1, fp16=cuda, bf16=False,
         optim="paged_adamw_8bit", gradient_checkpointing=checkpointing, max_length=args.max_length, logging_steps=10,
         save_strategy="no", report_to="none", completion_only_loss=True, disable_tqdm=True, **kwargs,
     )  # fmt: skip
@@ -216,14 +219,14 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
     class Clock(TrainerCallback):
         def on_step_end(self, _, state, control, **kwargs):
             if state.global_step in (1, warm_up, warm_up + args.steps):
-                torch.cuda.synchronize()
+                synchronize()
                 times[state.global_step] = time.perf_counter()
-            if state.global_step == warm_up + args.steps:
+            if state.global_step == warm_up + args.steps and cuda:
                 result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
                 self.profile = profiled()
                 self.kernels = self.profile.__enter__()
-            if state.global_step == steps:
+            if state.global_step == steps and cuda:
                 self.profile.__exit__(None, None, None)
 
     clock = Clock()
@@ -235,10 +238,19 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
     trainer.train()
     mean = sum(len(ids) for ids, _ in drawn) / len(drawn)  # which rows a step had is not told: their mean
     seconds = times[warm_up + args.steps] - times[warm_up]
-    result |= clock.kernels(mean * count * PROFILED, PROFILED)
+    if cuda:
+        result |= clock.kernels(mean * count * PROFILED, PROFILED)
     result |= {"tokens_per_second": mean * count * args.steps / seconds, "ms_per_step": 1000 * seconds / args.steps,
                "first_step_s": times[1] - start, "warm_up_s": times[warm_up] - start}  # fmt: skip
     print("RESULT " + json.dumps(result))
+
+
+def synchronize() -> None:
+    """Wait until a GPU has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class profiled:
@@ -307,7 +319,7 @@ def compare(args) -> list[dict]:
                 "--model",
                 args.model,
             ]
-            for key in ("max_length", "rank", "steps", *(["lengths"] if args.lengths else [])):
+            for key in ("device", "max_length", "rank", "steps", *(["lengths"] if args.lengths else [])):
                 command += ["--" + key.replace("_", "-"), str(getattr(args, key))]
             done = subprocess.run(command, capture_output=True, text=True)
             line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)

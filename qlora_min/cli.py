@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-from .config import FIELDS, Config, flag, kinds_of, nearest, read_toml, redacted
+from .config import FIELDS, Config, flag, kinds_of, nearest, positive, read_toml, redacted
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -29,8 +29,8 @@ GROUPS = {
               "max_grad_norm", "optimizer", "seed"),
     "LoRA and its base": ("rank", "alpha", "dropout", "targets", "quantization"),
     "speed and memory": ("precision", "gradient_checkpointing", "micro_batch_tokens", "packing"),
-    "evaluating, saving, stopping": ("eval_every", "patience", "log_every", "save_every", "save_minutes",
-                                     "output_dir"),
+    "evaluating, saving, stopping": ("eval_every", "patience", "log_every", "tensorboard", "save_every",
+                                     "save_minutes", "output_dir"),
 }  # fmt: skip
 
 
@@ -50,13 +50,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {redacted(message)} (see --help)\n")
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
-    return int(text)
 
 
 def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(FIELDS)) -> None:
@@ -135,6 +128,7 @@ def train_options(parser: Parser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan, forecast memory and time, and exit")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     _json_option(parser)
+    _hub_options(parser, "adapter")
     add_options(parser)
 
 
@@ -152,6 +146,7 @@ def train(args: argparse.Namespace, emit: Emit) -> int:
     if args.preview:
         _preview(config, args.preview)
         return 0
+    repo = None if args.dry_run else _checked_repo(args)
     trainer = Trainer(config, run, write=not args.dry_run)
     try:
         if args.dry_run:
@@ -163,6 +158,7 @@ def train(args: argparse.Namespace, emit: Emit) -> int:
     except TrainingError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    _push(trainer.run / "adapter", repo, args, emit)
     return 0
 
 
@@ -314,6 +310,7 @@ def merge_options(parser: Parser) -> None:
     parser.add_argument("--compare", action="store_true", help="evaluate each way to merge instead, and write nothing")
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="for --compare [the run's held-out rows]")
     parser.add_argument("--limit", type=positive, metavar="N", help="for --compare: at most the first N rows")
+    _hub_options(parser, "merged checkpoint")
     _json_option(parser)
 
 
@@ -325,6 +322,7 @@ def merge(args: argparse.Namespace, emit: Emit) -> int:
 
     from .merge import MergeError, merge
 
+    repo = _checked_repo(args)
     try:
         result = merge(Path(args.adapter), Path(args.output_dir), args.dtype, args.base, args.model)
     except MergeError as e:
@@ -337,6 +335,7 @@ def merge(args: argparse.Namespace, emit: Emit) -> int:
         print(f"from the adapter as trained, on the 4-bit base: {result.from_trained:.1e}")
     print(f"next: python scripts/chat.py --model {shlex.quote(args.output_dir)}")
     emit({"output_dir": args.output_dir, "dtype": args.dtype, "base": args.base, **vars(result)})
+    _push(Path(args.output_dir), repo, args, emit)
     return 0
 
 
@@ -443,6 +442,31 @@ def _precision_option(parser: Parser) -> None:
 
 def _json_option(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, and no text")
+
+
+def _hub_options(parser: Parser, what: str) -> None:
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help=f"push the {what} to this private repository, too")
+    parser.add_argument("--public", action="store_true", help="for --push-to-hub: the repository may be public")
+
+
+def _checked_repo(args: argparse.Namespace) -> str | None:
+    """Where to push, if anywhere: asked before any work, so that a missing token costs no training."""
+    if args.public and not args.push_to_hub:
+        raise ValueError("--public needs --push-to-hub OWNER/NAME (see --help)")
+    if args.push_to_hub:
+        from .hub import check_push
+
+        check_push(args.push_to_hub, args.public)
+    return args.push_to_hub
+
+
+def _push(folder: Path, repo: str | None, args: argparse.Namespace, emit: Emit) -> None:
+    if repo:
+        from .hub import push
+
+        url = push(folder, repo, args.public)
+        print(f"pushed to {url} ({'public' if args.public else 'private'})")
+        emit({"event": "push", "url": url, "public": args.public})
 
 
 def _bench_options(parser: Parser) -> None:

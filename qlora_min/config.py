@@ -5,6 +5,7 @@ in one place only. `learning_rate` here is `--learning-rate` on the command line
 `learning_rate`) in the file. The command line wins over the file, the file over the defaults.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -170,6 +171,7 @@ class Config:
     eval_every: int | None = _positive(None, "steps between evaluations (default: a quarter of an epoch)")
     patience: int = _positive(3, "stop after N evaluations in a row without improvement")
     log_every: int = _positive(10, "steps between lines in metrics.jsonl")
+    tensorboard: bool = option(False, "write what metrics.jsonl says to RUN/tensorboard too (extra `tensorboard`)")
     save_every: int | None = _positive(None, "steps between checkpoints (besides those at evaluations)")
     save_minutes: float = option(
         5.0,
@@ -282,6 +284,13 @@ def parse_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             )
             raise ValueError(f"{source}: option '{key}': got {value!r}, expected {kinds}") from None
     return out
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return int(text)
 
 
 def read_toml(path: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .adapter import load_adapter, read_config
 from .checkpoint import atomic_folder
 from .data import Row
 from .evaluate import Evaluation, evaluate
+from .hub import CARD, merged_card
 from .lora import LoRALinear, lora_disabled
 from .model import DTYPES, decoder_prefix, dequantized_weight, hidden_states, output_head, pick_device, quantize_linear
 
@@ -104,6 +105,11 @@ def merge(
                 f"the merged checkpoint's logits are {result.difference:.1e} from the adapter's, "
                 f"the bound for {dtype} is {result.bound:.1e}; {output} was not written"
             )
+        how = (
+            f"onto its {'dequantised' if base == 'dequantized' else 'original'} weights, in {dtype}; read back, its "
+            f"logits differ from the adapter's on that base by {result.difference:.1e} of their norm"
+        )
+        (new / CARD).write_text(merged_card(read_config(adapter), adapter, how), encoding="utf-8")
     return result
 
 

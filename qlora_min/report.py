@@ -1,22 +1,31 @@
-"""What a user sees of a run: bars, lines above them, and curves, from its events.
+"""What a user sees of a run: bars, lines above them, curves, and TensorBoard's view, from its events.
 
-matplotlib is an extra: without it there is a note, and no picture.
+matplotlib is an extra: without it there is a note, and no picture. TensorBoard is one too.
 """
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+Events = Sequence[dict[str, Any]]  # of a run's metrics.jsonl
+
 
 def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep: bool = False, **kwargs: Any) -> tqdm:
-    """A bar on stderr, if that is a terminal and $TQDM_DISABLE is not set; keep: it stays when it is full."""
+    """A bar on stderr, if that is a terminal and $TQDM_DISABLE is not set; a notebook shows those that it is to keep.
+
+    Args:
+        keep: it stays when it is full.
+    """
     hidden = not show or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    disable = hidden or (not keep if "ipykernel" in sys.modules else None)
     return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=keep, dynamic_ncols=True,
-                disable=hidden or None, **kwargs)  # fmt: skip
+                disable=disable, **kwargs)  # fmt: skip
 
 
 def say(line: str, file: TextIO | None = None) -> None:
@@ -26,8 +35,8 @@ def say(line: str, file: TextIO | None = None) -> None:
     file.flush()
 
 
-def draw_curves(events: Sequence[dict[str, Any]], path: Path) -> str | None:
-    """Draw loss and learning rate over optimizer steps into a PNG.
+def draw_curves(runs: Mapping[str, Events], path: Path) -> str | None:
+    """Draw loss and learning rate over optimizer steps into a PNG: of one run, or of several, by label.
 
     Returns:
         None, or the reason why there is no picture.
@@ -38,31 +47,40 @@ def draw_curves(events: Sequence[dict[str, Any]], path: Path) -> str | None:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        return "no curves.png: matplotlib is not installed (pip install 'qlora_min[plot]')"
+        return f"no {path.name}: matplotlib is not installed (pip install 'qlora_min[plot]')"
 
-    train = [e for e in events if e["event"] == "train"]
-    held = [e for e in events if e["event"] == "eval" and e["eval_loss"] is not None]  # null: it was not finite
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, gridspec_kw={"height_ratios": [3, 1]}, layout="constrained"
     )
-    top.plot([e["step"] for e in train], [e["loss"] for e in train], color="tab:blue", alpha=0.7, label="training")
-    top.plot([e["step"] for e in held], [e["eval_loss"] for e in held], "o-", color="tab:orange", label="held out")
-    if held:
-        best = min(held, key=lambda e: e["eval_loss"])
-        right = best["step"] > held[-1]["step"] / 2  # keep the words inside the picture
-        top.annotate(
-            f"best {best['eval_loss']:.3f}",
-            (best["step"], best["eval_loss"]),
-            xytext=(0, 12),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            color="tab:orange",
-        )
-    top.set_ylabel("loss per supervised token")
-    top.set_ylim(bottom=0)
+    for i, (label, events) in enumerate(runs.items()):
+        one = len(runs) == 1
+        blue, orange, green = ("tab:blue", "tab:orange", "tab:green") if one else [f"C{i % 10}"] * 3
+        train = [e for e in events if e["event"] == "train"]
+        held = _evaluations(events)
+        top.plot([e["step"] for e in train], [e["loss"] for e in train], color=blue, alpha=0.7 if one else 0.3,
+                 label="training" if one else None)  # fmt: skip
+        top.plot([e["step"] for e in held], [e["eval_loss"] for e in held], "o-", color=orange,
+                 label="held out" if one else label)  # fmt: skip
+        if held and one:
+            best = min(held, key=lambda e: e["eval_loss"])
+            right = best["step"] > held[-1]["step"] / 2  # keep the words inside the picture
+            top.annotate(
+                f"best {best['eval_loss']:.3f}",
+                (best["step"], best["eval_loss"]),
+                xytext=(0, 12),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                color=orange,
+            )
+        bottom.plot([e["step"] for e in train], [e["lr"] for e in train], color=green)
+    if len(runs) == 1:
+        top.set_ylabel("loss per supervised token")
+        top.set_ylim(bottom=0)
+    else:
+        top.set_ylabel("loss per supervised token, log scale")  # or the start hides how they differ
+        top.set_yscale("log")
     top.grid(alpha=0.3)
-    top.legend()
-    bottom.plot([e["step"] for e in train], [e["lr"] for e in train], color="tab:green")
+    top.legend(title=None if len(runs) == 1 else "dots: held out; faint: training")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -70,3 +88,172 @@ def draw_curves(events: Sequence[dict[str, Any]], path: Path) -> str | None:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return None
+
+
+def _evaluations(events: Events) -> list[dict[str, Any]]:
+    return [e for e in events if e["event"] == "eval" and e["eval_loss"] is not None]  # null: it was not finite
+
+
+def require_tensorboard() -> None:
+    """Raises ValueError where TensorBoard is not installed."""
+    try:
+        import tensorboard.compat.proto.event_pb2  # noqa: F401
+    except ImportError:
+        raise ValueError("--tensorboard: TensorBoard is not installed (pip install 'qlora_min[tensorboard]')") from None
+
+
+class Board:
+    """RUN/tensorboard, which follows metrics.jsonl: each line that is safe on disk becomes scalars, and nothing else.
+
+    A process begins with a file of its own and all lines there are; the file's first event tells TensorBoard to forget
+    those before it. So a resumed run, whose last lines were cut, and a disk that failed and came back are one case.
+    Scalars are `train/NAME` and `eval/NAME` over optimizer steps; the wall time is the run's start plus its training
+    time, so that pauses do not show.
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.file: Any = None  # tensorboard's RecordWriter
+        self.read, self.seconds, self.failed = 0, 0.0, False
+
+    def update(self) -> None:
+        """Add what is new in metrics.jsonl. A disk that fails is a warning, once; the next update begins anew."""
+        try:
+            self._update()
+            self.failed = False
+        except OSError as e:
+            if not self.failed:
+                say(f"warning: no TensorBoard for now ({e}); metrics.jsonl has it all")
+            self.file, self.read, self.seconds, self.failed = None, 0, 0.0, True
+
+    def _update(self) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        if not (self.run / "metrics.jsonl").exists():
+            return
+        began = (self.run / "config.json").stat().st_mtime
+        if self.file is None:
+            folder = self.run / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            self.file = RecordWriter((folder / f"events.out.tfevents.{time.time_ns()}").open("ab"))
+            start = SessionLog(status=SessionLog.START)  # at step 0: what older files say from there on is void
+            for event in (Event(file_version="brain.Event:2"), Event(step=0, session_log=start)):
+                event.wall_time = began
+                self.file.write(event.SerializeToString())
+        with (self.run / "metrics.jsonl").open("rb") as f:
+            f.seek(self.read)
+            lines = f.read()
+        for line in map(json.loads, lines.splitlines()):
+            if line["event"] not in ("train", "eval"):
+                continue
+            self.seconds = line.get("seconds", self.seconds)
+            numbers = {k: v for k, v in line.items() if type(v) in (int, float) and k not in ("step", "seconds")}
+            values = [Summary.Value(tag=f"{line['event']}/{k.removeprefix('eval_')}", simple_value=v)
+                      for k, v in numbers.items()]  # fmt: skip
+            event = Event(wall_time=began + self.seconds, step=line["step"], summary=Summary(value=values))
+            self.file.write(event.SerializeToString())
+        self.file.flush()
+        self.read += len(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs beside each other: python -m qlora_min.report RUN [RUN ...]
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def labels(runs: Sequence[Path], records: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells each run from the others: the options in which they differ ("rank 8"), or else its name."""
+    options = [{k: v for k, v in r["options"].items() if k != "output_dir"} for r in records]
+    names = dict.fromkeys(k for o in options for k in o)
+    differ = [k for k in names if any(o.get(k) != options[0].get(k) for o in options)]
+    made = [", ".join(f"{k.replace('_', ' ')} {_short(o.get(k))}" for k in differ) for o in options]
+    if len(set(made)) == len(made) and differ:
+        return made
+    return [f"{label}, {run.resolve().name}".removeprefix(", ") for label, run in zip(made, runs)]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(_short, value)) or "none"
+    return Path(value).name if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def summary(events: Events) -> dict[str, Any]:
+    """A run in one line: its best evaluation, its speed and its memory; None for what it has none of."""
+    train, ends = ([e for e in events if e["event"] == kind] for kind in ("train", "end"))
+    held = _evaluations(events)
+    best = min(held, key=lambda e: e["eval_loss"], default={})
+    last = ends[-1] if ends else train[-1] if train else {}
+    return {
+        "steps": max((e["step"] for e in [*train, *held]), default=0),
+        "finished": bool(ends),
+        "best_step": best.get("step"),
+        "best_loss": best.get("eval_loss"),
+        "option_accuracy": best.get("option_accuracy"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "peak_memory_gib": max((e["peak_memory_gib"] for e in train), default=None),
+    }
+
+
+def _held_out(record: dict[str, Any]) -> list[tuple[str, str]]:
+    names = {Path(n).name for n in record["options"].get("eval_dataset", [])}
+    return sorted((n, v) for n, v in record["files"].items() if Path(n).name in names or n.endswith("(held out)"))
+
+
+def compare(runs: Sequence[Path], output: Path) -> list[dict[str, Any]]:
+    """Print runs beside each other, and draw them over each other into `output`.
+
+    Returns:
+        a dictionary a run: run, label, and what `summary` has.
+
+    Raises:
+        ValueError: a directory that holds no run, or an output that exists.
+    """
+    from .checkpoint import read_metrics, read_record  # not above: it imports torch
+
+    if output.exists():
+        raise ValueError(f"--output {output}: exists, and is never overwritten; choose another")
+    records, events = [read_record(run) for run in runs], [read_metrics(run) for run in runs]
+    if len({str(run.resolve()) for run in runs}) < len(runs):
+        raise ValueError(f"{', '.join(map(str, runs))}: a run is named twice; name each once")
+    named = labels(runs, records)
+    rows = [{"run": str(run), "label": n, **summary(e)} for run, n, e in zip(runs, named, events)]
+
+    def form(value: float | None, text: str) -> str:
+        return "-" if value is None else text.format(value)
+
+    table = [["", "best loss", "at step", "option accuracy", "tokens/s", "peak GiB"]]
+    for r in rows:
+        unfinished = "" if r["finished"] else f" (unfinished, step {r['steps']:,})"
+        table.append([
+            r["label"] + unfinished, form(r["best_loss"], "{:.4f}"), form(r["best_step"], "{:,}"),
+            form(r["option_accuracy"], "{:.1%}"), form(r["tokens_per_second"], "{:,.0f}"),
+            form(r["peak_memory_gib"], "{:.2f}"),
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *rest in table:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:]))]))
+    if any(_held_out(r) != _held_out(records[0]) for r in records):
+        print("note: they were evaluated on different rows, so their losses do not compare")
+    reason = draw_curves(dict(zip(named, events)), output)
+    print(f"note: {reason}" if reason else f"wrote {output}")
+    return rows
+
+
+def main() -> None:
+    from .cli import Parser, run_script
+
+    parser = Parser(
+        prog="python -m qlora_min.report", description="Draw runs over each other, and print their results."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, such as runs/NAME")
+    parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="FILE.png",
+                        help="where to draw; never overwritten [comparison.png]")  # fmt: skip
+    args = parser.parse_args()
+    run_script(lambda: compare(args.runs, args.output) and 0)
+
+
+if __name__ == "__main__":
+    main()

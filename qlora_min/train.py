@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, checkpoint, memory, report
+from . import __version__, checkpoint, hub, memory, report
 from .adapter import AdapterConfig, read_config, save_adapter
 from .config import FIELDS, Config, flag
 from .data import (
@@ -224,6 +224,8 @@ class Trainer:
     def _prepare(self, config: Config, resume: Path | None, data: Data | None, write: bool) -> None:
         if resume:
             refuse_finished(resume)
+        if config.tensorboard:
+            report.require_tensorboard()
         self.device = pick_device()
         self.precision = resolve_precision(config.precision, self.device)
         self.run = resume or output_directory(config)
@@ -273,6 +275,7 @@ class Trainer:
         self._order: tuple[int, list, np.ndarray] = (-1, [], np.arange(0))  # of one epoch, and the rows it visits
         self._ready: dict[int, tuple] = {}  # steps' micro-batches
         self.metrics = checkpoint.Metrics(self.run)
+        self.board = report.Board(self.run) if config.tensorboard else None
         self.advice = f"continue with: python scripts/train.py --resume {shlex.quote(str(self.run))}"
         self.record = {
             "options": self.config.as_dict(),
@@ -581,6 +584,8 @@ class Trainer:
                 ) from None
             say(f"warning: {what}; next try in {RETRY_SECONDS:.0f} s ({self.failures} of {SAVE_TRIES} failed)")
             return False
+        if self.board:
+            self.board.update()
         return True
 
     def _write_all(self) -> None:
@@ -594,6 +599,8 @@ class Trainer:
         if self.best and self.adapter_step != p.best_step:
             with checkpoint.atomic_folder(self.run / "adapter") as folder:
                 save_adapter(folder, self.model, self._described(), self.base.encoder.tokenizer, self.best)
+                card = hub.adapter_card(self._described(), self.record, p.before, p.best, p.best_step)
+                (folder / hub.CARD).write_text(card, encoding="utf-8")
             self.adapter_step = p.best_step
         if self.failures:
             say(f"step {p.step}: saved again, after {self.failures} failures")
@@ -801,7 +808,7 @@ class Trainer:
         with self.signals.abandonable():
             try:
                 self._write_samples()
-                note = report.draw_curves(checkpoint.read_metrics(self.run), self.run / "curves.png")
+                note = report.draw_curves({"": checkpoint.read_metrics(self.run)}, self.run / "curves.png")
             except OSError as e:  # the run is saved: these two are worth a warning
                 note = f"warning: no samples or curves ({e})"
         speed = p.tokens / p.seconds if p.seconds else 0.0

@@ -823,7 +823,8 @@ def test_a_run_leaves_no_token_anywhere(planted, script, tmp_path):
      "train.py --demo --output-dir", "train.py --preview 1 --model", "train.py --resume", "train.py --config",
      "chat.py --model", "chat.py --adapter",
      "eval.py --adapter ADAPTER --model", "eval.py --adapter ADAPTER --dataset", "merge.py --output-dir m --adapter",
-     "merge.py --output-dir m --adapter ADAPTER --model"],
+     "merge.py --output-dir m --adapter ADAPTER --model", "train.py --demo --push-to-hub",
+     "merge.py --output-dir m --adapter ADAPTER --push-to-hub"],
 )  # fmt: skip
 def test_a_name_with_a_secret_is_refused_without_it(planted, script, adapter_folder, tmp_path, command, name):
     script_name, *options = command.replace("ADAPTER", str(adapter_folder)).split()

@@ -55,6 +55,13 @@ def test_demo_learns(demo_run):
     assert end["best"]["option_accuracy"] >= 0.90
     assert end["best"]["loss"] < 0.5 * end["before"]["loss"]
     assert "option accuracy" in out and "next: python scripts/eval.py" in out
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for key, form in (
+        ("loss", r"Held-out loss ([\d.]+) -> ([\d.]+)"),
+        ("option_accuracy", r"accuracy ([\d.]+)% -> ([\d.]+)%"),
+    ):
+        said = [float(x) * (1 if key == "loss" else 0.01) for x in re.search(form, readme).groups()]
+        assert [end["before"][key], end["best"][key]] == pytest.approx(said, rel=0.02, abs=5e-4), key
 
 
 def test_demo_start_says_what_will_happen(demo_run):

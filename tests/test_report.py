@@ -1,0 +1,205 @@
+"""What is shown of runs: TensorBoard says what metrics.jsonl says, and runs are drawn over each other."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import faults
+import numpy as np
+import pytest
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training import make, on_the_cpu  # noqa: F401
+
+from qlora_min import checkpoint, report
+from qlora_min.checkpoint import read_metrics
+from qlora_min.train import Trainer
+
+SHORT = {"rows": 6, "held": 2, "batch_size": 1, "grad_accum": 1, "eval_every": 3, "epochs": 1.0}
+
+
+def scalars(run) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: tag -> (step, value)s."""
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def expected(run) -> dict[str, list[tuple[int, float]]]:
+    """The same from metrics.jsonl."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in read_metrics(run):
+        for name, value in event.items():
+            if event["event"] in ("train", "eval") and name not in ("event", "step", "seconds") and value is not None:
+                tag = f"{event['event']}/{name.removeprefix('eval_')}"
+                found.setdefault(tag, []).append((event["step"], float(np.float32(value))))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorBoard
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_says_what_metrics_say(make):  # noqa: F811
+    trainer = make(**SHORT, tensorboard=True)
+    trainer.train()
+    shown = scalars(trainer.run)
+    assert shown == expected(trainer.run)
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "eval/loss"} <= shown.keys()
+    assert [s for s, _ in shown["train/loss"]] == [1, 2, 3, 4, 5, 6] and [s for s, _ in shown["eval/loss"]] == [0, 3, 6]
+
+
+def test_without_the_option_there_is_none(make):  # noqa: F811
+    trainer = make(**SHORT)
+    trainer.train()
+    assert not (trainer.run / "tensorboard").exists()
+
+
+def test_what_a_resumed_run_forgets_tensorboard_forgets(make):  # noqa: F811
+    """Lines after the checkpoint are cut from metrics.jsonl; the first process has already shown them."""
+    trainer = make(**SHORT, tensorboard=True)
+    take = trainer.take_step
+
+    def killed():
+        if trainer.progress.step == 5:
+            raise KeyboardInterrupt
+        return take()
+
+    trainer.take_step = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [s for s, _ in scalars(trainer.run)["train/loss"]] == [1, 2, 3, 4, 5]
+    again = Trainer(trainer.config, trainer.run)
+    assert again.progress.step == 3
+    again.train()
+    assert scalars(trainer.run) == expected(trainer.run) and len(scalars(trainer.run)["train/loss"]) == 6
+    assert len(list((trainer.run / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.parametrize("away", [(0, 1), (2, 3)], ids=["from the start", "later"])
+def test_a_disk_that_fails_only_warns_and_nothing_is_lost(make, capsys, away):  # noqa: F811
+    """TensorBoard's files fail for a while, a record half written; metrics.jsonl does not: in the end all is there."""
+    trainer = make(**SHORT, tensorboard=True)
+    update, calls = trainer.board.update, []
+
+    def on_a_bad_disk():
+        failing = trainer.progress.step in away
+        with faults.Faults(trainer.run / "tensorboard", lambda n: trainer.progress.step in away, errno.ENOSPC) as w:
+            update()
+        assert trainer.board.failed == failing
+        calls.extend(call for call, _ in w.calls)
+
+    trainer.board.update = on_a_bad_disk
+    trainer.train()
+    assert capsys.readouterr().out.count("warning: no TensorBoard for now ([Errno 28]") == 1
+    assert {"mkdir", "open"} <= set(calls) and trainer.failures == 0 and checkpoint.is_finished(trainer.run)
+    assert scalars(trainer.run) == expected(trainer.run) and len(scalars(trainer.run)["train/loss"]) == 6
+
+
+def test_tensorboard_that_is_missing_is_one_line_before_any_work(make, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    with pytest.raises(ValueError, match=r"--tensorboard: .* not installed \(pip install 'qlora_min\[tensorboard\]'\)"):
+        make(tensorboard=True)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs beside each other
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fake_run(folder, losses: dict[int, float], held: str = "4 rows, sha256 0", finished: bool = True, **options):
+    """A run's directory with what `compare` reads."""
+    folder.mkdir(parents=True)
+    record = {key: {} for key in checkpoint.RECORDED} | {
+        "options": {"rank": 16, "learning_rate": 2e-4, "targets": ["q_proj"], "eval_dataset": ["d/held.jsonl"],
+                    "output_dir": str(folder), **options},
+        "files": {"train.jsonl": "9 rows, sha256 1", "d/held.jsonl": held},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(record))
+    events = [{"event": "train", "step": s, "loss": v + 0.1, "lr": 1e-4, "tokens_per_second": 1000.0 + s,
+               "peak_memory_gib": 1 + s / 100} for s, v in losses.items()]  # fmt: skip
+    events += [{"event": "eval", "step": s, "eval_loss": v, "option_accuracy": v / 10} for s, v in losses.items()]
+    events += [{"event": "end", "step": max(losses), "tokens_per_second": 1234.0}] if finished else []
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    return folder
+
+
+def test_runs_beside_each_other(tmp_path, capsys, monkeypatch):
+    drawn = []
+    draw = report.draw_curves
+    monkeypatch.setattr(report, "draw_curves", lambda runs, path: drawn.append(list(runs)) or draw(runs, path))
+    runs = [fake_run(tmp_path / "a", {5: 0.9, 10: 0.5, 15: 0.6}, rank=8),
+            fake_run(tmp_path / "b", {5: 0.8, 10: 0.7}, finished=False)]  # fmt: skip
+    rows = report.compare(runs, tmp_path / "out.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["best", "loss", "at", "step", "option", "accuracy", "tokens/s", "peak", "GiB"]
+    assert lines[1].split() == ["rank", "8", "0.5000", "10", "5.0%", "1,234", "1.15"]
+    assert lines[2].split("  ")[0] == "rank 16 (unfinished, step 10)"
+    assert lines[2].split()[5:] == ["0.7000", "10", "7.0%", "1,010", "1.10"]
+    assert lines[3:] == [f"wrote {tmp_path / 'out.png'}"] and drawn == [["rank 8", "rank 16"]]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert [r["best_loss"] for r in rows] == [0.5, 0.7]
+
+
+def test_a_label_is_what_differs(tmp_path):
+    def labels(*options: dict) -> list[str]:
+        records = [{"options": {"rank": 16, "learning_rate": 2e-4, "targets": ["q", "v"], **o}} for o in options]
+        return report.labels([tmp_path / f"run{i}" for i in range(len(records))], records)
+
+    assert labels({"rank": 8}, {}, {"rank": 64}) == ["rank 8", "rank 16", "rank 64"]
+    assert labels({"rank": 8, "learning_rate": 1e-3}, {}) == [
+        "rank 8, learning rate 0.001",
+        "rank 16, learning rate 0.0002",
+    ]
+    assert labels({"targets": ["q"]}, {}) == ["targets q", "targets q+v"]
+    assert labels({}, {"output_dir": "x"}) == ["run0", "run1"]
+    assert labels({}, {}, {"rank": 8}) == ["rank 16, run0", "rank 16, run1", "rank 8, run2"]
+    assert labels({"model": "/home/me/smollm2"}, {"model": "a/b"}) == ["model smollm2", "model b"]
+    assert labels({"of_the_future": 3}, {}) == ["of the future 3", "of the future None"]
+    assert labels({}) == ["run0"]
+
+
+def test_losses_on_different_rows_do_not_compare(tmp_path, capsys):
+    runs = [fake_run(tmp_path / "a", {1: 1.0}), fake_run(tmp_path / "b", {1: 1.0}, held="4 rows, sha256 9")]
+    report.compare(runs, tmp_path / "out.png")
+    assert "note: they were evaluated on different rows" in capsys.readouterr().out
+    report.compare([runs[0], fake_run(tmp_path / "c", {1: 1.0}, rank=2)], tmp_path / "other.png")
+    assert "different rows" not in capsys.readouterr().out
+
+
+def test_runs_without_evaluations_or_events(tmp_path, capsys):
+    runs = [fake_run(tmp_path / "a", {1: 1.0}), fake_run(tmp_path / "b", {1: 1.0}, rank=8)]
+    (runs[1] / "metrics.jsonl").unlink()
+    report.compare(runs, tmp_path / "out.png")
+    assert capsys.readouterr().out.splitlines()[2].split() == [
+        "rank", "8", "(unfinished,", "step", "0)", "-", "-", "-", "-", "-"
+    ]  # fmt: skip
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    for rank in (2, 4):
+        fake_run(tmp_path / f"r{rank}", {1: 1 / rank}, rank=rank)
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "qlora_min.report", "r2", "r4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == "" and "rank 4 " in done.stdout, done
+    picture = tmp_path / "comparison.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    before = picture.stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    for words, message in (
+        (("r2", "r4"), "error: --output comparison.png: exists, and is never overwritten; choose another\n"),
+        (("r2", "r2", "--output", "x.png"), "error: r2, r2: a run is named twice; name each once\n"),
+        (("r2", "--output", "no/x.png"), "error: [Errno 2] No such file or directory: "),
+        (("r2/metrics.jsonl", "--output", "x.png"), "error: 'r2/metrics.jsonl' holds no run"),
+        (("--otput", "x.png", "r2"), "error: unknown option '--otput', did you mean --output?"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["report.py", *words])
+        with pytest.raises(SystemExit) as end:
+            report.main()
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith(message) and error.count("\n") == 1, error
+    assert picture.stat().st_mtime_ns == before
