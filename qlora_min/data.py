@@ -560,7 +560,7 @@ def shuffle_options(row: Row, encoder: ChatEncoder, longest: int, seed: int, epo
     """A multiple-choice row with its options in the order of this visit (an index into `epoch_rows`), encoded anew.
 
     The row as it is, if it has no options or they can't change places (`permute_options`), or if it would become longer
-    than `longest` tokens or learn more tokens than now: what memory was planned for holds for every order.
+    than `longest` tokens or learn more tokens than now: what memory was planned for holds for every order. Some 2 ms.
     """
     example = row.example
     order = list(range(len(example.choice.letters) if example.choice else 0))

@@ -234,6 +234,8 @@ class Trainer:
         train, held = data or read_data(config, encoder)
         print(table([*train, *held]), flush=True)
         self.rows, self.held = (Rows.join(part.rows for part in side) for side in (train, held))
+        if config.shuffle_options and not self.rows[0].text:
+            raise ValueError("--shuffle-options: the rows given have no text; encode them with texts=True")
 
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)

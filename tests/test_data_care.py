@@ -258,6 +258,14 @@ def all_ids(trainer: Trainer, epoch: int) -> list:
     return [b.ids if trainer.decoder else b.input_ids for s in steps for b in trainer.step_batches(s)[0]]
 
 
+def test_rows_given_without_their_text_are_refused(make, write_rows):  # noqa: F811
+    (file,) = files(write_rows, 4)
+    rows = data.encode_all("f", data.read(file), encoder(), 512)
+    config = Config(model=str(demo.MODEL_DIR), shuffle_options=True, output_dir="unused")
+    with pytest.raises(ValueError, match=r"--shuffle-options: the rows given have no text"):
+        Trainer(config, data=([rows], []), write=False)
+
+
 def test_preview_shows_the_first_epochs_order(script, write_rows):
     (file,) = files(write_rows, 6)
     options = ["--model", demo.MODEL_DIR, "--dataset", file, "--eval-fraction", 0, "--preview", 6]
