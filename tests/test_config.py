@@ -150,7 +150,8 @@ def test_train_py_puts_them_in_that_order(tmp_path, monkeypatch, capsys):
 
 
 def test_round_trip_through_json():
-    for c in (Config(), Config(**{name: value for name, (_, _, value) in GIVEN.items()})):
+    given = {name: value for name, (_, _, value) in GIVEN.items()}
+    for c in (Config(), Config(**{**given, "mix": (2.0, 0.5)})):  # a weight for each of the two data sets
         values = json.loads(json.dumps(c.as_dict()))
         assert list(values) == list(FIELDS)
         assert Config.from_dict(values, "config.json") == c
