@@ -1,4 +1,4 @@
-"""The command line: what `qlora-min train|eval|merge|chat|bench` and the scripts of the same names do.
+"""The command line: what `qlora-min train|data|eval|merge|chat|bench` and the scripts of the same names do.
 
 A command is two functions here: one that adds its options to a parser, one that runs it. Imports that take seconds
 (torch) come late, so that --help and errors in options come at once. `--json` turns stdout into one JSON object a line,
@@ -24,7 +24,7 @@ Emit = Callable[[dict[str, Any]], None]
 # The order of --help: every field of Config is in one group.
 GROUPS = {
     "model and data": ("model", "dataset", "eval_dataset", "eval_fraction", "max_length", "limit", "eval_limit",
-                       "skip_bad_rows"),
+                       "skip_bad_rows", "shuffle_options", "mix"),
     "steps": ("epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "warmup_ratio", "weight_decay",
               "max_grad_norm", "optimizer", "seed"),
     "LoRA and its base": ("rank", "alpha", "dropout", "targets", "quantization"),
@@ -52,12 +52,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {redacted(message)} (see --help)\n" if is_first_process() else None)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add every field of Config as an option. Options that are not given stay out of the namespace."""
+def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(FIELDS)) -> None:
+    """Add the fields of Config as options, or some. Options that are not given stay out of the namespace."""
     titled = {}
     for title, names in GROUPS.items():
-        group = parser.add_argument_group(title)
-        titled |= dict.fromkeys(names, group)
+        if names := [name for name in names if name in only]:
+            titled |= dict.fromkeys(names, parser.add_argument_group(title))
     for f in (FIELDS[name] for name in titled):
         meta, kinds = f.metadata, kinds_of(f)
         if f.type == tuple[str, ...]:
@@ -65,6 +65,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 kwargs = {"type": lambda s: tuple(p.strip() for p in s.split(",") if p.strip()), "metavar": "A,B,..."}
             else:
                 kwargs = {"nargs": "+", "metavar": "NAME"}
+        elif f.type == tuple[float, ...]:
+            kwargs = {"nargs": "+", "type": float, "metavar": "X"}
         elif "choices" in meta:
             kwargs = {"choices": meta["choices"]}
         elif bool in kinds:
@@ -180,15 +182,37 @@ def _demo_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _preview(config: Config, count: int) -> None:
     """Print rows as the model sees them, supervised tokens in colour."""
-    from .data import Rows, preview
+    from .care import show_rows
     from .model import load_encoder
     from .train import read_data
 
     encoder = load_encoder(config.model)
     train, _ = read_data(config, encoder)
-    for row in Rows.join(part.rows for part in train)[:count]:
-        print(f"--- {row.where}: {len(row)} tokens, {int(row.supervised.sum())} supervised")
-        print(preview(row, encoder.tokenizer, colour=sys.stdout.isatty()))
+    show_rows(config, encoder, train, count, colour=sys.stdout.isatty())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def data_options(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line wins")
+    parser.add_argument("--demo", action="store_true", help="look at the embedded demo's data")
+    parser.add_argument(
+        "--preview", type=positive, default=0, metavar="N", help="and print N rows as the model sees them"
+    )
+    _json_option(parser)
+    add_options(parser, [*GROUPS["model and data"], "seed"])
+
+
+def data(args: argparse.Namespace, emit: Emit) -> None:
+    options = {**(read_toml(args.config) if args.config else {}), **given_options(args)}
+    config = Config(**(_demo_options(options) if args.demo else options))
+
+    from .care import look_at
+
+    emit(look_at(config, args.preview, colour=sys.stdout.isatty()).as_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,31 +228,79 @@ def eval_options(parser: Parser) -> None:
         "--max-length", type=positive, default=512, metavar="N", help="leave longer rows of --dataset out [512]"
     )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows at a time [8]")
+    parser.add_argument(
+        "--generate", type=positive, metavar="N",
+        help="also let both write answers to the first N rows of each data set, and compare them with the references",
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="cut these answers here [64]")
+    parser.add_argument("--html", metavar="FILE", help="write a report: curves, tables, answers side by side")
     _precision_option(parser)
     _json_option(parser)
 
 
 def evaluate(args: argparse.Namespace, emit: Emit) -> None:
+    from . import page
     from .adapter import load_adapter
-    from .data import Rows, table
-    from .evaluate import evaluate, side_by_side
+    from .data import table
+    from .evaluate import (
+        Answers,
+        Evaluation,
+        aligned,
+        by_data_set,
+        by_letter,
+        evaluate,
+        generated,
+        side_by_side,
+        texts_by_data_set,
+    )
     from .lora import lora_disabled
     from .model import pick_device, resolve_precision
+    from .scores import TextScores, need_libraries
     from .train import evaluation_data
 
+    if args.generate:
+        need_libraries()
+    if args.html:
+        page.check_writable(args.html)
     adapter = Path(args.adapter)
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length)
-    rows = Rows.join(part.rows for part in parts)
-    print(table(parts), flush=True)
+    names = [part.name for part in parts]
+    print(table(parts) + "\n", flush=True)
 
     precision = resolve_precision(args.precision, pick_device())
     base = load_adapter(adapter, args.model, precision)
-    with lora_disabled(base.model):
-        before = evaluate(base, rows, args.batch_size, "base")
-    after = evaluate(base, rows, args.batch_size, "adapter")
-    print(side_by_side(before, after))
-    emit({"adapter": str(adapter), "rows": len(rows), "precision": precision,
-          "base": before.as_dict(), "with_adapter": after.as_dict()})  # fmt: skip
+    results, answers = [], []  # of each side, base and adapter: one for each data set
+    for side, context in (("base", lora_disabled), ("adapter", nullcontext)):
+        with context(base.model):
+            results.append([evaluate(base, part.rows, args.batch_size, side) for part in parts])
+            if args.generate:
+                how = (args.batch_size, args.max_new_tokens, f"{side} answers")
+                answers.append([generated(base, part.rows[: args.generate], *how) for part in parts])
+    before, after = (Evaluation.join(side) for side in results)
+    texts = tuple(Answers.join(side).scores for side in answers) or (None, None)
+    each = [[a.scores for a in side] for side in answers]
+    print(side_by_side(before, after, texts))
+    if len(parts) > 1:
+        print("\nEach data set, base → adapter (95% interval of the adapter's option accuracy):")
+        print(aligned(by_data_set(names, *results)))
+        if answers:
+            print(aligned(texts_by_data_set(names, *each)))
+    if after.option_rows:
+        print("\nThe adapter's answers by right letter:\n" + aligned(by_letter(after.choices)))
+
+    def values(result: Evaluation, scores: TextScores | None) -> dict[str, Any]:
+        options = {"options": result.choices.as_dict()} if result.option_rows else {}
+        return {**result.as_dict(), **options, **({"generated": scores.as_dict()} if scores else {})}
+
+    sides = {}
+    for key, whole, score, evaluations, scores in zip(
+        ("base", "with_adapter"), (before, after), texts, results, each or [[None] * len(parts)] * 2
+    ):
+        sides[key] = values(whole, score) | {"datasets": {n: values(*p) for n, *p in zip(names, evaluations, scores)}}
+    emit({"adapter": str(adapter), "rows": after.rows, "precision": precision, **sides})
+    if args.html:
+        page.write(Path(args.html), page.evaluation(adapter, names, results, answers, precision))
+        print(f"\nwrote {args.html}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,6 +506,14 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None], Callable[[argparse
   train --resume                           continue the newest unfinished run""",
         train_options,
         train,
+    ),
+    "data": (
+        "Look at data before training: lengths, letters, repeated, contradicting and leaking questions.",
+        """
+  data --dataset FILE.jsonl --eval-dataset OTHER.jsonl   takes the options of train that name data
+  data --demo --preview 3                                and rows as the model sees them""",
+        data_options,
+        data,
     ),
     "eval": (
         "Evaluate a base and its adapter side by side on the same rows.",

@@ -95,6 +95,15 @@ class Config:
     limit: int | None = _positive(None, "use at most the first N rows of each training data set")
     eval_limit: int | None = _positive(None, "use at most the first N held-out rows (of each held-out data set)")
     skip_bad_rows: bool = option(False, "leave rows that can't be used out, and count them, instead of ending")
+    shuffle_options: bool = option(
+        False, "multiple choice: another order of a training row's options each epoch; the answer's letter follows"
+    )
+    mix: tuple[float, ...] = option(
+        (),
+        "how often an epoch sees each data set's rows, a weight for each: 2: twice, 0.5: half of them, in turn",
+        check=lambda v: all(0 < w < math.inf for w in v),
+        expected="numbers above 0",
+    )
 
     epochs: float = option(3.0, "passes over the data", check=lambda v: v > 0, expected="a number above 0")
     max_steps: int | None = _positive(None, "end after N optimizer steps, whatever the epochs")
@@ -183,12 +192,16 @@ class Config:
             value, check = getattr(self, f.name), f.metadata["check"]
             if f.type is float and type(value) is int:  # epochs=1: in a checkpoint as from the command line, 1.0
                 object.__setattr__(self, f.name, float(value))
-            for name in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+            for name in (value,) if isinstance(value, str) else value if f.type == tuple[str, ...] else ():
                 refuse_secrets(name, flag(f.name))
             finite = not isinstance(value, float) or math.isfinite(value)
             if not finite or (check and not check(value)):
-                shown = ",".join(value) if isinstance(value, tuple) else value
+                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 raise ValueError(f"{flag(f.name)}: got {shown!r}, expected {f.metadata['expected'] or 'a number'}")
+        if self.mix and len(self.mix) != (count := len(set(self.dataset))):
+            raise ValueError(
+                f"--mix: got {len(self.mix)} weights, expected {count}, one for each data set of --dataset"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Field -> value, ready for JSON."""
@@ -229,6 +242,11 @@ def _convert(f: dataclasses.Field, value: Any) -> Any:
         if not all(isinstance(i, str) for i in items):
             raise TypeError
         return tuple(i.strip() for i in items if i.strip())
+    if f.type == tuple[float, ...]:
+        items = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(i, int | float) and not isinstance(i, bool) for i in items):
+            raise TypeError
+        return tuple(map(float, items))
     if bool in kinds and isinstance(value, bool):
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -260,6 +278,8 @@ def parse_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             kinds = (
                 "list"
                 if FIELDS[name].type == tuple[str, ...]
+                else "list of numbers"
+                if FIELDS[name].type == tuple[float, ...]
                 else "/".join(k.__name__ for k in kinds_of(FIELDS[name]) - {type(None)})
             )
             raise ValueError(f"{source}: option '{key}': got {value!r}, expected {kinds}") from None

@@ -22,6 +22,7 @@ import bisect
 import functools
 import hashlib
 import itertools
+import json
 import math
 import mmap
 import random
@@ -29,24 +30,41 @@ import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa  # comes with datasets
 import torch
 
-from .reading import BadRow, BadRows, Example, Message, read, to_example  # noqa: F401 (the last two for our users)
+from .reading import (  # noqa: F401 (read and to_example for our users)
+    BadRow,
+    BadRows,
+    Example,
+    Message,
+    permute_options,
+    read,
+    to_example,
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One encoded row. ids and supervised: (T,); choices: the options' first token ids and the right one's index."""
+    """One encoded row. ids and supervised: (T,); choices: the options' first token ids and the right one's index.
+
+    text: the messages as JSON, where they were asked for (`encode_all`); otherwise empty.
+    """
 
     ids: torch.Tensor
     supervised: torch.Tensor
     where: str
     choices: tuple[tuple[int, ...], int] | None = None
+    text: str = ""
+
+    @property
+    def example(self) -> Example:
+        """The row before it was encoded; for rows with their text."""
+        return Example(tuple(json.loads(self.text)), self.where)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -219,6 +237,7 @@ SCHEMA = pa.schema(
         "supervised": pa.list_(pa.uint8()),
         "where": pa.binary(),
         "choices": pa.list_(pa.int32()),  # the options' first tokens, then the index of the right one; or nothing
+        "text": pa.binary(),
     }
 )
 ROWS_A_BATCH = 1024
@@ -234,6 +253,7 @@ def _record_batch(rows: Sequence[Row]) -> pa.RecordBatch:
         lists([r.supervised.numpy() for r in rows], np.uint8),
         pa.array([r.where.encode("utf-8", "surrogateescape") for r in rows], pa.binary()),
         lists([(*r.choices[0], r.choices[1]) if r.choices else () for r in rows], np.int32),
+        pa.array([r.text.encode("utf-8") for r in rows], pa.binary()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 
@@ -299,13 +319,14 @@ class Rows(Sequence[Row]):
             rows = Rows(self._batches, self._index[i], self.lengths[i], self.supervised[i])
             rows._views = self._views
             return rows
-        ids, supervised, where, choices = self._arrays(self._index[i])
+        ids, supervised, where, choices, text = self._arrays(self._index[i])
         *letters, correct = choices.tolist() or [None]
         return Row(
             torch.from_numpy(ids.copy()),
             torch.from_numpy(supervised.astype(bool)),
             where.tobytes().decode("utf-8", "surrogateescape"),
             (tuple(letters), correct) if letters else None,
+            text.tobytes().decode("utf-8"),
         )
 
     def _arrays(self, at: int) -> list[np.ndarray]:
@@ -357,13 +378,19 @@ class Encoded:
 
 
 def encode_all(
-    name: str, examples: Iterable[Example], encoder: ChatEncoder, max_length: int, bad: BadRows | None = None
+    name: str,
+    examples: Iterable[Example],
+    encoder: ChatEncoder,
+    max_length: int,
+    bad: BadRows | None = None,
+    texts: bool = False,
 ) -> Encoded:
     """Encode examples and keep those of at most `max_length` tokens.
 
     Args:
         bad: takes the bad rows, those that `read` finds in `examples` among them; without it, they are raised. Once
             they are sure to end the run, the rows that follow are checked, and no longer tokenised.
+        texts: rows keep their messages, on disk as well.
 
     Raises:
         ValueError: none fits, or all are bad.
@@ -388,7 +415,7 @@ def encode_all(
                 fits.append(length <= max_length)
                 shortest = min(shortest, length)
                 if fits[-1]:
-                    yield row
+                    yield replace(row, text=json.dumps(example.messages)) if texts else row
 
     rows = Rows.write(kept())
     count = mine.count - before
@@ -505,6 +532,43 @@ def collate(rows: Sequence[Row]) -> Batch:
 def steps_per_epoch(n_rows: int, batch_size: int, grad_accum: int) -> int:
     """Optimizer steps in one pass, the last incomplete one included."""
     return math.ceil(n_rows / (batch_size * grad_accum))
+
+
+def epoch_rows(sizes: Sequence[int], mix: Sequence[float], seed: int, epoch: int) -> np.ndarray:
+    """The rows that an epoch visits: (n,) indices into all data sets' rows, one behind the other.
+
+    A weight of 2 visits each row of its data set twice; of 0.5, half of them, and the other half in the next epoch; of
+    1.25, each once and a quarter again. n is the same in all epochs. Without a mix, each row once.
+
+    Args:
+        sizes: rows of each data set.
+        mix: a weight for each, or nothing.
+    """
+    parts, start = [np.arange(0)], 0
+    for number, (size, weight) in enumerate(zip(sizes, mix or [1.0] * len(sizes), strict=True)):
+        whole, share = divmod(weight, 1)
+        some = max(round(share * size), int(not whole and size > 0))
+        order = list(range(size))
+        random.Random(f"{seed}/mix/{number}").shuffle(order)
+        in_turn = [order[(epoch * some + i) % size] for i in range(some)]
+        parts += [np.arange(start, start + size)] * int(whole) + [start + np.array(in_turn, int)]
+        start += size
+    return np.concatenate(parts)
+
+
+def shuffle_options(row: Row, encoder: ChatEncoder, longest: int, seed: int, epoch: int, visit: int) -> Row:
+    """A multiple-choice row with its options in the order of this visit (an index into `epoch_rows`), encoded anew.
+
+    The row as it is, if it has no options or they can't change places (`permute_options`), or if it would become longer
+    than `longest` tokens or learn more tokens than now: what memory was planned for holds for every order. Some 2 ms.
+    """
+    example = row.example
+    order = list(range(len(example.choice.letters) if example.choice else 0))
+    random.Random(f"{seed}/{epoch}/{visit}/options").shuffle(order)
+    permuted = permute_options(example, order)
+    new = encoder.encode_examples([permuted])[0] if permuted else row
+    fits = isinstance(new, Row) and len(new) <= longest and new.supervised.sum() <= row.supervised.sum()
+    return new if fits else row
 
 
 def optimizer_steps(n_rows: int, batch_size: int, grad_accum: int, seed: int, epoch: int) -> list[list[list[int]]]:

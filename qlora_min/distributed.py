@@ -14,7 +14,6 @@ follow: collectives are called alike on every rank, and a `gather` precedes any 
 
 import atexit
 import os
-import pickle
 import socket
 import sys
 import time
@@ -157,7 +156,7 @@ def _answered() -> Iterator[None]:
     """A collective that fails is a rank that is lost."""
     try:
         yield
-    except (RuntimeError, pickle.UnpicklingError) as e:  # torch's DistBackendError and its kin among them
+    except Exception as e:  # torch's DistBackendError, and whatever half a message makes of itself
         atexit.unregister(dist.destroy_process_group)  # which would wait for the lost one
         time.sleep(0.3)  # until torchrun has taken note of its end
         ended = [str(r) for r, (host, process) in enumerate(_processes) if _is_gone(host, process)]

@@ -4,14 +4,15 @@
     token       share of supervised tokens that are the model's first choice, given the true tokens before them
     option      multiple choice: the letter with the highest logit at the answer's first token is the right one
 
-Option accuracy generates nothing: one forward pass shows what the model would answer first. Chance is the mean of one
-over the number of options.
+Option accuracy generates nothing: one forward pass shows what the model would answer first, and how sure it is: an
+option's probability is the softmax over the row's options of those logits. Chance is the mean of one over the number of
+options. What a model writes itself is another pass (`generated`), a forward a token, and scored in scores.py.
 """
 
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ import torch.nn.functional as F
 from . import memory, report
 from .data import Row, Rows, collate
 from .decoder import Captured, Decoder
+from .generate import generate
 from .loss import supervised_states
 from .model import Base, autocast, hidden_states, output_head
+from .scores import Choices, TextScores, between, text_scores, wilson
 
 MEASURES = (  # what is shown of an Evaluation: label, field, format
     ("loss", "loss", "{:.4f}"),
@@ -34,7 +37,10 @@ MEASURES = (  # what is shown of an Evaluation: label, field, format
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results over a set of rows. option_accuracy and chance are None without multiple-choice rows."""
+    """Results over a set of rows. option_accuracy and chance are None without multiple-choice rows.
+
+    choices: what was chosen in each of these, by length of the rows; not part of `as_dict`.
+    """
 
     rows: int
     supervised_tokens: int
@@ -43,13 +49,36 @@ class Evaluation:
     option_rows: int = 0
     option_accuracy: float | None = None
     chance: float | None = None
+    choices: Choices = field(default_factory=Choices.of, repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))  # exp overflows above 709
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "perplexity": self.perplexity}
+        values = {k: v for k, v in asdict(self).items() if k != "choices"}
+        return {**values, "perplexity": self.perplexity}
+
+    @classmethod
+    def join(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
+        """Of all parts' rows together."""
+        if len(parts) == 1:
+            return parts[0]
+        tokens, options = sum(p.supervised_tokens for p in parts), sum(p.option_rows for p in parts)
+
+        def mean(name: str, weight: str, total: int) -> float | None:
+            return sum((getattr(p, name) or 0.0) * getattr(p, weight) for p in parts) / total if total else None
+
+        return cls(
+            rows=sum(p.rows for p in parts),
+            supervised_tokens=tokens,
+            loss=mean("loss", "supervised_tokens", tokens) or 0.0,
+            token_accuracy=mean("token_accuracy", "supervised_tokens", tokens) or 0.0,
+            option_rows=options,
+            option_accuracy=mean("option_accuracy", "option_rows", options),
+            chance=mean("chance", "option_rows", options),
+            choices=Choices.join([p.choices for p in parts]),
+        )
 
 
 @torch.no_grad()
@@ -81,6 +110,7 @@ def evaluate(
     most = batch_size
     loss, right, count = 0.0, 0, 0
     options, options_right, chance = 0, 0, 0.0
+    choices: list[tuple[str, str, float]] = []
     was_training = model.training
     model.eval()
     bar = report.bar(len(rows), progress, "row", show=progress is not None)
@@ -109,11 +139,13 @@ def evaluate(
             start += len(part)
             loss, right, count = loss + batch_loss, right + batch_right, count + batch_count
             for row, choice in zip(part, chosen):
-                if row.choices:
-                    letters, correct = row.choices
+                if row.choices and choice:
+                    (at, probability), (firsts, correct) = choice, row.choices
                     options += 1
-                    options_right += choice == correct
-                    chance += 1 / len(letters)
+                    options_right += at == correct
+                    chance += 1 / len(firsts)
+                    letters = option_letters(base, row)
+                    choices.append((letters[correct], letters[int(at)], probability))
             bar.update(len(part))
     finally:
         bar.close()
@@ -126,33 +158,19 @@ def evaluate(
         option_rows=options,
         option_accuracy=options_right / options if options else None,
         chance=chance / options if options else None,
+        choices=Choices.of(choices),
     )
 
 
-def combine(parts: Sequence[Evaluation]) -> Evaluation:
-    """The evaluation of all rows, from those of its parts."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def total(weight: str, mean: str | None = None) -> float:
-        return sum(getattr(e, weight) * ((getattr(e, mean) or 0.0) if mean else 1) for e in parts)
-
-    count, options = total("supervised_tokens"), total("option_rows")
-    return Evaluation(
-        rows=total("rows"),
-        supervised_tokens=count,
-        loss=total("supervised_tokens", "loss") / max(1, count),
-        token_accuracy=total("supervised_tokens", "token_accuracy") / max(1, count),
-        option_rows=options,
-        option_accuracy=total("option_rows", "option_accuracy") / options if options else None,
-        chance=total("option_rows", "chance") / options if options else None,
-    )
+def option_letters(base: Base, row: Row) -> list[str]:
+    """The letters of a row's options, none if it is not multiple choice."""
+    return [base.encoder.tokenizer.decode([first]).strip() for first in (row.choices[0] if row.choices else ())]
 
 
 def _measure(
     base: Base, part: Sequence[Row], device: torch.device, decoder: Decoder | Captured | None, count: int
-) -> tuple[float, int, int, list[int | None]]:
-    """(loss sum, right tokens, supervised tokens, each row's chosen option) of one batch.
+) -> tuple[float, int, int, list[list[float] | None]]:
+    """(loss sum, right tokens, supervised tokens, each row's chosen option and its probability) of one batch.
 
     A function of its own, so that its tensors are gone once an error for want of memory has been dealt with.
     """
@@ -182,7 +200,8 @@ def _measure(
         right.append((logits.argmax(-1) == wanted).sum())
         for i, at in letters.items():
             if start <= at < start + len(logits):
-                chosen[i] = logits[at - start, list(part[i].choices[0])].argmax()
+                of_options = logits[at - start, list(part[i].choices[0])]
+                chosen[i] = torch.stack([of_options.argmax().to(logits.dtype), of_options.softmax(-1).max()])
 
     def numbers(tensors: Iterable[torch.Tensor]) -> list:  # asks the device once
         return torch.stack([*tensors]).tolist() if tensors else []
@@ -191,11 +210,146 @@ def _measure(
     return sum(numbers(losses)), sum(numbers(right)), len(targets), [found.get(i) for i in range(len(part))]
 
 
-def side_by_side(before: Evaluation, after: Evaluation) -> str:
+# ---------------------------------------------------------------------------------------------------------------------
+# Generated answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model wrote to rows, beside what it should have. letters: each row's option letters, or none."""
+
+    where: list[str]
+    prompts: list[str]
+    references: list[str]
+    answers: list[str]
+    letters: list[list[str]]
+
+    @property
+    def scores(self) -> TextScores:
+        return text_scores(self.answers, self.references, self.letters)
+
+    @classmethod
+    def join(cls, parts: Sequence["Answers"]) -> "Answers":
+        """Of all parts' rows together."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*([x for p in parts for x in getattr(p, f.name)] for f in fields(cls)))
+
+
+def generated(
+    base: Base, rows: Sequence[Row], batch_size: int, max_new_tokens: int, progress: str | None = None
+) -> Answers:
+    """Answer rows greedily, as the model is.
+
+    Args:
+        batch_size: rows at a time, halved where memory runs out.
+        max_new_tokens: an answer is cut here if it has not ended.
+        progress: the bar's label; None shows none.
+    """
+    decode = base.encoder.tokenizer.decode
+    prompts = [r.ids[: r.answer_start].tolist() for r in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # prompts of a length together: little padding
+    answers = [""] * len(rows)
+    with report.bar(len(rows), progress, "row", show=progress is not None) as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            for i, answer in zip(part, generate(base, [prompts[i] for i in part], max_new_tokens)):
+                answers[i] = answer
+            bar.update(len(part))
+    return Answers(
+        where=[r.where for r in rows],
+        prompts=[decode(p) for p in prompts],
+        references=[decode(r.ids[r.answer_start :].tolist(), skip_special_tokens=True) for r in rows],
+        answers=answers,
+        letters=[option_letters(base, r) for r in rows],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+GENERATED = (  # what is shown of TextScores
+    ("exact match", "exact_match", "{:.1%}"),
+    ("valid format", "valid_format", "{:.1%}"),
+    ("ROUGE-L", "rouge_l", "{:.1f}"),
+    ("BLEU", "bleu", "{:.1f}"),
+)
+
+
+def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[str, str]]:
+    """What there is to show of a side, in words: (label, value)."""
+    lines = [("rows", f"{result.rows:,}"), ("supervised tokens", f"{result.supervised_tokens:,}")]
+    for label, key, form in MEASURES:
+        if getattr(result, key) is not None:
+            lines.append((label, form.format(getattr(result, key))))
+    if result.option_accuracy is not None:
+        lines += [
+            ("  95% interval", between(result.choices.interval)),
+            ("  chance", f"{result.chance:.1%}"),
+            ("  mean confidence", f"{result.choices.confidence.mean():.1%}"),
+            ("  calibration error", f"{result.choices.calibration_error:.1%}"),
+        ]
+    if texts:
+        lines.append(("answers generated", f"{texts.rows:,}"))
+        for label, key, form in GENERATED:
+            if getattr(texts, key) is not None:
+                lines.append((f"  {label}", form.format(getattr(texts, key))))
+    return lines
+
+
+def side_by_side(
+    before: Evaluation, after: Evaluation, texts: tuple[TextScores, TextScores] | tuple[None, None] = (None, None)
+) -> str:
     """A table: a line a measure, base and adapter in columns."""
-    lines = [("", "base", "adapter"), ("rows", f"{before.rows:,}", f"{after.rows:,}"),
-             ("supervised tokens", f"{before.supervised_tokens:,}", f"{after.supervised_tokens:,}")]  # fmt: skip
-    for label, key, form in (*MEASURES, ("  chance", "chance", "{:.1%}")):
-        if getattr(before, key) is not None:
-            lines.append((label, form.format(getattr(before, key)), form.format(getattr(after, key))))
-    return "\n".join(f"{a:<20}{b:>12}{c:>12}" for a, b, c in lines)
+    both = zip(measures(before, texts[0]), measures(after, texts[1]))
+    lines = [("", "base", "adapter"), *((label, b, a) for (label, b), (_, a) in both)]
+    return "\n".join(f"{label:<20}{b:>14}{a:>14}" for label, b, a in lines)
+
+
+def by_data_set(
+    names: Sequence[str], before: Sequence[Evaluation], after: Sequence[Evaluation]
+) -> list[tuple[str, ...]]:
+    """A table of strings, the head first: a line a data set, for each measure base -> adapter."""
+    lines = [("data", "rows", "loss", "token accuracy", "option accuracy", "95% interval", "chance")]
+    for name, b, a in zip(names, before, after):
+        line = [name, f"{a.rows:,}"]
+        for key, form in (("loss", "{:.4f}"), ("token_accuracy", "{:.1%}"), ("option_accuracy", "{:.1%}")):
+            values = [getattr(side, key) for side in (b, a)]
+            line.append("-" if None in values else " → ".join(map(form.format, values)))
+        line += ["-", "-"] if a.chance is None else [between(a.choices.interval), f"{a.chance:.1%}"]
+        lines.append(tuple(line))
+    return lines
+
+
+def texts_by_data_set(
+    names: Sequence[str], before: Sequence[TextScores], after: Sequence[TextScores]
+) -> list[tuple[str, ...]]:
+    """As `by_data_set`, of generated answers."""
+    lines = [("data", "answers", *(label for label, _, _ in GENERATED))]
+    for name, *pair in zip(names, before, after):
+        line = [name, f"{pair[1].rows:,}"]
+        for _, key, form in GENERATED:
+            values = [getattr(side, key) for side in pair]
+            line.append("-" if None in values else " → ".join(map(form.format, values)))
+        lines.append(tuple(line))
+    return lines
+
+
+def by_letter(choices: Choices) -> list[tuple[str, ...]]:
+    """A table of strings, the head first: a line a right letter, the letters chosen in columns, the accuracy last."""
+    letters, confusion = choices.letters, choices.confusion
+    lines = [("right letter", *(f"said {letter}" for letter in letters), "rows", "accuracy", "95% interval")]
+    for i, letter in enumerate(letters):
+        n, right = int(confusion[i].sum()), int(confusion[i, i])
+        end = (f"{right / n:.1%}", between(wilson(right, n))) if n else ("-", "-")
+        lines.append((letter, *(f"{c:,}" for c in confusion[i]), f"{n:,}", *end))
+    return lines
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table of strings as text, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = ([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines)
+    return "\n".join("  ".join(row) for row in rows)

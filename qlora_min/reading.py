@@ -74,6 +74,11 @@ class MultipleChoice:
     correct: str
     literal: str
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """letter -> what it stands for"""
+        return _literal(self.literal)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad rows
@@ -518,6 +523,13 @@ def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
+def _literal(text: str) -> Any:
+    """A Python literal's value, without a warning of a backslash that is no escape, which would show the text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.literal_eval(text)
+
+
 def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
     """The options of a question written as MedQA's are (text with {'A': '...'}, answer "B: ..."), or None."""
     answer = re.match(r"([A-Z])\b", messages[-1]["content"])
@@ -525,11 +537,53 @@ def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
     if not answer or not literal:
         return None
     try:
-        with warnings.catch_warnings():  # of a backslash that is no escape
-            warnings.simplefilter("ignore")
-            options = ast.literal_eval(literal[0])
+        options = _literal(literal[0])
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     if not isinstance(options, dict) or answer[1] not in options or not all(isinstance(k, str) for k in options):
         return None
     return MultipleChoice(tuple(options), answer[1], literal[0])
+
+
+# Options that speak of others, or of their own place, mean something else in another order.
+_REFERS = re.compile(
+    r"(?i)\b(above|below|foregoing|preceding|following|both|neither)\b"
+    r"|\b(only|options?|choices?|statements?) [a-z]\b|\b[a-z] ?(,|&|\+|and|or|nor) ?[a-z]\b"
+)
+
+
+def permute_options(example: Example, order: Sequence[int]) -> Example | None:
+    """The same question with its options in another order; what is written around them stays as it is.
+
+    Args:
+        order: letter i gets the option that letter order[i] had, a permutation; the answer's letter follows.
+
+    Returns:
+        None where the meaning could change: an option names others ("A and C", "all of the above"), or the answer
+        says more than a letter and its option, such as an explanation that names letters.
+    """
+    choice = example.choice
+    if choice is None:
+        return None
+    *before, user, assistant = example.messages
+    source = choice.literal.encode("utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nodes = ast.parse(source.decode(), mode="eval").body.values
+    texts = [n.value if isinstance(n, ast.Constant) else None for n in nodes]
+    right = choice.letters.index(choice.correct)
+    if len(nodes) != len(choice.letters) or not all(isinstance(t, str) and not _REFERS.search(t) for t in texts):
+        return None
+    said, mark = assistant["content"], re.match(r"[\s:.)]*", assistant["content"][1:])[0]
+    if " ".join(said[1 + len(mark) :].split()) not in ("", " ".join(texts[right].split())):
+        return None
+    lines = [0, *(m.end() for m in re.finditer(rb"\r\n?|\n", source))]  # ast counts bytes of a line
+    spans = [(lines[n.lineno - 1] + n.col_offset, lines[n.end_lineno - 1] + n.end_col_offset) for n in nodes]
+    new, end = b"", 0
+    for i, (start, stop) in enumerate(spans):
+        new, end = new + source[end:start] + source[slice(*spans[order[i]])], stop
+    literal = (new + source[end:]).decode("utf-8")
+    at = user["content"].rindex(choice.literal)
+    content = user["content"][:at] + literal + user["content"][at + len(choice.literal) :]
+    answer = choice.letters[list(order).index(right)] + said[1:]
+    return Example((*before, {**user, "content": content}, {**assistant, "content": answer}), example.where)

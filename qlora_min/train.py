@@ -14,6 +14,7 @@ processes, each on a GPU of its own (distributed.py), make the same steps as one
 signal or the time to save, must not lead it another way than the rest.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -38,20 +39,23 @@ from .data import (
     Batch,
     ChatEncoder,
     Encoded,
+    Row,
     Rows,
     collate,
     data_hash,
     encode_all,
+    epoch_rows,
     leave_out_shared,
     optimizer_steps,
     share,
+    shuffle_options,
     split,
     steps_per_epoch,
     table,
 )
 from .decoder import Captured, Decoder, Packed, cut, dropout_seed, unsupported
 from .distributed import from_main, gather, join, rank, size, sum_, together
-from .evaluate import MEASURES, Evaluation, combine, evaluate
+from .evaluate import MEASURES, Evaluation, evaluate
 from .generate import generate
 from .lora import lora_disabled, lora_parameters
 from .loss import masked_cross_entropy
@@ -103,20 +107,23 @@ class Progress:
     stopped_early: bool = False
 
 
-def read_data(config: Config, encoder: ChatEncoder) -> Data:
+def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data:
     """(training, held-out) data, encoded, one part a data set. Without --eval-dataset a share of --dataset is held out.
+
+    Args:
+        texts: rows keep their text, as they do for --shuffle-options.
 
     Raises:
         ValueError: a data set that can't be read, or none of whose rows fits.
         BadData: bad rows, questions among them that are in both; with --skip-bad-rows they are counted and left out.
     """
-    bad = BadRows(config.skip_bad_rows)
+    bad, keep = BadRows(config.skip_bad_rows), texts or config.shuffle_options
     train, held = (  # a data set that is named twice counts once
         {name: read(name, limit, bad) for name in names}
         for names, limit in ((config.dataset, config.limit), (config.eval_dataset, config.eval_limit))
     )
     train, held = (
-        [encode_all(name, examples, encoder, config.max_length, bad) for name, examples in side.items()]
+        [encode_all(name, examples, encoder, config.max_length, bad, keep) for name, examples in side.items()]
         for side in (train, held)
     )
     for i, part in itertools.product(range(len(train)), held):
@@ -238,6 +245,8 @@ class Trainer:
         say(table([*train, *held]))
         self.rows, self.held = (Rows.join(part.rows for part in side) for side in (train, held))
         self.held_here = self.held[np.array(share(self.held.lengths, size())[rank()], int)] if size() > 1 else self.held
+        if config.shuffle_options and not self.rows[0].text:
+            raise ValueError("--shuffle-options: the rows given have no text; encode them with texts=True")
 
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)
@@ -250,7 +259,10 @@ class Trainer:
         self.initial = {n: w.detach().cpu().clone() for n, w in self.trained.items()}  # until all have moved
         self.model.train()
 
-        self.steps_per_epoch = steps_per_epoch(len(self.rows), config.batch_size, config.grad_accum)
+        self.epoch_rows = functools.partial(epoch_rows, [len(p.rows) for p in train], config.mix, config.seed)
+        visited = self.epoch_rows(0)
+        self.epoch_tokens = int(self.rows.lengths[visited].sum())
+        self.steps_per_epoch = steps_per_epoch(len(visited), config.batch_size, config.grad_accum)
         total = math.ceil(config.epochs * self.steps_per_epoch)
         self.total_steps = min(total, config.max_steps or total)
         every = config.eval_every or math.ceil(self.steps_per_epoch / 4)
@@ -275,7 +287,7 @@ class Trainer:
         self.progress = Progress()
         self.stopping: int | None = None  # the signal for which all ranks stop
         self.waited = self.summed = 0.0  # seconds: for the slowest rank, and summing gradients
-        self._order: tuple[int, list] = (-1, [])  # of one epoch
+        self._order: tuple[int, list, np.ndarray] = (-1, [], np.arange(0))  # of one epoch, and the rows it visits
         self._ready: dict[int, tuple] = {}  # steps' micro-batches
         self.metrics = checkpoint.Metrics(self.run)
         self.board = report.Board(self.run) if config.tensorboard else None
@@ -395,8 +407,7 @@ class Trainer:
         """
         p = self.progress
         batches, where = self.step_batches(p.step)
-        rows = self.step_rows(p.step)
-        supervised, tokens = int(self.rows.supervised[rows].sum()), int(self.rows.lengths[rows].sum())
+        supervised, tokens = self.step_totals(p.step)
         lr, loss = self.stepper.lr, 0.0
         try:
             # Forward and backward of this rank's rows, a micro-batch at a time; the gradients add up.
@@ -432,28 +443,42 @@ class Trainer:
         The last two steps' are remembered.
         """
         if step not in self._ready:
-            c, mine = self.config, self.step_rows(step)
-            rows = {i: self.rows[i] for i in mine}
+            c, rows = self.config, self.step_rows(step)
+            mine = rows
             if size() > 1:
-                mine = [mine[j] for j in share(self.rows.lengths[mine], size())[rank()]]
+                mine = [rows[j] for j in share([len(r) for r in rows], size())[rank()]]
             if self.decoder:
-                parts = [[mine[j] for j in part] for part in cut(self.rows.lengths[mine], c.micro_batch_tokens)]
+                parts = [[mine[j] for j in part] for part in cut([len(r) for r in mine], c.micro_batch_tokens)]
             else:
                 parts = [mine[j : j + c.batch_size] for j in range(0, len(mine), c.batch_size)]
-            micro_batches = [[rows[i] for i in part] for part in parts]
             most = c.batch_size * c.grad_accum
-            batches = [self.compute.pack(part, most) if self.decoder else collate(part) for part in micro_batches]
+            batches = [self.compute.pack(part, most) if self.decoder else collate(part) for part in parts]
+            totals = sum(int(r.supervised[1:].sum()) for r in rows), sum(map(len, rows))
             self._ready = {s: b for s, b in self._ready.items() if s == step - 1}
-            self._ready[step] = batches, [r.where for r in rows.values()]
-        return self._ready[step]
+            self._ready[step] = batches, [r.where for r in rows], totals
+        return self._ready[step][:2]
 
-    def step_rows(self, step: int) -> list[int]:
+    def step_totals(self, step: int) -> tuple[int, int]:
+        """(supervised tokens, tokens) of an optimizer step (0-based), over all ranks."""
+        self.step_batches(step)
+        return self._ready[step][2]
+
+    def step_rows(self, step: int) -> list[Row]:
         """The rows of an optimizer step (0-based), those of all ranks: a function of the seed and the step alone."""
         c = self.config
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, optimizer_steps(len(self.rows), c.batch_size, c.grad_accum, c.seed, epoch))
-        return [i for part in self._order[1][index] for i in part]
+            visited = self.epoch_rows(epoch)
+            steps = optimizer_steps(len(visited), c.batch_size, c.grad_accum, c.seed, epoch)
+            self._order = (epoch, steps, visited)
+        return [self._row(epoch, visit) for part in self._order[1][index] for visit in part]
+
+    def _row(self, epoch: int, visit: int) -> Row:
+        """What an epoch's visit (an index into `epoch_rows`) to a row shows of it: the same whenever it is asked."""
+        row, c = self.rows[self._order[2][visit]], self.config
+        if not c.shuffle_options:
+            return row
+        return shuffle_options(row, self.base.encoder, int(self.rows.lengths.max()), c.seed, epoch, visit)
 
     def backward(self, batch: Batch | Packed, supervised: int, step: int, index: int) -> torch.Tensor:
         """Forward and backward of the micro-batch `index` of a step: adds its share of the step's gradient.
@@ -570,7 +595,7 @@ class Trainer:
             results = self._gather(result)
             if None in results:
                 return
-            result = combine(results)
+            result = Evaluation.join(results)
             line = f"step {p.step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}"
             if result.option_accuracy is not None:
                 line += f", option accuracy {result.option_accuracy:.1%} (chance {result.chance:.1%})"
@@ -792,7 +817,7 @@ class Trainer:
         if self.decoder:
             kernels = "" if self.device.type == "cpu" or have_kernels() else ", without Triton's kernels: it is missing"
             how = f"packed rows, up to {c.micro_batch_tokens:,} tokens at a time{kernels}"
-        per_step = self.rows.lengths.sum() / self.steps_per_epoch
+        per_step = self.epoch_tokens / self.steps_per_epoch
         lines = [
             f"trained     {trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
             f"{len(self.wrapped)} layers",
@@ -803,6 +828,11 @@ class Trainer:
             f"batches     {how}; gradient checkpointing {c.gradient_checkpointing}",
             f"memory      {self._forecast()} forecast peak",
         ]
+        if c.mix:
+            weights = ", ".join(f"{w:g} x {Path(name).name}" for name, w in zip(dict.fromkeys(c.dataset), c.mix))
+            lines.append(f"an epoch    {len(self.epoch_rows(0)):,} rows: {weights}")
+        if c.shuffle_options:
+            lines.append("options     of multiple-choice rows in another order each epoch")
         if c.optimizer == "paged_adamw8bit":
             largest = max(w.numel() for w in self.trained.values())
             paged = "none of it paged" if largest < PAGED_FROM or self.device.type == "cpu" else "paged where large"
@@ -841,7 +871,7 @@ class Trainer:
             seconds = time.perf_counter() - start
         self.stepper.optimizer.zero_grad(set_to_none=False)
         per_token = seconds / batch.n_tokens
-        tokens = int(self.rows.lengths.sum()) * self.total_steps / self.steps_per_epoch
+        tokens = self.epoch_tokens * self.total_steps / self.steps_per_epoch
         evaluations = 1 + math.ceil(self.total_steps / c.eval_every) if self.held else 0
         held = int(self.held.lengths.sum()) * evaluations * per_token / 3  # a forward is a third of a step
         print(
@@ -865,7 +895,7 @@ class Trainer:
         """
         found = []
         for step in range(min(steps, self.steps_per_epoch)):
-            lengths = self.rows.lengths[self.step_rows(step)]
+            lengths = np.array([len(r) for r in self.step_rows(step)])
             tokens = [lengths[part].sum() for part in share(lengths, size())]
             found.append(max(tokens) / np.mean(tokens) - 1)
         return float(np.mean(found))

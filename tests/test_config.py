@@ -20,6 +20,8 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "limit": None,
     "eval_limit": None,
     "skip_bad_rows": False,
+    "shuffle_options": False,
+    "mix": (),
     "epochs": 3,
     "max_steps": None,
     "batch_size": 4,
@@ -78,6 +80,8 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "limit": ("7", "7", 7),
     "eval_limit": ("8", "8", 8),
     "skip_bad_rows": ("", "true", True),
+    "shuffle_options": ("", "true", True),
+    "mix": ("2", "[2]", (2.0,)),
     "epochs": ("0.5", "0.5", 0.5),
     "max_steps": ("9", "9", 9),
     "batch_size": ("2", "2", 2),
@@ -148,7 +152,8 @@ def test_train_py_puts_them_in_that_order(tmp_path, monkeypatch, capsys):
 
 
 def test_round_trip_through_json():
-    for c in (Config(), Config(**{name: value for name, (_, _, value) in GIVEN.items()})):
+    given = {name: value for name, (_, _, value) in GIVEN.items()}
+    for c in (Config(), Config(**{**given, "mix": (2.0, 0.5)})):  # a weight for each of the two data sets
         values = json.loads(json.dumps(c.as_dict()))
         assert list(values) == list(FIELDS)
         assert Config.from_dict(values, "config.json") == c
@@ -166,6 +171,9 @@ BAD = [
     ({"max_length": 0}, "--max-length: got 0, expected an integer of at least 1"),
     ({"limit": 0}, "--limit: got 0, expected an integer of at least 1"),
     ({"eval_limit": -1}, "--eval-limit: got -1, expected an integer of at least 1"),
+    ({"mix": (1.0, 0.0)}, "--mix: got '1.0,0.0', expected numbers above 0"),
+    ({"mix": (float("inf"),)}, "--mix: got 'inf', expected numbers above 0"),
+    ({"mix": (2.0, 1.0)}, "--mix: got 2 weights, expected 1, one for each data set of --dataset"),
     ({"epochs": 0.0}, "--epochs: got 0.0, expected a number above 0"),
     ({"epochs": float("inf")}, "--epochs: got inf, expected a number above 0"),
     ({"max_steps": 0}, "--max-steps: got 0, expected an integer of at least 1"),
@@ -225,6 +233,8 @@ def test_every_option_with_a_check_has_a_bad_value_here():
         ('learning-rate = "2e-4"', "option 'learning-rate': got '2e-4', expected float"),
         ("model = 3", "option 'model': got 3, expected str"),
         ("output-dir = true", "option 'output-dir': got True, expected .*str"),
+        ('mix = ["2", 1]', r"option 'mix': got \['2', 1\], expected list of numbers"),
+        ("mix = [true]", r"option 'mix': got \[True\], expected list of numbers"),
         ("targets = [1, 2]", r"option 'targets': got \[1, 2\], expected list"),
     ],
 )

@@ -32,7 +32,7 @@ import qlora_min.report
 import qlora_min.train
 from qlora_min import checkpoint, demo, distributed
 from qlora_min.data import share
-from qlora_min.evaluate import Evaluation, combine, evaluate
+from qlora_min.evaluate import Evaluation, evaluate
 from qlora_min.model import load_base
 from qlora_min.train import Trainer
 
@@ -109,6 +109,7 @@ def train(rank: int, ranks: int, port: int, folder: Path, arguments: list[str], 
     if ranks > 1:
         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ |= {k: str(v) for k, v in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads that the tests before this one used stayed behind
     torch.cuda.is_available = lambda: False
     qlora_min.train.SAMPLE_TOKENS = 4
     qlora_min.report.draw_curves = lambda *args: None  # matplotlib takes seconds
@@ -223,11 +224,11 @@ def test_combined_evaluations_are_the_evaluation_of_all_rows(run, tmp_path):
     whole = evaluate(base, rows, 8)
     parts = [evaluate(base, part, 8) for part in (rows[:4], rows[4:], [])]
     assert whole.option_rows == 7 and 0 < whole.token_accuracy < 1
-    both = combine(parts)
+    both = Evaluation.join(parts)
     assert both.as_dict() == pytest.approx(whole.as_dict(), rel=1e-6)
-    assert combine([whole]) is whole
+    assert Evaluation.join([whole]) is whole
     plain = Evaluation(rows=1, supervised_tokens=3, loss=1.0, token_accuracy=0.5)
-    assert combine([plain, plain]) == Evaluation(rows=2, supervised_tokens=6, loss=1.0, token_accuracy=0.5)
+    assert Evaluation.join([plain, plain]) == Evaluation(rows=2, supervised_tokens=6, loss=1.0, token_accuracy=0.5)
 
 
 def test_each_rank_has_dropout_of_its_own(run):

@@ -1,0 +1,168 @@
+"""Measures from counts and texts alone: intervals, confusion, calibration, and how near an answer is to its reference.
+
+    wilson       (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)         Wilson 1927; z = 1.96 for 95%
+    calibration  ECE = sum over bins of (rows in it / rows) · |accuracy - mean confidence|     Guo et al. 2017
+    ROUGE-L      F1 of the longest common subsequence of words, a mean over rows               Lin 2004, rouge-score
+    BLEU         geometric mean of 1- to 4-gram precisions with a brevity penalty, over all rows   Papineni et al. 2002,
+                 sacrebleu (Post 2018)
+
+rouge-score and sacrebleu are an extra, `eval`; the rest needs numpy.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+Z95 = 1.959963984540054  # 97.5% of a normal distribution lies below it
+BINS = 10
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95% interval of a share; of nothing, (0, 1). Unlike p ± 1.96 sigma, it stays within [0, 1]."""
+    if not total:
+        return 0.0, 1.0
+    p, zz = right / total, Z95**2 / total
+    half = Z95 * math.sqrt(p * (1 - p) / total + zz / (4 * total))
+    return max(0.0, (p + zz / 2 - half) / (1 + zz)), min(1.0, (p + zz / 2 + half) / (1 + zz))
+
+
+def between(interval: tuple[float, float]) -> str:
+    """(0.1, 0.256) -> 10.0-25.6%"""
+    return f"{100 * interval[0]:.1f}-{interval[1]:.1%}"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The answers to multiple-choice rows, a value a row.
+
+    right, chosen: (n,) letters. confidence: (n,) the chosen option's probability, a softmax over the row's options.
+    """
+
+    right: np.ndarray
+    chosen: np.ndarray
+    confidence: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[str, str, float]] = ()) -> "Choices":
+        right, chosen, confidence = zip(*rows) if rows else ((), (), ())
+        return cls(np.array(right, str), np.array(chosen, str), np.array(confidence, float))
+
+    @classmethod
+    def join(cls, parts: Sequence["Choices"]) -> "Choices":
+        return cls(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("right", "chosen", "confidence")))
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    @property
+    def hits(self) -> np.ndarray:
+        return self.right == self.chosen
+
+    @property
+    def letters(self) -> list[str]:
+        return sorted({*self.right.tolist(), *self.chosen.tolist()})
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the option accuracy, 95%."""
+        return wilson(int(self.hits.sum()), len(self))
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """(L, L) rows by right letter and chosen letter, in the order of `letters`."""
+        index = {letter: i for i, letter in enumerate(self.letters)}
+        table = np.zeros((len(index), len(index)), int)
+        np.add.at(table, ([index[r] for r in self.right], [index[c] for c in self.chosen]), 1)
+        return table
+
+    @property
+    def bins(self) -> list[tuple[int, float, float]]:
+        """Ten bins of equal width by confidence: (rows, mean confidence, accuracy); (0, nan, nan) for an empty one."""
+        at = np.minimum((np.nan_to_num(self.confidence) * BINS).astype(int), BINS - 1)
+        out = []
+        for i in range(BINS):
+            here = at == i
+            n = int(here.sum())
+            out.append(
+                (n, self.confidence[here].mean().item(), self.hits[here].mean().item())
+                if n
+                else (0, math.nan, math.nan)
+            )
+        return out
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error: 0 where answers given with 60% confidence are right in 60% of the rows."""
+        return sum(n / len(self) * abs(accuracy - confidence) for n, confidence, accuracy in self.bins if n)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "interval": list(self.interval),
+            "letters": self.letters,
+            "confusion": self.confusion.tolist(),
+            "mean_confidence": float(self.confidence.mean()),
+            "calibration_error": self.calibration_error,
+            "calibration_bins": [{"rows": n, "confidence": c, "accuracy": a} for n, c, a in self.bins if n],
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generated answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Of generated answers: shares in [0, 1]; ROUGE-L and BLEU in [0, 100]. valid_format: None without letters."""
+
+    rows: int
+    exact_match: float
+    valid_format: float | None
+    rouge_l: float
+    bleu: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def need_libraries() -> None:
+    """Raises ValueError, with what to install, where rouge-score or sacrebleu is missing."""
+    try:
+        import rouge_score.rouge_scorer  # noqa: F401
+        import sacrebleu  # noqa: F401
+    except ImportError as e:
+        raise ValueError(f"--generate needs rouge-score and sacrebleu ({e}): pip install 'qlora_min[eval]'") from None
+
+
+def text_scores(
+    answers: Sequence[str], references: Sequence[str], letters: Sequence[Sequence[str] | None]
+) -> TextScores:
+    """Compare answers with their references.
+
+    Args:
+        letters: each row's option letters, None where it is not multiple choice. An answer's format is valid if it
+            begins with one of them and a colon.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import corpus_bleu
+
+    scorer = RougeScorer(["rougeL"])  # without a stemmer, the library's default; its words are [a-z0-9]+
+    rouge = [scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
+    exact = [" ".join(a.split()) == " ".join(r.split()) for a, r in zip(answers, references)]
+    valid = [valid_format(a, some) for a, some in zip(answers, letters, strict=True) if some]
+    return TextScores(
+        rows=len(answers),
+        exact_match=float(np.mean(exact)),
+        valid_format=float(np.mean(valid)) if valid else None,
+        rouge_l=100 * float(np.mean(rouge)),
+        bleu=float(corpus_bleu(list(answers), [list(references)]).score),
+    )
+
+
+def valid_format(answer: str, letters: Sequence[str]) -> bool:
+    """ "B: ..." is, for a row whose options include B; "B" and "F: ..." are not."""
+    return re.match("(?:" + "|".join(map(re.escape, letters)) + "):", answer) is not None

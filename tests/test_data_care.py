@@ -1,0 +1,414 @@
+"""Options in another order, weights of data sets, and the report on what is in the data."""
+
+import ast
+import json
+import random
+import re
+import time
+from collections import Counter
+from functools import cache
+
+import numpy as np
+import pytest
+from conftest import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data import medqa, real_tokenizer
+from test_training import last_checkpoint, make, on_the_cpu, saved_adapter  # noqa: F401
+
+from qlora_min import care, data, demo
+from qlora_min.care import look
+from qlora_min.config import Config
+from qlora_min.data import ChatEncoder, Rows
+from qlora_min.model import load_encoder
+from qlora_min.reading import Example, multiple_choice, permute_options
+from qlora_min.train import Trainer, read_data, resume_config
+
+
+@cache
+def encoder() -> ChatEncoder:
+    return load_encoder(str(demo.MODEL_DIR))
+
+
+def mcq(literal: str, answer: str, stem: str = "Q:Which? \n") -> Example:
+    return data.to_example({"prompt": f"{stem}{literal},", "completion": answer}, "f:1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --shuffle-options
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_options_change_places_and_the_letter_follows_by_hand():
+    example = mcq("""{'A': 'one', 'B': "it's", 'C':  'drei', }""", "B: it's")
+    permuted = permute_options(example, [1, 2, 0])
+    assert permuted.messages[0]["content"] == """Q:Which? \n{'A': "it's", 'B': 'drei', 'C':  'one', },"""
+    assert permuted.messages[1]["content"] == "A: it's"
+    assert permuted.where == "f:1"
+    assert permute_options(mcq("{'A': 'x', 'B': 'y'}", "B"), [1, 0]).messages[1]["content"] == "A"
+    assert permute_options(mcq("{'A': 'x', 'B': 'y'}", "A. x"), [1, 0]).messages[1]["content"] == "B. x"
+
+
+OPTION = st.text(st.characters(codec="utf-8"), max_size=8).map(lambda s: f"<{s}>")  # begins and ends: no blank edges
+
+
+@settings(deadline=None, max_examples=40)
+@given(options=st.lists(OPTION, min_size=2, max_size=6, unique_by=lambda s: " ".join(s.split())), data=st.data())
+def test_a_permuted_question_reads_as_one_written_so(options, data):
+    letters = "ABCDEF"[: len(options)]
+    order = data.draw(st.permutations(range(len(options))))
+    right = data.draw(st.sampled_from(range(len(options))))
+    example = mcq(str(dict(zip(letters, options))), f"{letters[right]}: {options[right]}")
+    permuted = permute_options(example, order)
+    if permuted is None:  # by chance an option that names others
+        return
+    choice = multiple_choice(permuted.messages)
+    wanted = dict(zip(letters, [options[i] for i in order]))
+    assert ast.literal_eval(choice.literal) == wanted
+    assert wanted[choice.correct] == options[right]
+    assert permuted.messages[0]["content"] == f"Q:Which? \n{wanted},"  # Python's own way to write it
+    assert permuted.question == example.question
+    back = [order.index(i) for i in range(len(order))]
+    assert permute_options(permuted, back).messages == example.messages
+
+
+@pytest.mark.parametrize(
+    "options, answer",
+    [
+        (["x", "y", "All of the above"], "A: x"),
+        (["x", "y", "A and B"], "A: x"),
+        (["x", "y", "a, b"], "A: x"),
+        (["x", "y", "Both"], "A: x"),
+        (["x", "only b"], "A: x"),
+        (["x", "y"], "A: x. B is wrong because of its form."),
+        (["x", "y"], "A: y"),
+    ],
+)
+def test_options_that_may_not_change_places(options, answer):
+    assert permute_options(mcq(str(dict(zip("ABC", options))), answer), range(len(options))[::-1]) is None
+
+
+def test_what_has_no_options_has_no_other_order():
+    assert permute_options(mcq("none", "A"), []) is None
+    assert permute_options(mcq("{'A': 'x', 'A': 'y'}", "A: y"), [0]) is None  # a letter twice
+    assert permute_options(mcq("{'A': 'x', 'B': 2}", "A: x"), [1, 0]) is None
+
+
+def encoded(rows: list[dict], texts: bool = True) -> Rows:
+    examples = [data.to_example(r, f"f:{i}") for i, r in enumerate(rows)]
+    return data.encode_all("f", examples, encoder(), 512, texts=texts).rows
+
+
+def test_rows_keep_their_text_only_when_asked():
+    rows = demo.rows(demo.CONDITIONS, 5, seed=1)
+    (kept, plain) = (encoded(rows, texts) for texts in (True, False))
+    for i, row in enumerate(kept):
+        assert row.example.messages == data.to_example(rows[i], "").messages
+        assert_same(vars(row), {**vars(plain[i]), "text": row.text})
+        assert plain[i].text == ""
+
+
+def test_a_shuffled_row_is_the_encoding_of_its_shuffled_text():
+    """And not the tokens moved: with another neighbour, a quote may make another token."""
+    for row in encoded(demo.rows(demo.CONDITIONS, 40, seed=2)):
+        shuffled = data.shuffle_options(row, encoder(), 512, 42, 0, 7)
+        text = encoder().tokenizer.decode(shuffled.ids)
+        user, answer = re.search(r"user\n(.*)<\|im_end\|>\n.*assistant\n(.*)<\|im_end\|>", text, re.DOTALL).groups()
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        ids, supervised = encoder().encode(messages)
+        assert shuffled.ids.tolist() == ids and shuffled.supervised.tolist() == supervised
+        options, old = map(ast.literal_eval, (re.search(r"\{.*\}", user)[0], row.example.choice.literal))
+        assert sorted(options.values()) == sorted(old.values())
+        assert answer[3:] == options[answer[0]] == row.example.messages[-1]["content"][3:]
+        firsts, correct = shuffled.choices
+        assert "ABCD"[correct] == answer[0] and shuffled.ids[shuffled.answer_start] == firsts[correct]
+
+
+def test_the_order_is_a_function_of_seed_epoch_and_visit():
+    (row,) = encoded(demo.rows(demo.CONDITIONS, 1, seed=3))
+    seen = {
+        key: tuple(data.shuffle_options(row, encoder(), 512, *key).ids.tolist())
+        for key in [(s, e, v) for s in (1, 2) for e in range(4) for v in (0, 1)]
+    }
+    assert all(tuple(data.shuffle_options(row, encoder(), 512, *k).ids.tolist()) == ids for k, ids in seen.items())
+    assert len(set(seen.values())) >= 8  # of 24 orders
+    letters = Counter(data.shuffle_options(row, encoder(), 512, 0, epoch, 0).choices[1] for epoch in range(400))
+    assert sorted(letters) == [0, 1, 2, 3] and min(letters.values()) > 70  # 100 expected, sigma 9
+
+
+def test_a_shuffled_row_never_needs_more_memory_than_was_planned():
+    (row,) = encoded(demo.rows(demo.CONDITIONS, 1, seed=3))
+    assert any(data.shuffle_options(row, encoder(), len(row), 0, e, 0) is not row for e in range(9))
+    assert all(data.shuffle_options(row, encoder(), len(row) - 1, 0, e, 0) is row for e in range(9))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("variable", ["QLORA_MIN_SMOLLM2", "QLORA_MIN_QWEN2_TOKENIZER"])
+def test_real_shuffled_rows_are_the_chat_templates_own_tokens(variable):
+    """Of the permuted text, written by Python's repr, by the tokenizer's own template."""
+    real = real_tokenizer(variable)
+    tokenizer = real.tokenizer
+    (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    rows, moved = data.encode_all("medqa", data.read(medqa("train"), 300), real, 512, texts=True).rows, 0
+    for i, row in enumerate(rows):
+        shuffled = data.shuffle_options(row, real, 512, 42, 0, i)
+        if shuffled is row:
+            continue
+        moved += 1
+        choice = row.example.choice
+        options = ast.literal_eval(choice.literal)
+        order = list(range(len(options)))
+        random.Random(f"42/0/{i}/options").shuffle(order)
+        new = dict(zip(options, [list(options.values())[j] for j in order]))
+        user = row.example.messages[0]["content"].replace(choice.literal, str(new))
+        letter = next(k for k, v in new.items() if v == options[choice.correct])
+        answer = row.example.messages[1]["content"]
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": letter + answer[1:]}]
+        assert [*shuffled.ids.tolist(), newline] == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert moved > 0.9 * len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --mix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mix_by_hand():
+    assert data.epoch_rows([3, 2], (), 0, 0).tolist() == [0, 1, 2, 3, 4]
+    assert Counter(data.epoch_rows([3, 2], (2.0, 1.0), 0, 0).tolist()) == {0: 2, 1: 2, 2: 2, 3: 1, 4: 1}
+    halves = [set(data.epoch_rows([4, 1], (0.5, 1.0), 0, epoch).tolist()) for epoch in range(4)]
+    assert halves[0] | halves[1] == {0, 1, 2, 3, 4} and halves[0] & halves[1] == {4}
+    assert halves[:2] == halves[2:]
+    assert len(data.epoch_rows([4, 1], (0.01, 1.0), 0, 0)) == 2  # never nothing of a data set
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.floats(0.05, 3)), min_size=1, max_size=4), st.integers(0, 9))
+def test_a_mix_visits_rows_evenly_over_the_epochs(parts, seed):
+    sizes, mix = zip(*parts)
+    epochs = [data.epoch_rows(sizes, mix, seed, epoch) for epoch in range(6)]
+    assert len({len(e) for e in epochs}) == 1  # so steps_per_epoch is one number
+    assert_same([e.tolist() for e in epochs], [data.epoch_rows(sizes, mix, seed, n).tolist() for n in range(6)])
+    visits = np.bincount(np.concatenate(epochs), minlength=sum(sizes))
+    for size, weight, here in zip(sizes, mix, np.split(visits, np.cumsum(sizes)[:-1])):
+        if size:
+            assert here.max() - here.min() <= 1
+            assert abs(here.sum() / 6 - weight * size) <= 0.5 + (weight * size < 0.5)
+
+
+def files(write_rows, *counts: int) -> tuple[str, ...]:
+    parts = [demo.rows(demo.CONDITIONS, n, seed=10 + i) for i, n in enumerate(counts)]
+    return tuple(str(write_rows(p, f"{i}.jsonl")) for i, p in enumerate(parts))
+
+
+def test_training_follows_the_mix(make, write_rows):  # noqa: F811
+    trainer = make(dataset=files(write_rows, 10, 4), mix=(0.5, 3.0), epochs=2)
+    assert trainer.steps_per_epoch == 5  # 5 + 12 rows, 4 a step
+    assert trainer.epoch_tokens == sum(b.n_tokens for s in range(5) for b in trainer.step_batches(s)[0])
+    seen = Counter(w for s in range(5) for w in trainer.step_batches(s)[1])
+    assert Counter(w.split("/")[-1][0] for w in seen) == {"0": 5, "1": 4} and set(seen.values()) == {1, 3}
+    assert "17 rows: 0.5 x 0.jsonl, 3 x 1.jsonl" in trainer.describe()
+
+
+def test_held_out_rows_are_neither_shuffled_nor_mixed(make, write_rows):  # noqa: F811
+    one, two = files(write_rows, 30, 10)
+    plain, other = (
+        make(name, dataset=(one, two), eval_dataset=(), eval_fraction=0.3, **options)
+        for name, options in (("plain", {}), ("other", {"shuffle_options": True, "mix": (2.0, 1.0)}))
+    )
+    assert data.data_hash(plain.rows, plain.held) == data.data_hash(other.rows, other.held)
+    trained = [t.step_batches(0)[0] for t in (plain, other)]
+    assert trained[0][0].n_tokens and not all(
+        a.input_ids.equal(b.input_ids) if hasattr(a, "input_ids") else a.ids.equal(b.ids) for a, b in zip(*trained)
+    )
+
+
+def test_a_shuffled_and_mixed_run_resumes_bit_for_bit(make, write_rows):  # noqa: F811
+    options = {"dataset": files(write_rows, 9, 3), "mix": (0.5, 2.0), "shuffle_options": True, "epochs": 2,
+               "save_every": 5, "eval_every": 9}  # fmt: skip
+    whole = make("whole", **options)
+    orders = [sorted(map(str, (b.tolist() for b in all_ids(whole, epoch)))) for epoch in range(2)]
+    assert orders[0] != orders[1]
+    assert whole.steps_per_epoch == 3 and whole.total_steps == 6
+    whole.train()
+    killed = make("killed", **options)
+    step = killed.take_step
+
+    def crash():
+        if killed.progress.step == 5:
+            raise ZeroDivisionError
+        return step()
+
+    killed.take_step = crash
+    with pytest.raises(ZeroDivisionError):
+        killed.train()
+    with pytest.raises(ValueError, match=r"--mix was .* when the run began"):
+        resume_config(str(killed.run), {"mix": (1.0, 1.0)})
+    resumed = Trainer(*resume_config(str(killed.run), {}))
+    assert resumed.progress.step == 5
+    resumed.train()
+    states = [last_checkpoint(r) for r in (whole.run, killed.run)]
+    for key in ("adapter", "stepper", "rng"):
+        assert_same(states[0][key], states[1][key], key)
+    assert_same(saved_adapter(whole.run), saved_adapter(killed.run))
+
+
+def all_ids(trainer: Trainer, epoch: int) -> list:
+    steps = range(epoch * trainer.steps_per_epoch, (epoch + 1) * trainer.steps_per_epoch)
+    return [b.ids if trainer.decoder else b.input_ids for s in steps for b in trainer.step_batches(s)[0]]
+
+
+def test_rows_given_without_their_text_are_refused(make, write_rows):  # noqa: F811
+    (file,) = files(write_rows, 4)
+    rows = data.encode_all("f", data.read(file), encoder(), 512)
+    config = Config(model=str(demo.MODEL_DIR), shuffle_options=True, output_dir="unused")
+    with pytest.raises(ValueError, match=r"--shuffle-options: the rows given have no text"):
+        Trainer(config, data=([rows], []), write=False)
+
+
+def test_preview_shows_the_first_epochs_order(script, write_rows):
+    (file,) = files(write_rows, 6)
+    options = ["--model", demo.MODEL_DIR, "--dataset", file, "--eval-fraction", 0, "--preview", 6]
+    plain, shuffled = script("train.py", *options).stdout, script("train.py", *options, "--shuffle-options").stdout
+    config = Config(model=str(demo.MODEL_DIR), dataset=(file,), eval_fraction=0.0, shuffle_options=True)
+    (part,), _ = read_data(config, encoder())
+    for i, row in enumerate(part.rows):
+        new = data.shuffle_options(row, encoder(), int(part.rows.lengths.max()), config.seed, 0, i)
+        assert data.preview(new, encoder().tokenizer, colour=False) in shuffled
+    assert plain != shuffled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in "aeiou"]
+
+
+def vignette(seed: int, words: int = 80) -> list[str]:
+    return random.Random(seed).choices(WORDS, k=words)
+
+
+def question(words: list[str], options: str = "ABCD", right: str = "B", **texts: str) -> dict:
+    literal = str({letter: texts.get(letter, f"text {letter.lower()}") for letter in options})
+    return {"instruction": demo.INSTRUCTION, "input": f"Q:{' '.join(words)}? \n{literal},",
+            "output": f"{right}: {texts.get(right, f'text {right.lower()}')}"}  # fmt: skip
+
+
+def parts(train: list[dict], held: list[dict] = ()) -> tuple[list, list]:
+    return tuple(
+        [data.encode_all(n, [data.to_example(r, f"{n}:{i}") for i, r in enumerate(rows)], encoder(), 4096, texts=True)]
+        if rows
+        else []
+        for n, rows in (("train", train), ("held", held))
+    )
+
+
+def jaccard(one: list[str], two: list[str]) -> float:
+    """Of the questions' own words: the instruction's runs are shared by all rows."""
+    a, b = (set(zip(*(["q", *words][i:] for i in range(5)))) for words in (one, two))
+    return len(a & b) / len(a | b)
+
+
+def test_near_duplicates_are_found_and_only_they():
+    train = [vignette(seed) for seed in range(120)]
+    changed = {}
+    for i, changes in enumerate([1, 2, 3, 6, 12, 30]):  # of row i, in row 100 + i
+        copy = list(train[i])
+        for at in random.Random(i).sample(range(80), changes):
+            copy[at] = "other"
+        train[100 + i], changed[100 + i] = copy, jaccard(train[i], copy)
+    leaked = list(train[50])
+    leaked[40] = "other"
+    found = look(*parts([question(w) for w in train], [question(leaked), question(vignette(999))]))
+    wanted = [(f"train:{i}", f"train:{i - 100}") for i, likeness in changed.items() if likeness >= 0.72]
+    near = [i for i, likeness in changed.items() if 0.68 < likeness < 0.72]  # the first and last runs blur the bound
+    assert 2 <= len(wanted) <= 4 and not near
+    assert [(a, b) for a, b, _ in found.alike_pairs] == wanted and found.alike == len(wanted)
+    assert [(a, b) for a, b, _ in found.leak_pairs] == [("train:50", "held:0")] and found.leaks == 1
+    assert found.leak_pairs[0][2] == pytest.approx(jaccard(train[50], leaked), abs=0.05)
+    assert found.repeated == found.conflicts == 0
+
+
+def test_an_instruction_that_all_rows_share_makes_no_likeness():
+    short = [question([f"drug{i}"]) for i in range(30)]  # 10 words of instruction, one of its own
+    assert look(*parts(short)).alike == 0
+
+
+def test_many_copies_cost_no_square(monkeypatch):
+    words = vignette(1, 200)
+    rows = [question([*words[:i], "other", *words[i + 1 :]]) for i in range(45)]
+    (part,), _ = parts([*rows, *(question(vignette(seed)) for seed in range(2, 1000))])
+    seen = []
+    monkeypatch.setattr(care, "candidates", lambda *args, real=care.candidates: seen.extend(real(*args)) or seen)
+    assert look([part]).alike == 44
+    assert len(seen) <= 8 * 44 < 44 * 45 / 2
+
+
+def test_repeated_and_contradicting_rows():
+    one, two = vignette(1), vignette(2)
+    rows = [
+        question(one),
+        question(one, right="C"),  # contradicts row 0
+        question([w.upper() for w in one]),  # repeats row 0
+        question(one, A="text b", B="text a", right="A"),  # row 0's answer under another letter: repeats it
+        question(one, B="another", right="B"),  # other options: neither
+        {"prompt": " ".join(two), "completion": "Yes"},
+        {"prompt": " ".join(two), "completion": "yes "},  # repeats
+        {"prompt": " ".join(two), "completion": "No"},  # contradicts
+    ]
+    found = look(*parts(rows))
+    assert [p[:2] for p in found.repeated_pairs] == [
+        ("train:2", "train:0"),
+        ("train:3", "train:0"),
+        ("train:6", "train:5"),
+    ]
+    assert [p[:2] for p in found.conflict_pairs] == [("train:1", "train:0"), ("train:7", "train:5")]
+    assert (found.repeated, found.conflicts, found.alike) == (3, 2, 0)
+
+
+def test_letters_and_lengths():
+    rows = [question(vignette(i), right="ABCD"[i % 8 % 4 if i % 2 else 1]) for i in range(40)]
+    found = look(*parts(rows, [question(vignette(77), right="D")]))
+    assert found.letters == {"training": {"B": 30, "D": 10}, "held out": {"D": 1}}
+    assert found.can_shuffle == 40
+    assert sum(found.lengths["training"]) == 40 and sum(found.lengths["held out"]) == 1
+    (part,), _ = parts(rows)
+    for low, high, n in zip(found.edges, found.edges[1:], found.lengths["training"]):
+        assert n == ((low <= part.rows.lengths) & (part.rows.lengths < high)).sum()
+    text = str(found)
+    assert "right letters of 40 training rows: B 75.0%  D 25.0%" in text
+    assert "always B would be right in 75.0% (95% interval 59.8-85.8%)" in text
+    assert "can move the options of 40 of 40 training rows" in text
+
+
+def test_rows_without_options_have_no_letters():
+    found = look(*parts([{"prompt": "Why?", "completion": "So."}]))
+    assert "letters" not in str(found) and "shuffle" not in str(found) and found.rows == {"training": 1}
+
+
+def test_the_data_command(script, write_rows):
+    words = vignette(33)
+    train = write_rows([question(vignette(i)) for i in range(20)] + [question(words)], "train.jsonl")
+    held = write_rows([question([*words[:40], "secretword", *words[41:]])], "held.jsonl")
+    options = ["--model", demo.MODEL_DIR, "--dataset", train, "--eval-dataset", held]
+    done = script("data.py", *options, "--preview", 1, "--max-length", 4096)
+    line = rf"     1  training questions almost like a held-out one: .*\n +{train}:21  {held}:1  0\.8\d"
+    assert re.search(line, done.stdout)
+    assert f"--- {train}:1: " in done.stdout and "⟦B: text b<|im_end|>⟧" in done.stdout
+    result = script("data.py", *options, "--json", "--max-length", 4096)
+    assert json.loads(result.stdout)["leaks"] == 1 and result.stdout.count("\n") == 1
+    for text in ("secretword", words[0] + " " + words[1]):  # places, never a text
+        assert text not in result.stdout + script("data.py", *options, "--max-length", 4096).stdout
+    assert "unknown option '--rank'" in script("data.py", *options, "--rank", 3, expect=2).stderr
+
+
+@pytest.mark.real
+def test_real_medqa_leaks_two_questions():
+    real = real_tokenizer("QLORA_MIN_SMOLLM2")
+    train, held = (data.encode_all(n, data.read(medqa(n)), real, 512, texts=True) for n in ("train", "validation"))
+    start = time.perf_counter()
+    found = look([train], [held])
+    assert time.perf_counter() - start < 30  # 5 s of one core
+    assert [(a.split(":")[-1], b.split(":")[-1]) for a, b, _ in found.leak_pairs] == [("1337", "84"), ("2464", "78")]
+    assert (found.repeated, found.conflicts, found.alike, found.can_shuffle) == (0, 0, 1, 3374)

@@ -1,0 +1,161 @@
+"""Evaluation: what is measured of rows, each data set's and all together; and the command."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import assert_same
+from test_training import make, on_the_cpu  # noqa: F401
+
+from qlora_min import data, demo
+from qlora_min.evaluate import Answers, Evaluation, by_data_set, by_letter, evaluate, generated
+from qlora_min.generate import generate
+from qlora_min.model import load_base
+from qlora_min.scores import Choices
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(str(demo.MODEL_DIR), "none", "fp32", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def rows(base):
+    examples = [data.to_example(r, f"f:{i}") for i, r in enumerate(demo.rows(demo.CONDITIONS, 23, seed=5))]
+    examples.append(data.to_example({"prompt": "Which drug treats it?", "completion": "None."}, "f:23"))
+    return data.encode_all("f", examples, base.encoder, 512).rows
+
+
+def option_probabilities(base, row) -> torch.Tensor:
+    """The slow way: the whole row's logits, at the token before the answer."""
+    with torch.no_grad():
+        logits = base.model(input_ids=row.ids[None].long()).logits[0, row.answer_start - 1]
+    return logits[list(row.choices[0])].softmax(-1)
+
+
+def test_choices_are_those_of_the_whole_rows_logits(base, rows):
+    result = evaluate(base, rows, 4)
+    wanted = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if rows[i].choices:
+            p = option_probabilities(base, rows[i])
+            wanted.append(("ABCD"[rows[i].choices[1]], "ABCD"[p.argmax()], p.max().item()))
+    assert list(result.choices.right) == [w[0] for w in wanted]
+    assert list(result.choices.chosen) == [w[1] for w in wanted]
+    assert result.choices.confidence.tolist() == pytest.approx([w[2] for w in wanted], abs=1e-5)
+    assert result.option_rows == len(result.choices) == 23
+    assert result.option_accuracy == result.choices.hits.mean()
+    assert 0.25 <= result.choices.confidence.min() < result.choices.confidence.max() < 1
+
+
+def test_parts_join_to_the_whole(base, rows):
+    whole = evaluate(base, rows, 4)
+    joined = Evaluation.join([evaluate(base, part, 4) for part in (rows[:9], rows[9:23], rows[23:])])
+    a, b = whole.as_dict(), joined.as_dict()
+    assert a.keys() == b.keys()
+    assert all(a[k] == pytest.approx(b[k], rel=1e-5) for k in a)
+    assert sorted(zip(*map(list, (joined.choices.right, joined.choices.chosen)))) == sorted(
+        zip(*map(list, (whole.choices.right, whole.choices.chosen)))
+    )
+    alone = Evaluation.join([evaluate(base, rows[23:], 4)])
+    assert alone.option_accuracy is None and alone.chance is None and alone.option_rows == 0
+
+
+def test_training_keeps_its_figures(base, rows):
+    """What goes into metrics.jsonl and checkpoints is as it was."""
+    assert evaluate(base, rows, 4).as_dict().keys() == {
+        "rows", "supervised_tokens", "loss", "token_accuracy", "option_rows", "option_accuracy", "chance", "perplexity"
+    }  # fmt: skip
+    json.dumps(evaluate(base, rows, 4).as_dict())
+
+
+def test_answers_come_in_the_rows_order(base, rows):
+    answers = generated(base, rows, 4, 6)
+    assert answers.where == [r.where for r in rows]
+    assert answers.letters == [list("ABCD")] * 23 + [[]]
+    for i in (0, 7, 23):
+        prompt = rows[i].ids[: rows[i].answer_start].tolist()
+        assert answers.answers[i] == generate(base, [prompt], 6)[0]
+        assert answers.prompts[i] == base.encoder.tokenizer.decode(prompt)
+    assert answers.references[23] == "None." and re.fullmatch(r"[A-D]: \w+", answers.references[0])
+    halves = [generated(base, part, 4, 6) for part in (rows[:7], rows[7:])]
+    assert Answers.join(halves) == answers
+    assert answers.scores.rows == 24 and answers.scores.valid_format is not None
+
+
+def test_tables_by_hand():
+    choices = Choices.of([("A", "A", 0.9), ("A", "B", 0.6), ("B", "B", 0.7)])
+    assert [line[:5] for line in by_letter(choices)] == [
+        ("right letter", "said A", "said B", "rows", "accuracy"),
+        ("A", "1", "1", "2", "50.0%"),
+        ("B", "0", "1", "1", "100.0%"),
+    ]
+    one = Evaluation(3, 9, 0.5, 0.75, 3, 2 / 3, 0.5, choices)
+    plain = Evaluation(2, 4, 0.25, 0.5)
+    assert by_data_set(["x", "y"], [one, plain], [one, plain])[1:] == [
+        ("x", "3", "0.5000 → 0.5000", "75.0% → 75.0%", "66.7% → 66.7%", "20.8-93.9%", "50.0%"),
+        ("y", "2", "0.2500 → 0.2500", "50.0% → 50.0%", "-", "-", "-"),
+    ]
+
+
+@pytest.fixture
+def adapter(make):  # noqa: F811
+    trainer = make("run", held=6, max_steps=3, eval_every=3)
+    trainer.train()
+    return trainer.run / "adapter"
+
+
+def test_the_command(adapter, script, write_rows, tmp_path):
+    files = [write_rows(demo.rows(demo.CONDITIONS, n, seed=n), f"set{n}.jsonl") for n in (12, 5)]
+    options = ["--adapter", adapter, "--dataset", *files, "--generate", 2, "--max-new-tokens", 4]
+    out = script("eval.py", *options, "--html", "report.html").stdout
+    for label in ("95% interval", "chance", "mean confidence", "calibration error", "exact match", "valid format",
+                  "ROUGE-L", "BLEU"):  # fmt: skip
+        assert re.search(rf"^ +{label} +\S+ +\S+$", out, re.MULTILINE), label
+    assert re.search(r"answers generated +4 +4\n", out)
+    assert re.search(rf"^{files[0]} +12 +[\d.]+ → [\d.]+ ", out, re.MULTILINE)
+    assert len(re.findall(r"^[A-D]( +\d+){4,5} ", out, re.MULTILINE)) == 4
+    assert re.search(rf"^{files[1]} +2( +[\d.]+%? → [\d.]+%?){{4}}$", out, re.MULTILINE)
+    assert "wrote report.html" in out and (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+
+    result = json.loads(script("eval.py", *options, "--json").stdout)
+    for side in ("base", "with_adapter"):
+        found = result[side]
+        assert found["datasets"].keys() == set(map(str, files)) and found["rows"] == 17 == result["rows"]
+        assert sum(map(sum, found["options"]["confusion"])) == 17
+        low, high = found["options"]["interval"]
+        assert low < found["option_accuracy"] < high
+        assert found["generated"]["rows"] == 4
+        assert [found["datasets"][str(f)]["generated"]["rows"] for f in files] == [2, 2]
+    each = [result["base"]["datasets"][str(f)] for f in files]
+    assert result["base"]["loss"] == pytest.approx(
+        sum(e["loss"] * e["supervised_tokens"] for e in each) / sum(e["supervised_tokens"] for e in each)
+    )
+
+
+def test_the_cheap_path_generates_nothing(adapter, script, monkeypatch):
+    import qlora_min.evaluate
+
+    def refuse(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(qlora_min.evaluate, "generate", refuse)
+    out = script("eval.py", "--adapter", adapter).stdout
+    assert "exact match" not in out and "loss" in out
+    with pytest.raises(AssertionError):
+        script("eval.py", "--adapter", adapter, "--generate", 1)
+
+
+@pytest.mark.parametrize("file", ["nowhere/report.html", "."])
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(script, file):
+    done = script("eval.py", "--adapter", "nowhere", "--html", file, expect=2)
+    assert done.stderr.startswith(f"error: --html {file}: ") and done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_evaluation_is_the_same_with_and_without_the_decoder(make):  # noqa: F811
+    trainer = make("run", held=6)
+    packed = trainer.evaluate()
+    plain = evaluate(trainer.base, trainer.held, 4)
+    assert_same(packed.choices.right.tolist(), plain.choices.right.tolist())
+    assert packed.choices.confidence.tolist() == pytest.approx(plain.choices.confidence.tolist(), abs=1e-4)

@@ -1,0 +1,160 @@
+"""The HTML report: whole, self-contained, and no place where a row's text becomes anything but text."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from qlora_min import checkpoint, page
+from qlora_min.evaluate import Answers, Evaluation
+from qlora_min.scores import Choices, between
+
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "</pre></div><h1>owned</h1>",
+    "\"' onmouseover='alert(1)'",
+    "<|im_start|><b>&lt;script&gt;<|im_end|>",
+    "<style>*{display:none}</style>",
+    "<!--",
+    "]]><svg onload=alert(1)>",
+    "\x00\x1b[31m\u202e \ud800",
+]
+VOID = {"meta", "circle", "path"}
+KNOWN = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "small", "b", "span", "div", "table", "tr",
+         "th", "td", "i", "figure", "figcaption", "svg", "path", "text", "g", "circle", "pre"}  # fmt: skip
+
+
+class Reader(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.seen, self.attributes, self.text, self.pre = [], set(), [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        self.attributes += attrs
+        if tag == "pre":
+            self.pre.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if "pre" in self.open:
+            self.pre[-1] += data
+
+    def handle_comment(self, data):
+        raise AssertionError(data)
+
+
+def check(text: str) -> Reader:
+    """Well-formed, of known elements alone, without anything that runs or is fetched."""
+    read = Reader(text)
+    assert read.open == [] and read.seen <= KNOWN, read.seen - KNOWN
+    for name, value in read.attributes:
+        assert not name.startswith("on") and name not in ("src", "href", "action", "srcdoc"), name
+        assert "url(" not in (value or "") and "javascript:" not in (value or "")
+    assert not re.search(r"@import|url\(|https?://", text.split("</style>")[0])
+    assert any(name == "content" and "default-src 'none'" in value for name, value in read.attributes)
+    return read
+
+
+def result(loss: float, hits: int, letters: str | list[str] = "ABCD") -> Evaluation:
+    said = [i % 4 if i < hits else (i + 1) % 4 for i in range(20)]
+    choices = Choices.of([(letters[i % 4], letters[c], 0.3 + 0.05 * (i % 13)) for i, c in enumerate(said)])
+    return Evaluation(20, 90, loss, 0.5, 20, hits / 20, 0.25, choices)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter's folder in a run directory, whose names are attacks too."""
+    run = tmp_path / "run <b>bold"
+    folder = run / "adapter"
+    folder.mkdir(parents=True)
+    described = {"peft_type": "LORA", "base_model_name_or_path": "<i>base</i>", "r": 4, "lora_alpha": 8.0,
+                 "target_modules": ["q_proj"], "lora_dropout": 0.0}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    record = {part: {} for part in checkpoint.RECORDED}
+    (run / "config.json").write_text(json.dumps(record))
+    events = [{"event": "train", "step": s, "loss": 3 / s, "lr": 1e-4 * s, "grad_norm": 1.0} for s in range(1, 9)]
+    events += [{"event": "eval", "step": s, "eval_loss": v} for s, v in ((0, 3.1), (4, 0.8), (8, None))]
+    events += [{"event": "train", "step": "<script>", "loss": "<script>", "lr": None}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    samples = [{"where": a, "prompt": a, "reference": a, "before": a, "after": a} for a in ATTACKS[:-1]]
+    (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    return folder
+
+
+def texts(kind: str) -> Answers:
+    return Answers(ATTACKS, ATTACKS, ATTACKS, [kind + a for a in ATTACKS], [["A"]] * len(ATTACKS))
+
+
+@pytest.mark.parametrize(
+    "answers", [[[texts(""), texts("")], [texts("A: ")] * 2], []], ids=["generated", "the run's samples"]
+)
+def test_no_text_becomes_anything_else(adapter, answers, tmp_path):
+    names = ["<script>x.jsonl", "plain.jsonl"]
+    results = [[result(3.0, 5), result(2.0, 6, ["A", "B", "C", "<b>"])], [result(0.5, 15), result(0.4, 14)]]
+    made = page.evaluation(adapter, names, results, answers, "fp32")
+    page.write(tmp_path / "r.html", made)
+    text = (tmp_path / "r.html").read_text("utf-8")
+    read = check(text)
+    for attack in ATTACKS[:-1]:
+        assert read.pre.count(attack) >= 2, attack  # all of it, as text
+    assert list(tmp_path.glob(".r.html*")) == []
+    everything = "".join(read.text)
+    for part in ("<script>x.jsonl", "run <b>bold", "<i>base</i>", "Calibration", "How training went"):
+        assert part in everything, part
+    assert "held-out loss: least 0.8000 at step 4" in everything
+    assert ("✓" in everything) and (("valid format" in everything) == bool(answers))
+
+
+def test_figures_of_the_page_are_those_of_the_evaluation(adapter):
+    made = page.evaluation(adapter, ["one"], [[result(3.0, 5)], [result(0.5, 15)]], [], "fp32")
+    text = " ".join("".join(check(made).text).split())
+    assert "3.0000 → 0.5000" in text and "25.0% → 75.0%" in text
+    assert between(result(0.5, 15).choices.interval) in text
+    assert "Each data set" not in text
+    assert made.count('<td class="heat of-adapter"') == 16
+    points = re.findall(r"<g class=adapter><path d='M(\S+) (\S+) L(\S+) (\S+)'", made)[0]
+    assert float(points[1]) < float(points[3])  # a lower loss is lower in the picture
+
+
+@pytest.mark.parametrize("damaged", ["{", "3\n", "[1]\n"])
+def test_damaged_samples_cost_nothing_but_themselves(adapter, damaged):
+    (adapter.parent / "samples.jsonl").write_text(damaged)
+    made = page.evaluation(adapter, ["one"], [[result(3.0, 5)], [result(0.5, 15)]], [], "fp32")
+    assert "Side by side" not in made and "Calibration" in made
+
+
+def test_rows_without_options_and_no_run(tmp_path, adapter):
+    plain = Evaluation(3, 9, 0.5, 0.75)
+    for name in ("config.json", "metrics.jsonl"):
+        (adapter.parent / name).unlink()
+    made = page.evaluation(adapter, ["one"], [[plain], [plain]], [], "bf16")
+    text = "".join(check(made).text)
+    assert not any(word in text for word in ("Calibration", "Option accuracy", "How training went", "Side by side"))
+
+
+@pytest.mark.parametrize("between", [(0, 1), (0, 6.7), (0, 218), (0, 4e-3), (0, 1e-9), (0, 123456)])
+def test_ticks_are_round_and_inside(between):
+    ticks = page._ticks(between)
+    assert 3 <= len(ticks) <= 7 and between[0] <= min(ticks) and max(ticks) <= between[1] * (1 + 1e-9)
+    assert all(len(f"{t:g}") <= 6 for t in ticks)
+
+
+def test_check_writable(tmp_path):
+    page.check_writable(str(tmp_path / "r.html"))
+    for bad in (tmp_path, tmp_path / "nowhere" / "r.html"):
+        with pytest.raises(ValueError, match=f"^--html {re.escape(str(bad))}: can't be written; expected"):
+            page.check_writable(str(bad))
