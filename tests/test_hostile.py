@@ -812,7 +812,7 @@ def test_a_run_leaves_no_token_anywhere(planted, script, tmp_path):
     )
     assert_nothing_leaks(done, tmp_path)
     assert (tmp_path / "runs" / "a" / "adapter" / ORIGIN).is_file()
-    done = script("eval.py", "--adapter", "runs/a/adapter", "--json", "e.json", "--limit", "4")
+    done = script("eval.py", "--adapter", "runs/a/adapter", "--json", "--limit", "4")
     assert_nothing_leaks(done, tmp_path)
 
 
