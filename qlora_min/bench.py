@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, positive
+from .report import aligned
 
 # (tokens, supervised) of 48 of MedQA's questions under Qwen2's template, at even distances in order of length.
 LENGTHS = [
@@ -350,9 +351,7 @@ def print_table(results: list[dict]) -> None:
     for r in results:
         cells = [form.format(r[key]) if r.get(key) is not None else "" for _, key, form in COLUMNS]
         lines.append([r["name"], *cells, f"{results[0]['tokens_per_second'] / r['tokens_per_second']:.1f}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]))
+    print(aligned(lines))
 
 
 def sweep(args) -> list[dict]:

@@ -245,7 +245,6 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     from .evaluate import (
         Answers,
         Evaluation,
-        aligned,
         by_data_set,
         by_letter,
         evaluate,
@@ -255,6 +254,7 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     )
     from .lora import lora_disabled
     from .model import pick_device, resolve_precision
+    from .report import aligned
     from .scores import TextScores, need_libraries
     from .train import evaluation_data
 
@@ -617,7 +617,7 @@ def _completion(shell: str) -> None:
     try:
         import shtab
     except ImportError:
-        raise ValueError("completion needs shtab: pip install 'qlora_min[completion]'") from None
+        raise ValueError("completion needs shtab: pip install -e '.[completion]'") from None
     if shell not in shtab.SUPPORTED_SHELLS:
         raise ValueError(f"completion: got {shell!r}, expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
     parser = argparse.ArgumentParser(prog="qlora-min")

@@ -46,6 +46,7 @@ from .reading import (  # noqa: F401 (read and to_example for our users)
     read,
     to_example,
 )
+from .report import aligned
 
 
 @dataclass(frozen=True)
@@ -465,15 +466,12 @@ def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
 
 def table(parts: Sequence[Encoded]) -> str:
     """What was kept, what was dropped and why, a line a data set."""
-    head = ("data", "rows", "kept", "bad", "too long", "tokens: mean", "max", "supervised: mean")
-    lines = [head]
+    lines = [("data", "rows", "kept", "bad", "too long", "tokens: mean", "max", "supervised: mean")]
     for p in parts:
         lengths, taught = (a if len(a) else np.zeros(1) for a in (p.rows.lengths, p.rows.supervised))
         numbers = (p.read, len(p.rows), p.bad, p.too_long, lengths.mean(), lengths.max())
         lines.append((p.name, *(f"{n:,.0f}" for n in numbers), f"{taught.mean():.1f}"))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    aligned = ([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines)
-    return "\n".join("  ".join(line) for line in aligned)
+    return aligned(lines)
 
 
 def data_hash(*parts: Sequence[Row]) -> str:

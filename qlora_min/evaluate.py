@@ -346,10 +346,3 @@ def by_letter(choices: Choices) -> list[tuple[str, ...]]:
         end = (f"{right / n:.1%}", between(wilson(right, n))) if n else ("-", "-")
         lines.append((letter, *(f"{c:,}" for c in confusion[i]), f"{n:,}", *end))
     return lines
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A table of strings as text, its first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = ([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines)
-    return "\n".join("  ".join(row) for row in rows)

@@ -4,9 +4,10 @@ What is what in the base (QLoRA, section 3):
 
     linear layers of the decoder   4-bit NF4, doubly quantised: 4.127 bits a parameter   (see nf4.py)
     embedding and output head      the compute dtype; tied weights stay tied
+    biases                         the compute dtype
     norms                          fp32
     between the layers             fp32: the residual stream overflows fp16 on some Qwen2 models
-    LoRA's A and B                 fp32, the only weights that train
+    LoRA's A and B                 fp32, the only weights that train; decoder.py has a copy in the compute dtype
 
 Transformers can load in 4 bits too, but needs accelerate for it. Doing it here is short: build the model's skeleton on
 the meta device, where tensors have shapes and no memory, then read one tensor at a time, quantise it if it belongs to a

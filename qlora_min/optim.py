@@ -5,7 +5,8 @@ order matters: clipping scaled gradients would clip to another norm, and unscali
 
 fp16 loss scaling: gradients below 6e-8 vanish in fp16, so the loss is multiplied by a scale S (65,536 at first) and
 the gradients are divided by it again in fp32. When they overflow, the step is skipped and S halved; after 2,000 good
-steps S doubles. A skipped step must leave no trace: weights, optimizer state and schedule stay where they were. A
+steps S doubles. A skipped step must leave no trace: weights, optimizer state and schedule stay where they were;
+only its rows count as seen. A
 GradScaler by itself goes on for ever when every step overflows, its scale sinking to 0; we end the run after 20 skips
 in a row. The same rule guards bf16 and fp32, where non-finite gradients mean that something is broken.
 

@@ -38,6 +38,13 @@ def say(line: str, file: TextIO | None = None) -> None:
     file.flush()
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table of strings as text, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = ([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines)
+    return "\n".join("  ".join(row) for row in rows)
+
+
 def draw_curves(runs: Mapping[str, Events], path: Path) -> str | None:
     """Draw loss and learning rate over optimizer steps into a PNG: of one run, or of several, by label.
 
@@ -237,9 +244,7 @@ def compare(runs: Sequence[Path], output: Path) -> list[dict[str, Any]]:
             form(r["option_accuracy"], "{:.1%}"), form(r["tokens_per_second"], "{:,.0f}"),
             form(r["peak_memory_gib"], "{:.2f}"),
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for first, *rest in table:
-        print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:]))]))
+    print(aligned(table))
     if any(_held_out(r) != _held_out(records[0]) for r in records):
         print("note: they were evaluated on different rows, so their losses do not compare")
     reason = draw_curves(dict(zip(named, events)), output)

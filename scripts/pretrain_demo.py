@@ -6,7 +6,7 @@ It teaches, mixed at random: the facts in sentences; open questions in chat form
 digits; and copying, which is where letters occur. It never shows a letter or an option list in chat form, which is
 left for QLoRA to teach. Multiple choice stays at one in four for about a thousand steps, then is solved within a few.
 
-About five minutes on one CPU thread, and the same weights each time there for the same seed.
+Five to seven minutes on one CPU thread, and the same weights each time there for the same seed.
 """
 
 import argparse

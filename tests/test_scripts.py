@@ -369,3 +369,28 @@ def test_the_console_command(monkeypatch, capsys):
     for shell in ("bash", "zsh"):
         assert "--gradient-checkpointing" in run("completion", shell)[1]
     assert "expected one of" in run("completion", "sh")[2]
+
+
+@pytest.mark.slow
+def test_experiments(script, tmp_path):
+    """Each change is a run of its own; what is done is not done again, and the common run serves all experiments."""
+    train, held = demo.write_data(tmp_path / "data")
+    options = ["--model", demo.MODEL_DIR, "--dataset", train, "--eval-dataset", held, "--eval-limit", 20,
+               "--max-length", 64, "--max-steps", 2, "--output-dir", "runs/x"]  # fmt: skip
+    options += ["--only", "rank", "quantization"]
+    out = script("experiments.py", *options).stdout
+    tables = out[out.index("**Rank**") :]
+    runs = {p.name for p in (tmp_path / "runs/x").iterdir()}
+    assert runs == {f"rank={r}-alpha={2 * r}" for r in (4, 8, 32, 64)} | {
+        "common",
+        "quantization=fp4",
+        "quantization=none",
+    }
+    assert "(chance 25.0% on eval)" in tables
+    for rank in (4, 8, 16, 32, 64):
+        assert f"| {rank} | {4 * rank * (4 * 64 + 2 * 32 + 2 * 64):,} |" in tables
+    again = script("experiments.py", *options).stdout
+    assert again.count("| 16 |") == 1 and "step 0" not in again
+    assert [line for line in again.splitlines() if line.startswith("|")] == [
+        line for line in out.splitlines() if line.startswith("|")
+    ]

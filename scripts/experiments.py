@@ -1,0 +1,106 @@
+"""Experiments: one option at a time away from one configuration, each trained and evaluated; tables in Markdown.
+
+python scripts/experiments.py --model DIR --dataset train.jsonl --eval-dataset validation.jsonl medmcqa.jsonl \
+    --output-dir runs/experiments
+
+Any option of train.py is the common configuration's. Each run is an ordinary one, in a folder of --output-dir named
+after what it changes; what is finished there is not run again, so a stopped script goes on where it was. Every data set
+of --eval-dataset has its own column: option accuracy of the best adapter, with a 95% interval.
+"""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qlora_min.cli import Parser, add_options, given_options, run_script
+from qlora_min.config import Config
+
+EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
+    "rank": [{"rank": r, "alpha": 2.0 * r} for r in (4, 8, 16, 32, 64)],
+    "learning rate": [{"learning_rate": lr} for lr in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)],
+    "quantization": [{"quantization": q} for q in ("nf4", "fp4", "none")],
+    "epochs": [{"epochs": float(n)} for n in (1, 2, 3, 4, 5)],
+    "layers": [
+        {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")},
+        {"targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
+    ],
+    "shuffled options": [{"shuffle_options": False}, {"shuffle_options": True}],
+    "base": [],  # --bases
+}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, help="these experiments [all]")
+    parser.add_argument("--bases", nargs="+", default=(), metavar="NAME", help="models for the experiment 'base'")
+    add_options(parser)
+    args = parser.parse_args()
+    common = Config(**given_options(args))
+    if not common.output_dir or not common.eval_dataset:
+        raise ValueError("--output-dir DIR and --eval-dataset NAME ... are needed (see --help)")
+    experiments = EXPERIMENTS | {"base": [{"model": name} for name in args.bases]}
+    for name in args.only or experiments:
+        results = [(change, run(common, change)) for change in experiments[name]]
+        if results:
+            print(markdown(name, results), flush=True)
+
+
+def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
+    """Train with one change, if that is not done yet, and evaluate on each data set; returns the figures."""
+    from qlora_min import checkpoint
+    from qlora_min.adapter import load_adapter
+    from qlora_min.evaluate import evaluate
+    from qlora_min.lora import lora_parameters
+    from qlora_min.model import pick_device, resolve_precision
+    from qlora_min.train import Trainer, evaluation_data, resume_config
+
+    changed = replace(common, **change)
+    if changed == replace(changed, **{k: getattr(common, k) for k in change}):
+        change = {}  # the common configuration itself: run once for all experiments
+    folder = Path(common.output_dir) / ("-".join(f"{k}={_short(v)}" for k, v in change.items()) or "common")
+    if not (folder / "results.json").exists():
+        if not checkpoint.is_run(folder):
+            Trainer(replace(changed, output_dir=str(folder))).train()
+        elif not checkpoint.is_finished(folder):
+            Trainer(*resume_config(str(folder), {})).train()
+        gc.collect()
+        adapter = folder / "adapter"
+        parts = evaluation_data(adapter, changed.model, changed.eval_dataset, changed.eval_limit, changed.max_length)
+        base = load_adapter(adapter, changed.model, resolve_precision(changed.precision, pick_device()))
+        end = next(e for e in checkpoint.read_metrics(folder) if e["event"] == "end")
+        found = {
+            "trained": sum(p.numel() for p in lora_parameters(base.model).values()),
+            "seconds": end["seconds"],
+            "data": {p.name: evaluate(base, p.rows, 16, p.name) for p in parts},
+        }
+        found["data"] = {n: {**e.as_dict(), "interval": e.choices.interval} for n, e in found["data"].items()}
+        checkpoint.write_json(folder / "results.json", found)
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)}" if isinstance(value, tuple) else Path(value).name if isinstance(value, str) else f"{value:g}"
+
+
+def markdown(name: str, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """A table: a line a run."""
+    sets = list(results[0][1]["data"])
+    lines = [[name, "trained", "held-out loss", *(f"accuracy on {Path(s).stem}" for s in sets), "training s"]]
+    lines.append(["---"] * len(lines[0]))
+    for change, r in results:
+        accuracy = []
+        for s in sets:
+            low, high = r["data"][s]["interval"]
+            accuracy.append(f"{r['data'][s]['option_accuracy']:.1%} ({low:.1%} to {high:.1%})")
+        loss = r["data"][sets[0]]["loss"]
+        first = _short(next(iter(change.values())))
+        lines.append([first, f"{r['trained']:,}", f"{loss:.4f}", *accuracy, f"{r['seconds']:.0f}"])
+    chance = ", ".join(f"{r['chance']:.1%} on {Path(s).stem}" for s, r in results[0][1]["data"].items())
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"\n**{name.capitalize()}** (chance {chance})\n\n{table}\n"
+
+
+if __name__ == "__main__":
+    run_script(main)
