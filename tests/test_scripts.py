@@ -106,7 +106,7 @@ def test_eval_merge_chat(demo_run, process, script, tmp_path):
     assert result["base"]["loss"] == pytest.approx(float(printed[1]), abs=1e-3)
     assert result["with_adapter"]["loss"] == pytest.approx(float(printed[2]), abs=1e-3)
 
-    done = process("merge.py", "--adapter", run / "adapter", "--output-dir", "merged", "--dtype", "fp32")
+    done = script("merge.py", "--adapter", run / "adapter", "--output-dir", "merged", "--dtype", "fp32")
     assert "read back" in done.stdout and (tmp_path / "merged" / "model.safetensors").is_file()
     one_line_error(
         script("merge.py", "--adapter", run / "adapter", "--output-dir", "merged", expect=2), "merged", "empty"
@@ -114,7 +114,7 @@ def test_eval_merge_chat(demo_run, process, script, tmp_path):
 
     held = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
     question = held["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
-    by_adapter = process("chat.py", "--adapter", run / "adapter", "--prompt", question, "--compare").stdout
+    by_adapter = script("chat.py", "--adapter", run / "adapter", "--prompt", question, "--compare").stdout
     without, with_adapter = by_adapter.split("--- with the adapter\n")
     assert with_adapter.strip() == held["after"] and held["after"] not in without
     assert script("chat.py", "--model", "merged", "--prompt", question).stdout.strip() == held["after"]
@@ -312,7 +312,7 @@ def test_bench_on_a_cpu(script, tmp_path):
 
 # ---- ways to print ------------------------------------------------------------------------------------------------
 
-SHORT = ["--demo", "--max-steps", 4, "--eval-limit", 8, "--log-every", 2]
+SHORT = ["--demo", "--limit", 256, "--max-steps", 4, "--eval-limit", 8, "--log-every", 2]
 
 
 def test_json_is_one_event_a_line(script, tmp_path):
@@ -334,10 +334,10 @@ def test_quiet(script, tmp_path):
 def test_dry_run_writes_nothing(script, tmp_path):
     out = script("train.py", *SHORT, "--output-dir", "out", "--dry-run").stdout
     assert not (tmp_path / "out").exists()
-    for words in ("4 (200 an epoch)", "forecast peak", "time        about", "for 2 evaluations"):
+    for words in ("4 (8 an epoch)", "forecast peak", "time        about", "for 3 evaluations"):
         assert words in out, words
     plan = json.loads(script("train.py", *SHORT, "--dry-run", "--json").stdout)
-    assert (plan["steps"], plan["rows"], plan["held_out"]) == (4, 6400, 8)
+    assert (plan["steps"], plan["rows"], plan["held_out"]) == (4, 256, 8)
     assert plan["tokens"] == pytest.approx(4 * 32 * 58.7, rel=0.01) and plan["seconds"] > 0 < plan["memory_gib"]
 
 
