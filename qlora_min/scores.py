@@ -4,7 +4,7 @@
     calibration  ECE = sum over bins of (rows in it / rows) · |accuracy - mean confidence|     Guo et al. 2017
     ROUGE-L      F1 of the longest common subsequence of words, a mean over rows               Lin 2004, rouge-score
     BLEU         geometric mean of 1- to 4-gram precisions with a brevity penalty, over all rows   Papineni et al. 2002,
-                 sacrebleu (Post 2018)
+                 sacrebleu (Post 2018); orders that no answer is long enough for are left out
 
 rouge-score and sacrebleu are an extra, `eval`; the rest needs numpy.
 """
@@ -148,7 +148,7 @@ def text_scores(
             begins with one of them and a colon.
     """
     from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import corpus_bleu
+    from sacrebleu.metrics import BLEU
 
     scorer = RougeScorer(["rougeL"])  # without a stemmer, the library's default; its words are [a-z0-9]+
     rouge = [scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
@@ -159,7 +159,7 @@ def text_scores(
         exact_match=float(np.mean(exact)),
         valid_format=float(np.mean(valid)) if valid else None,
         rouge_l=100 * float(np.mean(rouge)),
-        bleu=float(corpus_bleu(list(answers), [list(references)]).score),
+        bleu=float(BLEU(effective_order=True).corpus_score(list(answers), [list(references)]).score),
     )
 
 

@@ -95,7 +95,9 @@ def test_the_librarys_own_calls_give_the_same():
     theirs = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     each = [theirs.score(target=r, prediction=a)["rougeL"].fmeasure for r, a in zip(REFERENCES, ANSWERS)]
     assert found.rouge_l == pytest.approx(100 * sum(each) / 3)
-    assert found.bleu == BLEU().corpus_score(hypotheses=ANSWERS, references=[REFERENCES]).score
+    assert found.bleu == BLEU(effective_order=True).corpus_score(hypotheses=ANSWERS, references=[REFERENCES]).score
+    short = ["C: Movupril", "A: Movupril"]  # no four words in either
+    assert text_scores(short, short, [None] * 2).bleu == pytest.approx(100)
     assert 10 < found.bleu < 90 and text_scores(REFERENCES, REFERENCES, [None] * 3).bleu == pytest.approx(100)
     assert text_scores(REFERENCES, ANSWERS, [None] * 3).bleu != found.bleu  # which is which matters
     assert found.valid_format is None
