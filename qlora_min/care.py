@@ -98,7 +98,7 @@ class Care:
 
 
 def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
-    """What there is to see in encoded rows that have their text: `train.read_data(config, encoder, texts=True)`.
+    """What there is to see in encoded rows that have their text: `data.read_data(config, encoder, texts=True)`.
 
     Held-out rows are compared with training rows, not among each other.
     """
@@ -276,8 +276,8 @@ def candidates(minima: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
 
 def look_at(config: Config, previews: int = 0, colour: bool = True) -> Care:
     """Read the data that the options name, and print what `qlora-min data` prints; writes nothing."""
+    from .data import read_data
     from .model import load_encoder  # these two take seconds to import
-    from .train import read_data
 
     encoder = load_encoder(config.model)
     train, held = read_data(config, encoder, texts=True)

@@ -183,8 +183,8 @@ def _demo_options(options: dict[str, Any]) -> dict[str, Any]:
 def _preview(config: Config, count: int) -> None:
     """Print rows as the model sees them, supervised tokens in colour."""
     from .care import show_rows
+    from .data import read_data
     from .model import load_encoder
-    from .train import read_data
 
     encoder = load_encoder(config.model)
     train, _ = read_data(config, encoder)
@@ -248,6 +248,7 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
         by_data_set,
         by_letter,
         evaluate,
+        evaluation_data,
         generated,
         side_by_side,
         texts_by_data_set,
@@ -256,7 +257,6 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     from .model import pick_device, resolve_precision
     from .report import aligned
     from .scores import TextScores, need_libraries
-    from .train import evaluation_data
 
     if args.generate:
         need_libraries()
@@ -351,9 +351,9 @@ def merge(args: argparse.Namespace, emit: Emit) -> int:
 def _compare_merges(args: argparse.Namespace, emit: Emit) -> int:
     """Print the held-out loss of the adapter on its base and of each way to merge it."""
     from .data import Rows, table
+    from .evaluate import evaluation_data
     from .merge import compare_merges
     from .model import pick_device, resolve_precision
-    from .train import evaluation_data
 
     adapter = Path(args.adapter)
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit)

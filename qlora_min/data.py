@@ -37,6 +37,7 @@ import numpy as np
 import pyarrow as pa  # comes with datasets
 import torch
 
+from .config import Config
 from .reading import (  # noqa: F401 (read and to_example for our users)
     BadRow,
     BadRows,
@@ -462,6 +463,43 @@ def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
     chosen = np.ones(len(train.fits), dtype=bool)
     chosen[np.flatnonzero(train.fits)[shared]] = False
     return train.select(chosen, bad=train.bad + len(shared))
+
+
+Data = tuple[list[Encoded], list[Encoded]]  # training and held out, one part a data set
+
+
+def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data:
+    """(training, held-out) data, encoded, one part a data set. Without --eval-dataset a share of --dataset is held out.
+
+    Args:
+        texts: rows keep their text, as they do for --shuffle-options.
+
+    Raises:
+        ValueError: a data set that can't be read, or none of whose rows fits.
+        BadData: bad rows, questions among them that are in both; with --skip-bad-rows they are counted and left out.
+    """
+    bad, keep = BadRows(config.skip_bad_rows), texts or config.shuffle_options
+    train, held = (  # a data set that is named twice counts once
+        {name: read(name, limit, bad) for name in names}
+        for names, limit in ((config.dataset, config.limit), (config.eval_dataset, config.eval_limit))
+    )
+    train, held = (
+        [encode_all(name, examples, encoder, config.max_length, bad, keep) for name, examples in side.items()]
+        for side in (train, held)
+    )
+    for i, part in itertools.product(range(len(train)), held):
+        train[i] = leave_out_shared(train[i], part, bad)
+    bad.check(", or leave bad rows out with --skip-bad-rows")
+    if not config.eval_dataset and config.eval_fraction:
+        out = split(np.concatenate([part.questions for part in train]), config.eval_fraction, config.seed)
+        for i, part in enumerate(train):
+            here, out = out[: len(part.fits)], out[len(part.fits) :]
+            first = here & (np.cumsum(here) <= (config.eval_limit or len(here)))
+            held.append(part.select(first, f"{part.name} (held out)"))
+            train[i] = part.select(~here, bad=part.bad)
+    if not any(part.rows for part in train):
+        raise ValueError(f"{', '.join(config.dataset)}: no rows left to train on; lower --eval-fraction or add data")
+    return train, [part for part in held if part.rows]
 
 
 def table(parts: Sequence[Encoded]) -> str:

@@ -13,18 +13,22 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import memory, report
-from .data import Row, Rows, collate
+from . import checkpoint, memory, report
+from .adapter import read_config
+from .config import Config
+from .data import Encoded, Row, Rows, collate, data_hash, encode_all, read_data
 from .decoder import Captured, Decoder
 from .generate import generate
 from .loss import supervised_states
-from .model import Base, autocast, hidden_states, output_head
+from .model import Base, autocast, hidden_states, load_encoder, output_head
+from .reading import BadRows, read
 from .scores import Choices, TextScores, between, text_scores, wilson
 
 MEASURES = (  # what is shown of an Evaluation: label, field, format
@@ -79,6 +83,45 @@ class Evaluation:
             chance=mean("chance", "option_rows", options),
             choices=Choices.join([p.choices for p in parts]),
         )
+
+
+def evaluation_data(
+    adapter: Path, model: str | None, datasets: Sequence[str] | None, limit: int | None, max_length: int = 512
+) -> list[Encoded]:
+    """What to evaluate an adapter on: the data sets named, or else the rows that its own run held out.
+
+    Args:
+        model: where the base is, if not where the adapter's files say.
+        limit: the first N rows of each data set named, or the first N that the run held out.
+        max_length: leave longer rows of the data sets named out.
+
+    Raises:
+        ValueError: no data set was named, and the adapter lies in no run directory, its run held out no rows, or the
+            data are no longer those of the run (rows that it trained on could pass for held out).
+    """
+    described = read_config(adapter)
+    encoder = load_encoder(model or described.base, None if model else described.revision)
+    if datasets:
+        bad = BadRows()
+        sources = [(name, read(name, limit, bad)) for name in datasets]
+        parts = [encode_all(name, examples, encoder, max_length, bad) for name, examples in sources]
+        bad.check()
+        return parts
+    run = adapter.parent
+    if not checkpoint.is_run(run):
+        raise ValueError(f"adapter '{adapter}' lies in no run directory; say with --dataset what to evaluate on")
+    record = checkpoint.read_record(run)
+    options = Config.from_dict(record["options"], str(run / "config.json"))
+    train, parts = read_data(options, encoder)
+    rows, held = (Rows.join(part.rows for part in side) for side in (train, parts))
+    if data_hash(rows, held) != record["data"].get("sha256"):
+        raise ValueError(
+            f"adapter '{adapter}': its data have changed since the run, so what was held out can't be told; "
+            "say with --dataset what to evaluate on"
+        )
+    if not parts:
+        raise ValueError(f"adapter '{adapter}': its run held out no rows; say with --dataset what to evaluate on")
+    return [part.first(limit) for part in parts] if limit else parts
 
 
 @torch.no_grad()

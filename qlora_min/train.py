@@ -15,7 +15,6 @@ signal or the time to save, must not lead it another way than the rest.
 """
 
 import functools
-import itertools
 import math
 import os
 import platform
@@ -23,7 +22,7 @@ import random
 import shlex
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,23 +32,20 @@ import numpy as np
 import torch
 
 from . import __version__, checkpoint, hub, memory, report
-from .adapter import AdapterConfig, read_config, save_adapter
+from .adapter import AdapterConfig, save_adapter
 from .config import FIELDS, Config, flag
 from .data import (
     Batch,
-    ChatEncoder,
-    Encoded,
+    Data,
     Row,
     Rows,
     collate,
     data_hash,
-    encode_all,
     epoch_rows,
-    leave_out_shared,
     optimizer_steps,
+    read_data,
     share,
     shuffle_options,
-    split,
     steps_per_epoch,
     table,
 )
@@ -73,15 +69,12 @@ from .model import (
 )
 from .ops import have_kernels
 from .optim import PAGED_FROM, Stepper, TrainingError, cosine_with_warmup, make_optimizer
-from .reading import BadRows, read
 from .report import say
 from .signals import Signals, Stop
 
 MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
 EVALUATED = 64  # packed rows at a time, if --micro-batch-tokens does not say fewer
 SMALL = 256  # hidden size up to which a second CPU thread costs more than it brings
-Data = tuple[list[Encoded], list[Encoded]]
-
 SAMPLES = 4  # held-out prompts answered before and after
 SAMPLE_TOKENS = 48
 SAVE_TRIES = 10  # failures to save in a row that end the run
@@ -105,79 +98,6 @@ class Progress:
     best_step: int = 0
     bad_evaluations: int = 0  # in a row, without improvement
     stopped_early: bool = False
-
-
-def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data:
-    """(training, held-out) data, encoded, one part a data set. Without --eval-dataset a share of --dataset is held out.
-
-    Args:
-        texts: rows keep their text, as they do for --shuffle-options.
-
-    Raises:
-        ValueError: a data set that can't be read, or none of whose rows fits.
-        BadData: bad rows, questions among them that are in both; with --skip-bad-rows they are counted and left out.
-    """
-    bad, keep = BadRows(config.skip_bad_rows), texts or config.shuffle_options
-    train, held = (  # a data set that is named twice counts once
-        {name: read(name, limit, bad) for name in names}
-        for names, limit in ((config.dataset, config.limit), (config.eval_dataset, config.eval_limit))
-    )
-    train, held = (
-        [encode_all(name, examples, encoder, config.max_length, bad, keep) for name, examples in side.items()]
-        for side in (train, held)
-    )
-    for i, part in itertools.product(range(len(train)), held):
-        train[i] = leave_out_shared(train[i], part, bad)
-    bad.check(", or leave bad rows out with --skip-bad-rows")
-    if not config.eval_dataset and config.eval_fraction:
-        out = split(np.concatenate([part.questions for part in train]), config.eval_fraction, config.seed)
-        for i, part in enumerate(train):
-            here, out = out[: len(part.fits)], out[len(part.fits) :]
-            first = here & (np.cumsum(here) <= (config.eval_limit or len(here)))
-            held.append(part.select(first, f"{part.name} (held out)"))
-            train[i] = part.select(~here, bad=part.bad)
-    if not any(part.rows for part in train):
-        raise ValueError(f"{', '.join(config.dataset)}: no rows left to train on; lower --eval-fraction or add data")
-    return train, [part for part in held if part.rows]
-
-
-def evaluation_data(
-    adapter: Path, model: str | None, datasets: Sequence[str] | None, limit: int | None, max_length: int = 512
-) -> list[Encoded]:
-    """What to evaluate an adapter on: the data sets named, or else the rows that its own run held out.
-
-    Args:
-        model: where the base is, if not where the adapter's files say.
-        limit: the first N rows of each data set named, or the first N that the run held out.
-        max_length: leave longer rows of the data sets named out.
-
-    Raises:
-        ValueError: no data set was named, and the adapter lies in no run directory, its run held out no rows, or the
-            data are no longer those of the run (rows that it trained on could pass for held out).
-    """
-    described = read_config(adapter)
-    encoder = load_encoder(model or described.base, None if model else described.revision)
-    if datasets:
-        bad = BadRows()
-        sources = [(name, read(name, limit, bad)) for name in datasets]
-        parts = [encode_all(name, examples, encoder, max_length, bad) for name, examples in sources]
-        bad.check()
-        return parts
-    run = adapter.parent
-    if not checkpoint.is_run(run):
-        raise ValueError(f"adapter '{adapter}' lies in no run directory; say with --dataset what to evaluate on")
-    record = checkpoint.read_record(run)
-    options = Config.from_dict(record["options"], str(run / "config.json"))
-    train, parts = read_data(options, encoder)
-    rows, held = (Rows.join(part.rows for part in side) for side in (train, parts))
-    if data_hash(rows, held) != record["data"].get("sha256"):
-        raise ValueError(
-            f"adapter '{adapter}': its data have changed since the run, so what was held out can't be told; "
-            "say with --dataset what to evaluate on"
-        )
-    if not parts:
-        raise ValueError(f"adapter '{adapter}': its run held out no rows; say with --dataset what to evaluate on")
-    return [part.first(limit) for part in parts] if limit else parts
 
 
 def versions() -> dict[str, str]:

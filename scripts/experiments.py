@@ -51,10 +51,10 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
     """Train with one change, if that is not done yet, and evaluate on each data set; returns the figures."""
     from qlora_min import checkpoint
     from qlora_min.adapter import load_adapter
-    from qlora_min.evaluate import evaluate
+    from qlora_min.evaluate import evaluate, evaluation_data
     from qlora_min.lora import lora_parameters
     from qlora_min.model import pick_device, resolve_precision
-    from qlora_min.train import Trainer, evaluation_data, resume_config
+    from qlora_min.train import Trainer, resume_config
 
     changed = replace(common, **change)
     if changed == replace(changed, **{k: getattr(common, k) for k in change}):

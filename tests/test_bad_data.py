@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 
 from qlora_min import data, demo, reading
 from qlora_min.config import Config
-from qlora_min.data import Row, Rows
+from qlora_min.data import Row, Rows, read_data
 from qlora_min.model import load_encoder
 from qlora_min.reading import BadData, BadRows, read, to_example
-from qlora_min.train import read_data
 
 SECRET = "Mrs Miller, 54, of Springfield"
 GOOD = {"prompt": "p", "completion": "c"}

@@ -533,7 +533,7 @@ def test_the_split_follows_the_seed_and_not_the_order_of_rows():
 
 
 def test_the_same_question_in_two_data_sets_stays_on_one_side(write_rows):
-    from qlora_min.train import read_data
+    from qlora_min.data import read_data
 
     rows = [{"prompt": f"Question {i}", "completion": f"Answer {i}"} for i in range(60)]
     files = str(write_rows(rows[:40], "a.jsonl")), str(write_rows(rows[20:], "b.jsonl"))

@@ -19,10 +19,10 @@ from test_training import last_checkpoint, make, on_the_cpu, saved_adapter  # no
 from qlora_min import care, data, demo
 from qlora_min.care import look
 from qlora_min.config import Config
-from qlora_min.data import ChatEncoder, Rows
+from qlora_min.data import ChatEncoder, Rows, read_data
 from qlora_min.model import load_encoder
 from qlora_min.reading import Example, multiple_choice, permute_options
-from qlora_min.train import Trainer, read_data, resume_config
+from qlora_min.train import Trainer, resume_config
 
 
 @cache
