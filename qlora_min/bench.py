@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, positive
-from .report import aligned
+from .report import aligned, say
 
 # (tokens, supervised) of 48 of MedQA's questions under Qwen2's template, at even distances in order of length.
 LENGTHS = [
@@ -62,8 +62,13 @@ def bench(args: Any, emit: Callable[[dict], None]) -> None:
         raise ValueError(f"--peers: got {', '.join(sorted(unknown))}, expected trl, unsloth or both")
     import torch
 
+    from .distributed import join, size, together
+
     args.precision = args.precision or ("fp16" if torch.cuda.is_available() else "fp32")
-    with tempfile.TemporaryDirectory() as folder:
+    with together(), tempfile.TemporaryDirectory() as folder:
+        join()
+        if size() > 1 and args.peers:
+            raise ValueError("--peers: they are measured on one GPU; run them without torchrun")
         args.model = args.model or random_base(Path(folder) / "qwen2-0.5b")
         results = sweep(args) if args.sweep else compare(args)
     for result in results:
@@ -107,6 +112,7 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
     import torch
 
     from .data import Encoded, Row, Rows
+    from .distributed import size
     from .train import Trainer
 
     start = time.perf_counter()
@@ -144,6 +150,7 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
     first = time.perf_counter() - start
     run(warm_up - 1)
     warm = time.perf_counter() - start
+    waited, summed = trainer.waited, trainer.summed
     seconds, tokens = run(steps)
     result = {
         "tokens_per_second": tokens / seconds, "ms_per_step": 1000 * seconds / steps, "first_step_s": first,
@@ -151,6 +158,9 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
         "micro_batch_tokens": trainer.config.micro_batch_tokens,
         "gradient_checkpointing": trainer.config.gradient_checkpointing,
     }  # fmt: skip
+    if size() > 1:
+        result |= {"ranks": size(), "waited_ms": 1000 * (trainer.waited - waited) / steps,
+                   "summed_ms": 1000 * (trainer.summed - summed) / steps}  # fmt: skip
     if cuda:
         result["peak_gib"] = (torch.cuda.max_memory_allocated() - held_before) / 2**30
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -304,22 +314,14 @@ def compare(args) -> list[dict]:
         runs = [ours(args, args.steps, **options) for _ in range(args.repeats)]
         results.append({"name": name, **{k: middle([r[k] for r in runs]) for k in runs[0]}})
         speeds = ", ".join(f"{r['tokens_per_second']:,.0f}" for r in runs)
-        print(f"  {name}: {speeds} tokens/s", file=sys.stderr)
+        say(f"  {name}: {speeds} tokens/s", sys.stderr)
     for who in filter(None, args.peers.split(",")):
         default = {"batch_size": b, "grad_accum": g, "checkpointing": True, "grouped": False}
         best = {"batch_size": b * g, "grad_accum": 1, "checkpointing": False, "grouped": True}
         for name, options in ((f"{b} x {g}, its default", default), (f"{b * g} x 1, grouped, no checkpointing", best)):
             name = f"{who}, {name}"
-            command = [
-                sys.executable,
-                "-m",
-                "qlora_min.cli",
-                "bench",
-                "--only",
-                json.dumps({"who": who, **options}),
-                "--model",
-                args.model,
-            ]
+            command = [sys.executable, "-m", "qlora_min.cli", "bench"]
+            command += ["--only", json.dumps({"who": who, **options}), "--model", args.model]
             for key in ("device", "max_length", "rank", "steps", *(["lengths"] if args.lengths else [])):
                 command += ["--" + key.replace("_", "-"), str(getattr(args, key))]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -342,14 +344,16 @@ def middle(values: list):
 COLUMNS = (("tokens/s", "tokens_per_second", "{:,.0f}"), ("ms/step", "ms_per_step", "{:,.1f}"),
            ("kernels/step", "kernels_per_step", "{:,.0f}"), ("kernel ms/1k tokens", "kernel_ms_per_1k", "{:.1f}"),
            ("peak GiB", "peak_gib", "{:.3f}"), ("reserved", "reserved_gib", "{:.3f}"),
-           ("first step s", "first_step_s", "{:.1f}"))  # fmt: skip
+           ("first step s", "first_step_s", "{:.1f}"), ("waiting ms/step", "waited_ms", "{:.1f}"),
+           ("summing ms/step", "summed_ms", "{:.1f}"))  # fmt: skip
 
 
 def print_table(results: list[dict]) -> None:
     """A line a trainer; ratios are of our first line's speed to the line's."""
-    lines = [["", *(label for label, _, _ in COLUMNS), "ours is faster by"]]
+    columns = [c for c in COLUMNS if any(r.get(c[1]) is not None for r in results)]
+    lines = [["", *(label for label, _, _ in columns), "ours is faster by"]]
     for r in results:
-        cells = [form.format(r[key]) if r.get(key) is not None else "" for _, key, form in COLUMNS]
+        cells = [form.format(r[key]) if r.get(key) is not None else "" for _, key, form in columns]
         lines.append([r["name"], *cells, f"{results[0]['tokens_per_second'] / r['tokens_per_second']:.1f}"])
     print(aligned(lines))
 

@@ -580,14 +580,17 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
 
 @contextmanager
 def _output(args: argparse.Namespace) -> Iterator[Emit]:
-    """What --json and --quiet do to stdout and to the bars; yields what prints an object where --json asks for it."""
+    """What --json and --quiet do to stdout and to the bars; yields what prints an object where --json asks for it.
+
+    Of several processes that torchrun started, the first prints.
+    """
     out, as_json = sys.stdout, getattr(args, "json", False)
 
     def emit(value: dict[str, Any]) -> None:
-        if as_json:
+        if as_json and is_first_process():
             print(json.dumps(value), file=out, flush=True)
 
-    if not as_json and not getattr(args, "quiet", False):
+    if not as_json and not getattr(args, "quiet", False) and is_first_process():
         yield emit
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), patch.dict(os.environ, TQDM_DISABLE="1"):

@@ -437,6 +437,19 @@ def test_what_only_one_rank_finds_wrong_is_said_by_rank_0(run):
 
 
 @slow
+def test_bench_under_torchrun():
+    """One table, of both processes' work, with what they wait for each other and take for the sum."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
+    command += [ROOT / "scripts" / "bench.py", "--model", demo.MODEL_DIR, "--device", "cpu", "--max-length", "96"]
+    command += ["--steps", "2", "--repeats", "1", "--json"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [f["ranks"] for f in figures] == [2, 2]
+    assert all(f["waited_ms"] >= 0 < f["summed_ms"] < f["ms_per_step"] for f in figures)
+
+
+@slow
 def test_torchrun_ends_saved_by_its_own_signal(tmp_path):
     """A signal to torchrun goes to all ranks, whose checkpoint then is the last step; another command goes on."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
