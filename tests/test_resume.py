@@ -98,7 +98,7 @@ def outcome(run: Path, all_of_it: bool = True) -> dict:
     }
 
 
-@pytest.fixture(params=["auto", "off"], ids=["packed", "padded"])
+@pytest.fixture(params=["auto", pytest.param("off", marks=pytest.mark.slow)], ids=["packed", "padded"])
 def snapshots(make, tmp_path, monkeypatch, request):  # noqa: F811
     """(outcome of a whole run, {step: its directory as a kill just behind its checkpoint leaves it}, options)."""
     save, found = checkpoint.save_checkpoint, {}

@@ -141,6 +141,7 @@ def test_a_finished_run_is_never_overwritten(demo_run, script):
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill(script, tmp_path, demo_data):
     """A run killed between checkpoints goes on from the last one, and its metrics have no gap and no double."""
     import subprocess
