@@ -113,6 +113,7 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
 
     from .data import Encoded, Row, Rows
     from .distributed import size
+    from .memory import GIB, synchronize
     from .train import Trainer
 
     start = time.perf_counter()
@@ -136,7 +137,6 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
     held_before = torch.cuda.memory_allocated() if cuda else 0
     with silent():
         trainer = Trainer(config, data=([data], []))
-        forecast = trainer.describe().partition("memory      ")[2].partition(" GiB")[0]
 
     def run(count: int) -> tuple[float, int]:
         synchronize()
@@ -154,7 +154,7 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
     seconds, tokens = run(steps)
     result = {
         "tokens_per_second": tokens / seconds, "ms_per_step": 1000 * seconds / steps, "first_step_s": first,
-        "warm_up_s": warm, "forecast_gib": float(forecast),
+        "warm_up_s": warm, "forecast_gib": trainer.forecast().total / GIB,
         "micro_batch_tokens": trainer.config.micro_batch_tokens,
         "gradient_checkpointing": trainer.config.gradient_checkpointing,
     }  # fmt: skip
@@ -179,6 +179,8 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
+
+    from .memory import synchronize
 
     start, cuda = time.perf_counter(), torch.cuda.is_available()
     dtype = torch.float16 if cuda else torch.float32
@@ -254,14 +256,6 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
     result |= {"tokens_per_second": mean * count * args.steps / seconds, "ms_per_step": 1000 * seconds / args.steps,
                "first_step_s": times[1] - start, "warm_up_s": times[warm_up] - start}  # fmt: skip
     print("RESULT " + json.dumps(result))
-
-
-def synchronize() -> None:
-    """Wait until a GPU has done what it was given."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class profiled:

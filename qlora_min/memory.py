@@ -239,6 +239,12 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def synchronize() -> None:
+    """Wait until a GPU, if there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def total_bytes(device: torch.device) -> int:
     """Memory of the device in all."""
     if device.type == "cuda":

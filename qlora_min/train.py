@@ -746,7 +746,7 @@ class Trainer:
             f"steps       {self.total_steps:,} ({self.steps_per_epoch:,} an epoch), "
             f"{c.batch_size} x {c.grad_accum} rows and about {per_step:,.0f} tokens each",
             f"batches     {how}; gradient checkpointing {c.gradient_checkpointing}",
-            f"memory      {self._forecast()} forecast peak",
+            f"memory      {self.forecast()} forecast peak",
         ]
         if c.mix:
             weights = ", ".join(f"{w:g} x {Path(name).name}" for name, w in zip(dict.fromkeys(c.dataset), c.mix))
@@ -769,7 +769,8 @@ class Trainer:
         lines.append(f"writes to   {self.run}")
         return "\n".join(lines)
 
-    def _forecast(self) -> memory.Forecast:
+    def forecast(self) -> memory.Forecast:
+        """Of the largest micro-batch that there can be."""
         c = self.config
         checkpointing, bits8 = c.gradient_checkpointing == "on", c.optimizer == "paged_adamw8bit"
         return memory.forecast(*self._shape(), checkpointing, bits8, self.decoder is not None)
@@ -784,10 +785,10 @@ class Trainer:
         (batch, *_), _ = self.step_batches(p.step)
         supervised = max(1, batch.n_supervised)
         for _ in range(2):  # the first pays for kernels and graphs
-            self._synchronize()
+            memory.synchronize()
             start = time.perf_counter()
             self.backward(batch, supervised, p.step, 0)
-            self._synchronize()
+            memory.synchronize()
             seconds = time.perf_counter() - start
         self.stepper.optimizer.zero_grad(set_to_none=False)
         per_token = seconds / batch.n_tokens
@@ -801,11 +802,7 @@ class Trainer:
         )
         return {"steps": self.total_steps, "rows": len(self.rows), "held_out": len(self.held), "tokens": round(tokens),
                 "seconds": tokens * per_token, "evaluation_seconds": held,
-                "memory_gib": self._forecast().total / memory.GIB}  # fmt: skip
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+                "memory_gib": self.forecast().total / memory.GIB}  # fmt: skip
 
     def imbalance(self, steps: int = 200) -> float:
         """How much more the busiest rank has to do in a step than the mean rank: 0.02 is 2% more tokens.
