@@ -29,16 +29,22 @@ LENGTHS = [
     (302, 16), (308, 10), (313, 16), (319, 11), (325, 19), (334, 10), (341, 10), (348, 9), (358, 12), (372, 8),
     (384, 11), (404, 8), (428, 7), (468, 6), (530, 17),
 ]  # fmt: skip
-QWEN2 = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-         "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
-         "tie_word_embeddings": True, "rope_theta": 1000000.0, "use_sliding_window": False}  # fmt: skip
+ALIKE = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False}
+QWEN2 = {
+    "0.5b": {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+             "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "7b": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+           "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
+}  # fmt: skip
 WARM_UP = {"cuda": 40, "cpu": 2, "peers": 4}  # steps; on a GPU we capture a graph for each shape in them
 PROFILED = 3
 SWEEP = {"length": (128, 256, 512, 1024, 2048, 4096), "rows": (1, 4, 16, 32), "rank": (8, 16, 32, 64, 128)}
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--model", metavar="DIR", help="a model folder [Qwen2-0.5B's shape with random weights]")
+    parser.add_argument("--model", metavar="DIR", help="a model folder [a shape of Qwen2's with random weights]")
+    parser.add_argument("--shape", choices=QWEN2, default="0.5b", help="which shape, without --model [0.5b]")
+    parser.add_argument("--shard", action="store_true", help="under torchrun: each GPU keeps a part of the base")
     parser.add_argument("--lengths", metavar="FILE", help="JSON list of [tokens, supervised] of rows [48 of MedQA's]")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="a GPU if there is one [auto]")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="[fp16, and fp32 on a CPU]")
@@ -62,29 +68,30 @@ def bench(args: Any, emit: Callable[[dict], None]) -> None:
         raise ValueError(f"--peers: got {', '.join(sorted(unknown))}, expected trl, unsloth or both")
     import torch
 
-    from .distributed import join, size, together
+    from .distributed import from_main, join, size, together
 
     args.precision = args.precision or ("fp16" if torch.cuda.is_available() else "fp32")
     with together(), tempfile.TemporaryDirectory() as folder:
         join()
         if size() > 1 and args.peers:
             raise ValueError("--peers: they are measured on one GPU; run them without torchrun")
-        args.model = args.model or random_base(Path(folder) / "qwen2-0.5b")
+        args.model = args.model or from_main(lambda: random_base(Path(folder) / "qwen2", args.shape))
         results = sweep(args) if args.sweep else compare(args)
     for result in results:
         emit(result)
 
 
-def random_base(folder: Path) -> str:
-    """Qwen2-0.5B's shape with random weights in fp16, and the demo's tokenizer."""
+def random_base(folder: Path, shape: str = "0.5b") -> str:
+    """A Qwen2's shape with random weights in fp16, and the demo's tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     from . import demo
 
     torch.manual_seed(0)
+    config = Qwen2Config(**QWEN2[shape], **ALIKE, architectures=["Qwen2ForCausalLM"], dtype="float16")
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen2ForCausalLM(Qwen2Config(**QWEN2, architectures=["Qwen2ForCausalLM"])).half().save_pretrained(folder)
+        Qwen2ForCausalLM._from_config(config, dtype=torch.float16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(folder)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -112,13 +119,13 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
     import torch
 
     from .data import Encoded, Row, Rows
-    from .distributed import size
+    from .distributed import gather, size
     from .memory import GIB, synchronize
     from .train import Trainer
 
     start = time.perf_counter()
     cuda = torch.cuda.is_available()
-    warm_up = warm_up or WARM_UP["cuda" if cuda else "cpu"]
+    warm_up = warm_up or WARM_UP["cuda" if cuda and not args.shard else "cpu"]
     options = {"batch_size": args.batch_size, "grad_accum": args.grad_accum, "rank": args.rank, **options}
     per_step = options["batch_size"] * options["grad_accum"]
     drawn = draw_rows(args, per_step * (warm_up + steps + PROFILED), lengths)
@@ -128,7 +135,7 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
     data = Encoded("drawn", rows, np.zeros(len(rows), np.uint64), np.ones(len(rows), bool))
     config = Config(
         model=args.model, eval_fraction=0.0, epochs=1, max_length=args.max_length, precision=args.precision,
-        alpha=2.0 * options["rank"], save_minutes=0, output_dir=tempfile.mkdtemp(), **options,
+        alpha=2.0 * options["rank"], save_minutes=0, output_dir=tempfile.mkdtemp(), shard=args.shard, **options,
     )  # fmt: skip
     gc.collect()  # the trainer before
     if cuda:
@@ -162,8 +169,8 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
         result |= {"ranks": size(), "waited_ms": 1000 * (trainer.waited - waited) / steps,
                    "summed_ms": 1000 * (trainer.summed - summed) / steps}  # fmt: skip
     if cuda:
-        result["peak_gib"] = (torch.cuda.max_memory_allocated() - held_before) / 2**30
-        result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        peaks = (torch.cuda.max_memory_allocated() - held_before) / 2**30, torch.cuda.max_memory_reserved() / 2**30
+        result["peak_gib"], result["reserved_gib"] = map(max, zip(*gather(peaks)))  # of the rank that takes most
         if profile:
             with profiled() as kernels:
                 _, tokens = run(PROFILED)

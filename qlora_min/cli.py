@@ -28,7 +28,7 @@ GROUPS = {
     "steps": ("epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "warmup_ratio", "weight_decay",
               "max_grad_norm", "optimizer", "seed"),
     "LoRA and its base": ("rank", "alpha", "dropout", "targets", "quantization"),
-    "speed and memory": ("precision", "gradient_checkpointing", "micro_batch_tokens", "packing"),
+    "speed and memory": ("precision", "gradient_checkpointing", "micro_batch_tokens", "packing", "shard"),
     "evaluating, saving, stopping": ("eval_every", "patience", "log_every", "tensorboard", "save_every",
                                      "save_minutes", "output_dir"),
 }  # fmt: skip

@@ -164,6 +164,9 @@ class Config:
     gradient_checkpointing: str = _choice(
         "auto", ("auto", "on", "off"), "recompute activations: less memory, more time; auto: where they do not fit"
     )
+    shard: bool = option(
+        False, "several GPUs: each keeps a part of the frozen base, and gathers a layer where it computes (FSDP2)"
+    )
     packing: str = _choice(
         "auto", ("auto", "off"), "compute on packed rows where the model allows; off: on padded ones"
     )

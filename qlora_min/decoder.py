@@ -43,6 +43,7 @@ from .data import Row, share
 from .lora import LoRALinear
 from .memory import LOGIT_ROWS
 from .model import Base, dequantized_weight, output_head
+from .sharding import gathered, is_sharded, slices
 
 FAMILIES = ("qwen2", "llama", "mistral")
 ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the rows' lengths
@@ -370,7 +371,7 @@ class Decoder:
         self.base, self.checkpointing, self.dtype = base, checkpointing, base.dtype
         decoder = base.model.get_decoder()
         self.embedding, self.norm, self.head = decoder.embed_tokens, decoder.norm, output_head(base.model)
-        self.device = self.embedding.weight.device
+        self.device = self.norm.weight.device
         c = base.model.config
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         self.layers = [Layer(m, i, base.dtype, head_dim) for i, m in enumerate(decoder.layers)]
@@ -384,7 +385,9 @@ class Decoder:
         """Give each group of projections its one weight."""
         self.dequantizers = []
         groups = [p for layer in self.layers for p in layer.projections]
-        if not isinstance(groups[0].bases[0], bnb.nn.Linear4bit):
+        self.sharded = is_sharded(self.base.model)
+        self.stored = not self.sharded and not isinstance(groups[0].bases[0], bnb.nn.Linear4bit)
+        if self.stored:
             for p in groups:
                 p.weight = torch.cat([m.weight.data for m in p.bases])
                 for m, w in zip(p.bases, p.weight.split([m.out_features for m in p.bases])):
@@ -395,7 +398,7 @@ class Decoder:
         for layer in self.layers:
             for p, part in zip(layer.projections, self.scratch.split(sizes)):
                 p.weight = part.view(p.shape)
-            if self.device.type == "cuda" and ops.have_kernels():
+            if self.device.type == "cuda" and ops.have_kernels() and not self.sharded:
                 from .kernels import Dequantizer
 
                 modules = [m for p in layer.projections for m in p.bases]
@@ -405,10 +408,11 @@ class Decoder:
         """Fill the scratch with a layer's weights."""
         if self.dequantizers:
             self.dequantizers[index](self.scratch)
-        elif isinstance(self.layers[index].qkv.bases[0], bnb.nn.Linear4bit):
+        elif not self.stored:
             for p in self.layers[index].projections:
                 for m, out in zip(p.bases, p.weight.split([m.out_features for m in p.bases])):
-                    out.copy_(dequantized_weight(m))
+                    with gathered(m):
+                        dequantized_weight(m, out)
 
     def _gather_lora(self) -> None:
         """All A and B in one tensor: first those large enough for 8-bit optimizer state; the As of a group touch."""
@@ -493,28 +497,37 @@ class Decoder:
             del kept
         return loss
 
-    def pack(self, rows: Sequence[Row], count: int) -> Packed:
-        """Rows as a batch for this decoder, without filling."""
-        return pack(rows).to(self.device)
+    def pack(self, rows: Sequence[Row], count: int, supervised: int | None = None) -> Packed:
+        """Rows as a batch for this decoder, without filling but up to `supervised` positions."""
+        return pack(rows, supervised=supervised).to(self.device)
 
     def _head(self, y: Tensor, batch: Packed, factor: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and the gradient (N, D) of the head's input: logits exist for LOGIT_ROWS positions at a time."""
         hidden = y[batch.where]  # (N, D) -> (S, D)
         dhidden, loss = torch.empty_like(hidden), torch.zeros((), device=y.device)
-        weight = self.head.weight  # (V, D)
         for start in range(0, len(hidden), LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)
             logits = self.logits(hidden[part])
             nll, dlogits = ops.cross_entropy(logits, batch.targets[part], batch.weights[part], factor, self.dtype)
             loss += nll.sum()
-            torch.mm(dlogits, weight, out=dhidden[part])  # (S, V) @ (V, D) -> (S, D)
+            if not self.sharded:
+                torch.mm(dlogits, self.head.weight, out=dhidden[part])  # (S, V) @ (V, D) -> (S, D)
+                continue
+            total, begin = torch.zeros(len(logits), y.shape[1], device=y.device), 0
+            for weight in slices(self.head):
+                _add_product(total, dlogits[:, begin : begin + len(weight)], weight)
+                begin += len(weight)
+            dhidden[part] = total
         return loss, torch.zeros_like(y).index_add_(0, batch.where, dhidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(S, D) -> (S, V) in fp32."""
-        if hidden.is_cuda and hidden.dtype != torch.float32:
-            return torch.mm(hidden, self.head.weight.T, out_dtype=torch.float32)
-        return F.linear(hidden, self.head.weight).float()
+        low = hidden.is_cuda and hidden.dtype != torch.float32
+        parts = [
+            torch.mm(hidden, w.T, out_dtype=torch.float32) if low else F.linear(hidden, w).float()
+            for w in slices(self.head)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class Captured:

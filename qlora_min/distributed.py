@@ -29,6 +29,7 @@ from .optim import TrainingError
 
 TIMEOUT = 600.0  # seconds after which a rank that does not answer is given up
 _processes: list[tuple[str, int]] = []  # (host, process id) of every rank
+_in_step = False
 
 
 class Lost(RuntimeError):
@@ -65,6 +66,15 @@ def join() -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
     atexit.register(dist.destroy_process_group)
     _processes[:] = gather((socket.gethostname(), os.getpid()))
+
+
+def in_step() -> None:
+    """From here on every pass has collectives of its own, so that a rank that fails can't meet the others in `gather`.
+
+    It ends by itself, with its message, and torchrun ends the others.
+    """
+    global _in_step
+    _in_step = True
 
 
 def sum_(tensors: Sequence[torch.Tensor]) -> None:
@@ -135,6 +145,12 @@ def together(then: Callable[[], str] = str) -> Iterator[None]:
 def _tell(error: Exception) -> None:
     """Take part in the others' next `gather`, with an error."""
     code = 2 if isinstance(error, ValueError | OSError) else 1
+    if _in_step:
+        atexit.unregister(dist.destroy_process_group)  # which would wait for the others
+        if rank() == 0:
+            return
+        print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        os._exit(code)
     try:
         _exchange(((code, str(error) or type(error).__name__), None))
     except Lost:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from .bits import bnb
 from .lora import lora_layers, lora_parameters
+from .sharding import is_sharded, kept
 
 GIB = 2**30
 LOGIT_ROWS = 64  # positions whose logits exist at a time
@@ -51,14 +52,14 @@ class Forecast:
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
-    """Bytes of every parameter and buffer, quantisation scales included, tied ones once."""
+    """Bytes of every parameter and buffer on this rank, quantisation scales included, tied ones once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state
+            state = module.quant_state
             nested = [state.state2.absmax] if state.nested else []
             tensors.update({id(t): t for t in [state.absmax, *nested]})
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(map(kept, tensors.values()))
 
 
 def forecast(
@@ -101,7 +102,14 @@ def forecast(
         during = tokens * (4 * d + 2 * s * d) + 3 * supervised * s * d + rows * vocab * (4 + s)
         if checkpointing:  # the logits are gone before a layer is computed again
             during -= tokens * per_layer
-        fixed = s * sum(m.in_features * m.out_features for m in quantised) // layers + 2 * WORKSPACE
+        linears, sharded = (
+            [m for m in model.get_decoder().layers.modules() if isinstance(m, nn.Linear)],
+            is_sharded(model),
+        )
+        sizes = [m.in_features * m.out_features for m in linears]
+        fixed = (s * sum(sizes) // layers if quantised or sharded else 0) + 2 * WORKSPACE
+        if sharded:  # a matrix as gathered, and the message it came in
+            fixed += 2 * max(m.weight.numel() * m.weight.element_size() for m in linears)
         return Forecast(
             base=stored_bytes(model) - 4 * trained,
             adapter=trained * (4 + 4 + low + (2 if bits8 else 8)),

@@ -27,6 +27,7 @@ import os
 import re
 import struct
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from .bits import bnb
 from .config import clipped, refuse_secrets, shown
 from .data import ChatEncoder
 from .lora import inject_lora, lora_parameters
+from .sharding import shard
 
 # cuBLAS's workspace: 8 MiB a stream, as on GPUs before Hopper, where PyTorch takes 32. Measured: no slower.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
@@ -347,6 +349,8 @@ def load_base(
     precision: str = "fp32",
     device: torch.device | None = None,
     revision: str | None = None,
+    sharded: bool = False,
+    encoder: ChatEncoder | None = None,
 ) -> Base:
     """Load a causal language model with the linear layers of its decoder in 4 bits, everything frozen.
 
@@ -355,6 +359,8 @@ def load_base(
         quantization: nf4, fp4 (both doubly quantised) or none.
         precision: fp32, fp16 or bf16: what matrix products are computed in (under autocast, see `autocast`).
         revision: of a model on the hub; the newest if not given.
+        sharded: each rank keeps its part of the weights only (see sharding.py).
+        encoder: the model's, where it is there already.
 
     Raises:
         ValueError: no such model, weights that are missing, unexpected or damaged, or no chat template.
@@ -362,7 +368,7 @@ def load_base(
     device = device or pick_device()
     dtype = DTYPES[precision]
     folder, revision = find_model(name, revision)
-    encoder = load_encoder(str(folder))
+    encoder = encoder or load_encoder(str(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         has_settings = (folder / "generation_config.json").is_file()
@@ -398,10 +404,16 @@ def load_base(
 
     _materialise_buffers(model, device)
     fingerprint = Fingerprint(config)
-    for key, tensor in read_weights(folder):
-        fingerprint.add(key, tensor)
-        if key in expected:
-            _place(model, key, tensor, decoder, quantization, dtype, device)
+    with ThreadPoolExecutor(1) as other:  # hashing takes as long as the rest, and lets go of the interpreter
+        hashed = None
+        for key, tensor in read_weights(folder):
+            if hashed:
+                hashed.result()
+            hashed = other.submit(fingerprint.add, key, tensor)
+            if key in expected:
+                _place(model, key, tensor, decoder, quantization, dtype, device)
+                if sharded:  # what will be shared out waits on the CPU, and all is moved at the end
+                    _wait_on_cpu(model, key)
 
     model.tie_weights()
     model.requires_grad_(False)
@@ -409,8 +421,10 @@ def load_base(
     model.config.use_cache = False
     if generation:
         model.generation_config = generation
+    if sharded:
+        shard(model, device)
     embedding = model.get_input_embeddings()
-    if embedding.weight.dtype != torch.float32:  # keep the residual stream in fp32 from its first value on
+    if dtype != torch.float32:  # keep the residual stream in fp32 from its first value on
         embedding.register_forward_hook(lambda module, args, out: out.float())
     return Base(model, encoder, name, folder, revision, fingerprint.hexdigest(), dtype)
 
@@ -438,7 +452,7 @@ def _place(
 ) -> None:
     """Put one weight from disk where it belongs, in its dtype, quantised if it is a linear layer's of the decoder."""
     owner, _, leaf = key.rpartition(".")
-    module = model.get_submodule(owner)
+    module, tensor = model.get_submodule(owner), tensor.to(device)
     if not tensor.isfinite().all():
         raise ValueError(f"weight '{key}' holds NaN or infinite values; copy or download the model again")
     linear = isinstance(module, nn.Linear) and key.startswith(decoder)
@@ -453,13 +467,21 @@ def _place(
                     f"'{key}' has rows of {module.in_features}, no multiple of 64, which bitsandbytes dequantises "
                     "wrongly on a CPU; use --quantization none, or a GPU"
                 )
-            _quantize(module, tensor.to(device), quantization, dtype)
+            _quantize(module, tensor, quantization, dtype)
             return
     wide = not linear and module is not model.get_input_embeddings() and module is not model.get_output_embeddings()
-    value = tensor.to(device, torch.float32 if wide else dtype)
+    value = tensor.to(torch.float32 if wide else dtype)
     if isinstance(getattr(module, leaf), nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)
     setattr(module, leaf, value)
+
+
+def _wait_on_cpu(model: nn.Module, key: str) -> None:
+    """Move a matrix that was just placed, of the decoder's linear layers, the embedding or the head, off the GPU."""
+    owner, _, leaf = key.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding):
+        module.weight.data = module.weight.data.cpu()
 
 
 def _linear4bit(module: nn.Linear, quantization: str, dtype: torch.dtype) -> bnb.nn.Linear4bit:
@@ -489,11 +511,14 @@ def quantize_linear(linear: nn.Linear, quantization: str, dtype: torch.dtype) ->
     return layer
 
 
-def dequantized_weight(linear: nn.Module) -> torch.Tensor:
-    """A linear layer's weight as it computes with it: (out, in), in the compute dtype."""
+def dequantized_weight(linear: nn.Module, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer's weight as it computes with it: (out, in), in the compute dtype; written to `out` if given."""
+    weight = linear.weight.data
     if isinstance(linear, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-    return linear.weight.data
+        weight = weight.flatten().view(torch.uint8)[:, None]
+        into = out if weight.is_cuda else None  # the CPU's kernel can't
+        weight = bnb.functional.dequantize_4bit(weight, linear.quant_state, out=into)
+    return weight if out is None or weight is out else out.copy_(weight)
 
 
 def add_lora(base: Base, targets: Sequence[str], rank: int, alpha: float, dropout: float) -> list[str]:

@@ -15,6 +15,7 @@ signal or the time to save, must not lead it another way than the rest.
 """
 
 import functools
+import itertools
 import math
 import os
 import platform
@@ -50,7 +51,7 @@ from .data import (
     table,
 )
 from .decoder import Captured, Decoder, Packed, cut, dropout_seed, unsupported
-from .distributed import from_main, gather, join, rank, size, sum_, together
+from .distributed import from_main, gather, in_step, join, rank, size, sum_, together
 from .evaluate import MEASURES, Evaluation, evaluate
 from .generate import generate
 from .lora import lora_disabled, lora_parameters
@@ -164,13 +165,18 @@ class Trainer:
         train, held = data or read_data(config, encoder)
         say(table([*train, *held]))
         self.rows, self.held = (Rows.join(part.rows for part in side) for side in (train, held))
-        self.held_here = self.held[np.array(share(self.held.lengths, size())[rank()], int)] if size() > 1 else self.held
+        self.sharded = config.shard and size() > 1
+        self.held_here = self.held
+        if size() > 1 and not self.sharded:
+            self.held_here = self.held[np.array(share(self.held.lengths, size())[rank()], int)]
         if config.shuffle_options and not self.rows[0].text:
             raise ValueError("--shuffle-options: the rows given have no text; encode them with texts=True")
 
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)
-        self.base = load_base(config.model, config.quantization, self.precision, self.device, revision)
+        self.base = load_base(
+            config.model, config.quantization, self.precision, self.device, revision, self.sharded, encoder
+        )
         self.model = self.base.model
         if self.device.type == "cpu" and self.model.config.hidden_size <= SMALL:
             torch.set_num_threads(1)
@@ -248,6 +254,8 @@ class Trainer:
         rows = -(-c.batch_size * c.grad_accum // size())  # of a rank
         self.decoder: Decoder | None = None
         self.why_padded = "--packing off" if c.packing == "off" else unsupported(self.base, longest)
+        if self.why_padded and self.sharded:
+            raise ValueError(f"--shard: needs packed rows, and there are none ({self.why_padded}); leave it out")
         bits8, available = c.optimizer == "paged_adamw8bit", memory.available(self.device)
         if self.device.type == "cpu":
             available /= size()
@@ -267,7 +275,8 @@ class Trainer:
         elif not self.why_padded:
             grain = max(64, tokens // 32)  # of the tokens in a captured batch
             self.decoder = Decoder(self.base, checkpointing, max(longest, grain, int(self.held.lengths.max(initial=0))))
-            self.compute = Captured(self.decoder, grain) if self.device.type == "cuda" else self.decoder
+            graphs = self.device.type == "cuda" and not self.sharded
+            self.compute = Captured(self.decoder, grain) if graphs else self.decoder
         on_or_off = "on" if checkpointing else "off"
         self.config = replace(c, gradient_checkpointing=on_or_off, micro_batch_tokens=tokens)
 
@@ -294,6 +303,8 @@ class Trainer:
             SystemExit: SIGINT or SIGTERM came, and the run was saved; the code is 128 + the signal's number.
         """
         p, c = self.progress, self.config
+        if self.sharded:
+            in_step()
         say(self.describe())
         bar = report.bar(self.total_steps, None, "step", keep=True, initial=p.step)
         with together(self._how_to_go_on), self.lock, self.signals, bar:
@@ -363,20 +374,35 @@ class Trainer:
         The last two steps' are remembered.
         """
         if step not in self._ready:
-            c, rows = self.config, self.step_rows(step)
-            mine = rows
-            if size() > 1:
-                mine = [rows[j] for j in share([len(r) for r in rows], size())[rank()]]
-            if self.decoder:
-                parts = [[mine[j] for j in part] for part in cut([len(r) for r in mine], c.micro_batch_tokens)]
-            else:
-                parts = [mine[j : j + c.batch_size] for j in range(0, len(mine), c.batch_size)]
-            most = c.batch_size * c.grad_accum
-            batches = [self.compute.pack(part, most) if self.decoder else collate(part) for part in parts]
+            rows = self.step_rows(step)
+            shares = [[rows[j] for j in part] for part in share([len(r) for r in rows], size())]
+            batches = self._in_step(shares) if self.sharded else self._micro_batches(shares[rank()])
             totals = sum(int(r.supervised[1:].sum()) for r in rows), sum(map(len, rows))
             self._ready = {s: b for s, b in self._ready.items() if s == step - 1}
             self._ready[step] = batches, [r.where for r in rows], totals
         return self._ready[step][:2]
+
+    def _micro_batches(self, rows: list[Row]) -> list[Batch] | list[Packed]:
+        c = self.config
+        if not self.decoder:
+            return [collate(rows[j : j + c.batch_size]) for j in range(0, len(rows), c.batch_size)]
+        return [self.compute.pack(part, c.batch_size * c.grad_accum) for part in self._cut(rows)]
+
+    def _cut(self, rows: list[Row]) -> list[list[Row]]:
+        return [[rows[j] for j in part] for part in cut([len(r) for r in rows], self.config.micro_batch_tokens)]
+
+    def _in_step(self, shares: list[list[Row]]) -> list[Packed]:
+        """This rank's micro-batches where all ranks gather the base together: as many, of as many supervised positions.
+
+        What fills up counts for nothing; where a rank has no row left, one of which nothing is learned does.
+        """
+        batches, parts = [], [self._cut(rows) if rows else [] for rows in shares]
+        for here in itertools.zip_longest(*parts):
+            supervised = max(sum(int(r.supervised[1:].sum()) for r in part or ()) for part in here)
+            other = next(part for part in here if part)[0]
+            mine = here[rank()] or [replace(other, supervised=torch.zeros_like(other.supervised))]
+            batches.append(self.decoder.pack(mine, 0, supervised))
+        return batches
 
     def step_totals(self, step: int) -> tuple[int, int]:
         """(supervised tokens, tokens) of an optimizer step (0-based), over all ranks."""
@@ -420,14 +446,16 @@ class Trainer:
         factor = self.stepper.scaler.scale(torch.tensor(1 / supervised, device=self.device))
         return self.compute.loss_and_gradients(batch, factor, seed.to(self.device))
 
-    def _sum_over_ranks(self, loss: float | torch.Tensor) -> float:
+    def _sum_over_ranks(self, loss: float | torch.Tensor) -> torch.Tensor:
         """Sum the gradients of all ranks, on each; returns the sum of their losses.
 
         One that is not finite anywhere is so on all after it, so that they skip the same steps.
         """
-        loss = float(loss)  # waits for the device
+        self._gather(None)  # while the device computes: has a signal come, or a rank failed?
+        memory.synchronize()
         start = time.perf_counter()
-        losses = self._gather(loss)
+        loss = torch.as_tensor(loss, dtype=torch.float64, device=self.device)
+        sum_([loss])  # one number: this waits for the slowest
         then = time.perf_counter()
         for p in self.stepper.params:
             if p.grad is None:  # a rank without a row in the first step
@@ -435,7 +463,7 @@ class Trainer:
         self.stepper.scaler.scale(torch.zeros((), device=self.device))  # as above: makes the scale
         sum_([p.grad for p in self.stepper.params])
         self.waited, self.summed = self.waited + then - start, self.summed + time.perf_counter() - then
-        return sum(losses)
+        return loss
 
     def _gather(self, value: Any) -> list[Any]:
         """Every rank's value; with it all learn of a signal that came to one."""
@@ -508,14 +536,14 @@ class Trainer:
         self._check_that_ranks_agree({"adapter": self._checksum()})
         if self.held:
             try:
-                with self.signals.abandonable():
+                with nullcontext() if self.sharded else self.signals.abandonable():  # the others would wait for us
                     result = self.evaluate()
             except Stop:
                 result = None
             results = self._gather(result)
             if None in results:
                 return
-            result = Evaluation.join(results)
+            result = results[0] if self.sharded else Evaluation.join(results)
             line = f"step {p.step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}"
             if result.option_accuracy is not None:
                 line += f", option accuracy {result.option_accuracy:.1%} (chance {result.chance:.1%})"
@@ -860,14 +888,15 @@ class Trainer:
             for name, weight in self.trained.items():
                 weight.copy_(self.best[name])
         peak = max(gather(memory.peak_gib(self.device)))
-        from_main(lambda: self._write_end(peak))
+        answers = self._answers() if self.sharded else None  # which takes all ranks
+        from_main(lambda: self._write_end(peak, answers))
         return p
 
-    def _write_end(self, peak: float) -> None:
+    def _write_end(self, peak: float, answers: list[list[str]] | None) -> None:
         p = self.progress
         with self.signals.abandonable() if size() == 1 else nullcontext():  # the others wait, and would not know
             try:
-                self._write_samples()
+                self._write_samples(answers)
                 note = report.draw_curves({"": checkpoint.read_metrics(self.run)}, self.run / "curves.png")
             except OSError as e:  # the run is saved: these two are worth a warning
                 note = f"warning: no samples or curves ({e})"
@@ -904,25 +933,29 @@ class Trainer:
             time.sleep(RETRY_SECONDS)
         say("\n".join(lines))
 
-    def _write_samples(self) -> None:
-        rows = self.held[:SAMPLES]
-        if not rows:
-            return
-        prompts = [r.ids[: r.answer_start].tolist() for r in rows]
+    def _answers(self) -> list[list[str]]:
+        """Answers to the first held-out prompts without and with the adapter."""
+        prompts = [r.ids[: r.answer_start].tolist() for r in self.held[:SAMPLES]]
+        if not prompts:
+            return [[], []]
         with lora_disabled(self.model):
             before = generate(self.base, prompts, SAMPLE_TOKENS)
-        after = generate(self.base, prompts, SAMPLE_TOKENS)
+        return [before, generate(self.base, prompts, SAMPLE_TOKENS)]
+
+    def _write_samples(self, answers: list[list[str]] | None) -> None:
         decode = self.base.encoder.tokenizer.decode
         samples = [
             {
                 "where": row.where,
-                "prompt": decode(prompt),
+                "prompt": decode(row.ids[: row.answer_start].tolist()),
                 "reference": decode(row.ids[row.answer_start :].tolist(), skip_special_tokens=True),
-                "before": b,
-                "after": a,
+                "before": before,
+                "after": after,
             }
-            for row, prompt, b, a in zip(rows, prompts, before, after)
+            for row, before, after in zip(self.held[:SAMPLES], *(answers or self._answers()))
         ]
+        if not samples:
+            return
         checkpoint.write_jsonl(self.run / "samples.jsonl", samples)
         first = samples[0]
         say(f"sample: expected {first['reference']!r}\n  before {first['before']!r}\n  after  {first['after']!r}")
