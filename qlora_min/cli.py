@@ -242,6 +242,7 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     from . import page
     from .adapter import load_adapter
     from .data import table
+    from .decoder import for_evaluation
     from .evaluate import (
         Answers,
         Evaluation,
@@ -269,10 +270,11 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
 
     precision = resolve_precision(args.precision, pick_device())
     base = load_adapter(adapter, args.model, precision)
+    decoder = for_evaluation(base, [part.rows for part in parts], args.batch_size * args.max_length)
     results, answers = [], []  # of each side, base and adapter: one for each data set
     for side, context in (("base", lora_disabled), ("adapter", nullcontext)):
         with context(base.model):
-            results.append([evaluate(base, part.rows, args.batch_size, side) for part in parts])
+            results.append([evaluate(base, part.rows, args.batch_size, side, decoder=decoder) for part in parts])
             if args.generate:
                 how = (args.batch_size, args.max_new_tokens, f"{side} answers")
                 answers.append([generated(base, part.rows[: args.generate], *how) for part in parts])

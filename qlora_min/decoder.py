@@ -39,7 +39,7 @@ from torch import Tensor
 
 from . import ops
 from .bits import bnb
-from .data import Row, share
+from .data import Row, Rows, share
 from .lora import LoRALinear
 from .memory import LOGIT_ROWS
 from .model import Base, dequantized_weight, output_head
@@ -595,3 +595,12 @@ class Captured:
             compute(mine)
         torch.cuda.synchronize()
         self.decoder.grads.copy_(grads)
+
+
+def for_evaluation(base: Base, parts: Sequence[Rows], tokens: int) -> Decoder | Captured | None:
+    """What computes `hidden_states` of these rows on packed ones, `tokens` at a time; None where the model is odd."""
+    longest, grain = max(int(rows.lengths.max()) for rows in parts), max(64, tokens // 32)
+    if unsupported(base, longest):
+        return None
+    decoder = Decoder(base, False, max(longest, grain))
+    return Captured(decoder, grain) if decoder.device.type == "cuda" else decoder

@@ -51,6 +51,7 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
     """Train with one change, if that is not done yet, and evaluate on each data set; returns the figures."""
     from qlora_min import checkpoint
     from qlora_min.adapter import load_adapter
+    from qlora_min.decoder import for_evaluation
     from qlora_min.evaluate import evaluate, evaluation_data
     from qlora_min.lora import lora_parameters
     from qlora_min.model import pick_device, resolve_precision
@@ -69,11 +70,13 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
         adapter = folder / "adapter"
         parts = evaluation_data(adapter, changed.model, changed.eval_dataset, changed.eval_limit, changed.max_length)
         base = load_adapter(adapter, changed.model, resolve_precision(changed.precision, pick_device()))
+        tokens = 8192
+        decoder = for_evaluation(base, [p.rows for p in parts], tokens)
         end = next(e for e in checkpoint.read_metrics(folder) if e["event"] == "end")
         found = {
             "trained": sum(p.numel() for p in lora_parameters(base.model).values()),
             "seconds": end["seconds"],
-            "data": {p.name: evaluate(base, p.rows, 16, p.name) for p in parts},
+            "data": {p.name: evaluate(base, p.rows, 64, p.name, tokens, decoder) for p in parts},
         }
         found["data"] = {n: {**e.as_dict(), "interval": e.choices.interval} for n, e in found["data"].items()}
         checkpoint.write_json(folder / "results.json", found)
