@@ -333,6 +333,7 @@ def compare(args) -> list[dict]:
                 )
             else:
                 results.append({"name": name, **json.loads(line[7:])})
+                say(f"  {name}: {results[-1]['tokens_per_second']:,.0f} tokens/s", sys.stderr)
     print_table(results)
     return results
 
