@@ -43,7 +43,7 @@ from .data import Row, Rows, share
 from .lora import LoRALinear
 from .memory import LOGIT_ROWS
 from .model import Base, dequantized_weight, output_head
-from .sharding import gathered, is_sharded, slices
+from .sharding import gather, is_sharded, slices
 
 FAMILIES = ("qwen2", "llama", "mistral")
 ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the rows' lengths
@@ -371,7 +371,7 @@ class Decoder:
         self.base, self.checkpointing, self.dtype = base, checkpointing, base.dtype
         decoder = base.model.get_decoder()
         self.embedding, self.norm, self.head = decoder.embed_tokens, decoder.norm, output_head(base.model)
-        self.device = self.norm.weight.device
+        self.device, self.modules = self.norm.weight.device, decoder.layers
         c = base.model.config
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         self.layers = [Layer(m, i, base.dtype, head_dim) for i, m in enumerate(decoder.layers)]
@@ -398,7 +398,7 @@ class Decoder:
         for layer in self.layers:
             for p, part in zip(layer.projections, self.scratch.split(sizes)):
                 p.weight = part.view(p.shape)
-            if self.device.type == "cuda" and ops.have_kernels() and not self.sharded:
+            if self.device.type == "cuda" and ops.have_kernels():
                 from .kernels import Dequantizer
 
                 modules = [m for p in layer.projections for m in p.bases]
@@ -406,13 +406,13 @@ class Decoder:
 
     def _dequantize(self, index: int) -> None:
         """Fill the scratch with a layer's weights."""
+        gather(self.modules[index])
         if self.dequantizers:
             self.dequantizers[index](self.scratch)
         elif not self.stored:
             for p in self.layers[index].projections:
                 for m, out in zip(p.bases, p.weight.split([m.out_features for m in p.bases])):
-                    with gathered(m):
-                        dequantized_weight(m, out)
+                    out.copy_(dequantized_weight(m))
 
     def _gather_lora(self) -> None:
         """All A and B in one tensor: first those large enough for 8-bit optimizer state; the As of a group touch."""

@@ -90,6 +90,12 @@ def sum_(tensors: Sequence[torch.Tensor]) -> None:
         t.copy_(part.view_as(t))
 
 
+def all_gather(whole: torch.Tensor, mine: torch.Tensor) -> None:
+    """Fill `whole` with every rank's `mine`, one behind the other."""
+    with _answered():
+        dist.all_gather_into_tensor(whole, mine)
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's value, a small object, in order of rank.
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from .bits import bnb
 from .lora import lora_layers, lora_parameters
-from .sharding import is_sharded, kept
+from .sharding import is_sharded
 
 GIB = 2**30
 LOGIT_ROWS = 64  # positions whose logits exist at a time
@@ -52,14 +52,14 @@ class Forecast:
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
-    """Bytes of every parameter and buffer on this rank, quantisation scales included, tied ones once."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    """Bytes on this rank of every parameter and buffer, quantisation scales included; shared memory counts once."""
+    tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            state = module.quant_state
-            nested = [state.state2.absmax] if state.nested else []
-            tensors.update({id(t): t for t in [state.absmax, *nested]})
-    return sum(map(kept, tensors.values()))
+            state = module.weight.quant_state
+            tensors += [state.absmax, *([state.state2.absmax] if state.nested else [])]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if not t.is_meta}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def forecast(
@@ -102,14 +102,9 @@ def forecast(
         during = tokens * (4 * d + 2 * s * d) + 3 * supervised * s * d + rows * vocab * (4 + s)
         if checkpointing:  # the logits are gone before a layer is computed again
             during -= tokens * per_layer
-        linears, sharded = (
-            [m for m in model.get_decoder().layers.modules() if isinstance(m, nn.Linear)],
-            is_sharded(model),
-        )
-        sizes = [m.in_features * m.out_features for m in linears]
-        fixed = (s * sum(sizes) // layers if quantised or sharded else 0) + 2 * WORKSPACE
-        if sharded:  # a matrix as gathered, and the message it came in
-            fixed += 2 * max(m.weight.numel() * m.weight.element_size() for m in linears)
+        linears = [m for m in model.get_decoder().layers.modules() if isinstance(m, nn.Linear)]
+        scratch = s * sum(m.in_features * m.out_features for m in linears) // layers
+        fixed = 2 * WORKSPACE + (scratch if quantised or is_sharded(model) else 0)
         return Forecast(
             base=stored_bytes(model) - 4 * trained,
             adapter=trained * (4 + 4 + low + (2 if bits8 else 8)),

@@ -511,14 +511,11 @@ def quantize_linear(linear: nn.Linear, quantization: str, dtype: torch.dtype) ->
     return layer
 
 
-def dequantized_weight(linear: nn.Module, out: torch.Tensor | None = None) -> torch.Tensor:
-    """A linear layer's weight as it computes with it: (out, in), in the compute dtype; written to `out` if given."""
-    weight = linear.weight.data
+def dequantized_weight(linear: nn.Module) -> torch.Tensor:
+    """A linear layer's weight as it computes with it: (out, in), in the compute dtype."""
     if isinstance(linear, bnb.nn.Linear4bit):
-        weight = weight.flatten().view(torch.uint8)[:, None]
-        into = out if weight.is_cuda else None  # the CPU's kernel can't
-        weight = bnb.functional.dequantize_4bit(weight, linear.quant_state, out=into)
-    return weight if out is None or weight is out else out.copy_(weight)
+        return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    return linear.weight.data
 
 
 def add_lora(base: Base, targets: Sequence[str], rank: int, alpha: float, dropout: float) -> list[str]:

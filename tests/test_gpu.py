@@ -1,11 +1,14 @@
 """What only a GPU can show. Run with: pytest -m gpu"""
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
-from qlora_min import demo, ops
+from qlora_min import checkpoint, demo, ops
 from qlora_min.config import Config
 from qlora_min.data import Row, collate
 from qlora_min.decoder import Captured, Decoder, dropout_seed, pack
@@ -261,3 +264,25 @@ def test_graphs_change_nothing(precision, checkpointing):
         assert torch.equal(plain[0], other[0]) and torch.equal(plain[1], other[1])
     assert len(captured.graphs) == 2 and plain[1].norm() > 0
     assert len(set(plain[0].tolist())) > 90  # another mask every time
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two GPUs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("how", [[], ["--shard"], ["--shard", "--gradient-checkpointing", "on"]], ids=" ".join)
+def test_two_gpus_make_the_run_of_one(tmp_path, how):
+    options = ["--demo", "--max-steps", "20", "--dropout", "0", "--optimizer", "adamw", "--precision", "fp32"]
+    options += ["--learning-rate", "2e-4", "--eval-every", "10", "--log-every", "1", *how]
+    losses = []
+    for ranks in (1, 2):
+        run = tmp_path / str(ranks)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+        command += [str(ROOT / "scripts" / "train.py"), *options, "--output-dir", str(run)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert (run / "samples.jsonl").read_text()
+        losses.append([e.get("loss", e.get("eval_loss")) for e in checkpoint.read_metrics(run) if "step" in e])
+    assert len(losses[0]) > 20 and losses[1][:-1] == pytest.approx(losses[0][:-1], rel=1e-4)
