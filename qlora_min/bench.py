@@ -184,7 +184,6 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
     if who == "unsloth":
         import unsloth  # before the rest, as it asks for
     import torch
-    import torch.nn.functional as F
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
 
@@ -222,6 +221,10 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
         model, tokenizer = get_peft_model(model, lora), AutoTokenizer.from_pretrained(args.model)
     from trl import SFTConfig, SFTTrainer
 
+    if not cuda:
+        import trl.trainer.utils
+
+        trl.trainer.utils._ChunkedLogProbFunction = LogProb
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     drawn = draw_rows(args, count * steps)
@@ -250,13 +253,9 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
             if state.global_step == steps and cuda:
                 self.profile.__exit__(None, None, None)
 
-    def nll(outputs, labels, num_items_in_batch):  # what trl computes by kernels that a CPU can't run
-        logits = outputs.logits[:, :-1].flatten(0, 1).float()
-        return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
-
     clock = Clock()
     trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                         callbacks=[clock], compute_loss_func=None if cuda else nll)  # fmt: skip
+                         callbacks=[clock])  # fmt: skip
     for p in trainer.model.parameters():
         if p.requires_grad:
             p.data = p.data.float()  # as released it makes them bf16, which the fp16 GradScaler refuses
@@ -268,6 +267,17 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
     result |= {"tokens_per_second": mean * count * args.steps / seconds, "ms_per_step": 1000 * seconds / args.steps,
                "first_step_s": times[1] - start, "warm_up_s": times[warm_up] - start}  # fmt: skip
     print("RESULT " + json.dumps(result))
+
+
+class LogProb:
+    """In PyTorch what trl 1.15 computes the loss with, which is a kernel for GPUs alone."""
+
+    @staticmethod
+    def apply(hidden, weight, bias, targets, *_):
+        """(N, D), (V, D), None, (N,) -> log p of the targets (N,), and what trl logs besides."""
+        log_p = (hidden @ weight.T).float().log_softmax(-1)
+        top = log_p.argmax(-1) == targets
+        return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1), None, None, top
 
 
 class profiled:

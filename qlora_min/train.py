@@ -166,6 +166,8 @@ class Trainer:
         say(table([*train, *held]))
         self.rows, self.held = (Rows.join(part.rows for part in side) for side in (train, held))
         self.sharded = config.shard and size() > 1
+        if config.shard and not self.sharded:
+            say("note: --shard: this is the only process, which holds the whole base (torchrun starts more)")
         self.held_here = self.held
         if size() > 1 and not self.sharded:
             self.held_here = self.held[np.array(share(self.held.lengths, size())[rank()], int)]
