@@ -125,7 +125,7 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
 
     start = time.perf_counter()
     cuda = torch.cuda.is_available()
-    warm_up = warm_up or WARM_UP["cuda" if cuda and not args.shard else "cpu"]
+    warm_up = warm_up or WARM_UP["cuda" if cuda and not (args.shard and size() > 1) else "cpu"]
     options = {"batch_size": args.batch_size, "grad_accum": args.grad_accum, "rank": args.rank, **options}
     per_step = options["batch_size"] * options["grad_accum"]
     drawn = draw_rows(args, per_step * (warm_up + steps + PROFILED), lengths)
@@ -222,7 +222,7 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
     from trl import SFTConfig, SFTTrainer
 
     if not cuda:
-        import trl.trainer.utils
+        import trl
 
         trl.trainer.utils._ChunkedLogProbFunction = LogProb
     if cuda:

@@ -165,7 +165,7 @@ class Config:
         "auto", ("auto", "on", "off"), "recompute activations: less memory, more time; auto: where they do not fit"
     )
     shard: bool = option(
-        False, "several GPUs: each keeps a part of the frozen base, and gathers a layer where it computes (FSDP2)"
+        False, "several GPUs: each keeps a part of the frozen base, and gathers a layer where it computes"
     )
     packing: str = _choice(
         "auto", ("auto", "off"), "compute on packed rows where the model allows; off: on padded ones"

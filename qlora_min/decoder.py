@@ -386,7 +386,8 @@ class Decoder:
         self.dequantizers = []
         groups = [p for layer in self.layers for p in layer.projections]
         self.sharded = is_sharded(self.base.model)
-        self.stored = not self.sharded and not isinstance(groups[0].bases[0], bnb.nn.Linear4bit)
+        quantised = isinstance(groups[0].bases[0], bnb.nn.Linear4bit)
+        self.stored = not self.sharded and not quantised
         if self.stored:
             for p in groups:
                 p.weight = torch.cat([m.weight.data for m in p.bases])
@@ -398,7 +399,7 @@ class Decoder:
         for layer in self.layers:
             for p, part in zip(layer.projections, self.scratch.split(sizes)):
                 p.weight = part.view(p.shape)
-            if self.device.type == "cuda" and ops.have_kernels():
+            if quantised and self.device.type == "cuda" and ops.have_kernels():
                 from .kernels import Dequantizer
 
                 modules = [m for p in layer.projections for m in p.bases]

@@ -1,4 +1,4 @@
-"""More than one GPU: N processes (ranks), each with the whole model, share out the rows of every optimizer step.
+"""More than one GPU: N processes (ranks) share out the rows of every optimizer step.
 
     g = g_0 + ... + g_{N-1}        the step's gradient, each rank's being that of its rows' losses / the tokens of all
 
@@ -9,7 +9,8 @@ torchrun starts the processes, NCCL sums between GPUs, gloo between CPUs. With o
 What is small goes through one collective alone, `gather`, always on the CPU and so by gloo, which notices at once when
 a process ends. A rank that fails, wherever it is, takes part in whichever `gather` the others come to next, with its
 error in place of a value (`together`): so an error on one rank ends all of them, and none waits for ever. Two rules
-follow: collectives are called alike on every rank, and a `gather` precedes any other.
+follow: collectives are called alike on every rank, and a `gather` precedes any other. Where the device may still find
+an error behind it, or each layer is a collective (sharding.py), a rank that fails ends by itself: see `in_step`.
 """
 
 import atexit
@@ -17,6 +18,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -68,13 +70,13 @@ def join() -> None:
     _processes[:] = gather((socket.gethostname(), os.getpid()))
 
 
-def in_step() -> None:
-    """From here on every pass has collectives of its own, so that a rank that fails can't meet the others in `gather`.
+def in_step(on: bool) -> None:
+    """Say that other collectives than `gather` may be under way: a rank that fails now can't meet the others in one.
 
     It ends by itself, with its message, and torchrun ends the others.
     """
     global _in_step
-    _in_step = True
+    _in_step = on
 
 
 def sum_(tensors: Sequence[torch.Tensor]) -> None:
@@ -155,7 +157,9 @@ def _tell(error: Exception) -> None:
         atexit.unregister(dist.destroy_process_group)  # which would wait for the others
         if rank() == 0:
             return
-        print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        if code == 1 and not isinstance(error, MemoryError | TrainingError):
+            traceback.print_exc()
+        print(f"error: rank {rank()}: {error or type(error).__name__}", file=sys.stderr, flush=True)
         os._exit(code)
     try:
         _exchange(((code, str(error) or type(error).__name__), None))

@@ -11,7 +11,7 @@ options. What a model writes itself is another pass (`generated`), a forward a t
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .loss import supervised_states
 from .model import Base, autocast, hidden_states, load_encoder, output_head
 from .reading import BadRows, read
 from .scores import Choices, TextScores, between, text_scores, wilson
+from .sharding import is_sharded
 
 MEASURES = (  # what is shown of an Evaluation: label, field, format
     ("loss", "loss", "{:.4f}"),
@@ -132,6 +133,7 @@ def evaluate(
     progress: str | None = None,
     tokens: float = math.inf,
     decoder: Decoder | Captured | None = None,
+    before_each: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Evaluate the model as it is (adapters included) on rows.
 
@@ -142,6 +144,7 @@ def evaluate(
         progress: the bar's label; None shows none.
         batch_size, tokens: at most so many rows, and tokens, at a time.
         decoder: of the base, where there is one: it computes, instead of the modules.
+        before_each: called before each batch; what it raises ends the evaluation.
 
     Raises:
         MemoryError: there is too little for a single row.
@@ -160,6 +163,8 @@ def evaluate(
     try:
         start = 0
         while start < len(order):
+            if before_each:
+                before_each()
             here = order[start : start + batch_size]
             fit = np.searchsorted(np.cumsum([lengths[i] for i in here]), tokens, side="right")
             part = [rows[i] for i in here[: max(1, int(fit))]]
@@ -168,6 +173,8 @@ def evaluate(
             except (RuntimeError, MemoryError) as e:
                 if not memory.is_out_of_memory(e):
                     raise
+                if is_sharded(model):
+                    raise MemoryError(f"evaluating {len(part)} rows {memory.ALONE}") from None
                 batch_count = None
             if batch_count is None:
                 memory.release()

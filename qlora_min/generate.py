@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from . import memory
 from .model import Base, autocast
+from .sharding import is_sharded
 
 
 def generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, streamer: Any = None) -> list[str]:
@@ -27,6 +28,8 @@ def generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int =
     except (RuntimeError, MemoryError) as e:
         if not memory.is_out_of_memory(e):
             raise
+        if is_sharded(base.model):
+            raise MemoryError(f"answering {len(prompts)} prompts {memory.ALONE}") from None
     memory.release()
     half = len(prompts) // 2
     if not half:
@@ -59,8 +62,9 @@ def _generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     try:
         with autocast(device, base.dtype):
             out = model.generate(
-                input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer
-            )
+                input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer,
+                synced_gpus=is_sharded(model),  # ranks that gather together go on until the last one's answers end
+            )  # fmt: skip
     finally:
         model.train(was_training)
     answers = []

@@ -30,6 +30,7 @@ from .sharding import is_sharded
 GIB = 2**30
 LOGIT_ROWS = 64  # positions whose logits exist at a time
 MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # of a micro-batch; larger ones are no faster
+ALONE = "takes more memory than there is, and a rank can't try less by itself where the base is shared out"
 WORKSPACE = 8 * 2**20  # bytes of cuBLAS's, one for each of two streams: see model.py
 
 

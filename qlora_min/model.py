@@ -411,9 +411,8 @@ def load_base(
                 hashed.result()
             hashed = other.submit(fingerprint.add, key, tensor)
             if key in expected:
-                _place(model, key, tensor, decoder, quantization, dtype, device)
-                if sharded:  # what will be shared out waits on the CPU, and all is moved at the end
-                    _wait_on_cpu(model, key)
+                _place(model, key, tensor, decoder, quantization, dtype, device, sharded)
+        hashed.result()
 
     model.tie_weights()
     model.requires_grad_(False)
@@ -448,14 +447,21 @@ def _materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _place(
-    model: nn.Module, key: str, tensor: torch.Tensor, decoder: str, quantization: str, dtype: torch.dtype, device
-) -> None:
-    """Put one weight from disk where it belongs, in its dtype, quantised if it is a linear layer's of the decoder."""
+    model: nn.Module, key: str, tensor: torch.Tensor, decoder: str, quantization: str, dtype: torch.dtype, device,
+    sharded: bool,
+) -> None:  # fmt: skip
+    """Put one weight from disk where it belongs, in its dtype, quantised if it is a linear layer's of the decoder.
+
+    What will be shared out waits on the CPU.
+    """
     owner, _, leaf = key.rpartition(".")
-    module, tensor = model.get_submodule(owner), tensor.to(device)
-    if not tensor.isfinite().all():
-        raise ValueError(f"weight '{key}' holds NaN or infinite values; copy or download the model again")
+    module = model.get_submodule(owner)
     linear = isinstance(module, nn.Linear) and key.startswith(decoder)
+    to_quantise = linear and quantization != "none" and leaf == "weight"
+    if to_quantise:
+        tensor = tensor.to(device)
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is its own minimum
+        raise ValueError(f"weight '{key}' holds NaN or infinite values; copy or download the model again")
     if linear and quantization != "none":
         if not isinstance(module, bnb.nn.Linear4bit):
             module = _linear4bit(module, quantization, dtype)
@@ -468,20 +474,16 @@ def _place(
                     "wrongly on a CPU; use --quantization none, or a GPU"
                 )
             _quantize(module, tensor, quantization, dtype)
+            if sharded:
+                module.weight.data = module.weight.data.cpu()
             return
     wide = not linear and module is not model.get_input_embeddings() and module is not model.get_output_embeddings()
-    value = tensor.to(torch.float32 if wide else dtype)
+    if sharded and leaf == "weight" and not wide:
+        device = torch.device("cpu")
+    value = tensor.to(device, torch.float32 if wide else dtype)
     if isinstance(getattr(module, leaf), nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)
     setattr(module, leaf, value)
-
-
-def _wait_on_cpu(model: nn.Module, key: str) -> None:
-    """Move a matrix that was just placed, of the decoder's linear layers, the embedding or the head, off the GPU."""
-    owner, _, leaf = key.rpartition(".")
-    module = model.get_submodule(owner)
-    if leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding):
-        module.weight.data = module.weight.data.cpu()
 
 
 def _linear4bit(module: nn.Linear, quantization: str, dtype: torch.dtype) -> bnb.nn.Linear4bit:

@@ -107,8 +107,8 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _cut(weight: Tensor) -> nn.ModuleList:
-    """The rows of a matrix in slices of at most SLICE bytes, or one row."""
-    rows = max(1, SLICE // (weight.shape[1] * weight.element_size()))
+    """The rows of a matrix in slices of about SLICE bytes, a multiple of 64 rows, as products like best."""
+    rows = 64 * max(1, SLICE // (64 * weight.shape[1] * weight.element_size()))
     parts = nn.ModuleList(nn.Module() for _ in range(0, len(weight), rows))
     for part, rows_of_it in zip(parts, weight.split(rows)):
         part.weight = nn.Parameter(rows_of_it, requires_grad=False)

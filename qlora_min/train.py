@@ -147,6 +147,7 @@ class Trainer:
                         self.lock = checkpoint.Lock(resume)  # before anything is read there
                 self._prepare(config, resume, data)
                 from_main(lambda: self._begin() if write and resume is None else None)
+                in_step(self.sharded)
         except BaseException:
             self.lock.__exit__(None, None, None)
             raise
@@ -305,8 +306,6 @@ class Trainer:
             SystemExit: SIGINT or SIGTERM came, and the run was saved; the code is 128 + the signal's number.
         """
         p, c = self.progress, self.config
-        if self.sharded:
-            in_step()
         say(self.describe())
         bar = report.bar(self.total_steps, None, "step", keep=True, initial=p.step)
         with together(self._how_to_go_on), self.lock, self.signals, bar:
@@ -454,6 +453,7 @@ class Trainer:
         One that is not finite anywhere is so on all after it, so that they skip the same steps.
         """
         self._gather(None)  # while the device computes: has a signal come, or a rank failed?
+        in_step(True)
         memory.synchronize()
         start = time.perf_counter()
         loss = torch.as_tensor(loss, dtype=torch.float64, device=self.device)
@@ -465,6 +465,7 @@ class Trainer:
         self.stepper.scaler.scale(torch.zeros((), device=self.device))  # as above: makes the scale
         sum_([p.grad for p in self.stepper.params])
         self.waited, self.summed = self.waited + then - start, self.summed + time.perf_counter() - then
+        in_step(self.sharded)
         return loss
 
     def _gather(self, value: Any) -> list[Any]:
@@ -538,7 +539,9 @@ class Trainer:
         self._check_that_ranks_agree({"adapter": self._checksum()})
         if self.held:
             try:
-                with nullcontext() if self.sharded else self.signals.abandonable():  # the others would wait for us
+                with (
+                    nullcontext() if self.sharded else self.signals.abandonable()
+                ):  # by itself it can't leave the others
                     result = self.evaluate()
             except Stop:
                 result = None
@@ -576,9 +579,16 @@ class Trainer:
                 at_a_time = {"batch_size": EVALUATED, "tokens": self.config.micro_batch_tokens, "decoder": self.compute}
             else:
                 at_a_time = {"batch_size": self.config.batch_size}
+            at_a_time["before_each"] = self._abandon_together if self.sharded else None
             return evaluate(self.base, self.held_here, progress=None if rank() else "evaluating", **at_a_time)
         except MemoryError as e:
             raise TrainingError(f"{e}\n{self._saved()}") from None
+
+    def _abandon_together(self) -> None:
+        """Raises Stop, on all ranks alike, if a signal has come to one."""
+        self._gather(None)
+        if self.stopping:
+            raise Stop
 
     def _checksum(self) -> int:
         """Of the adapter."""
@@ -815,11 +825,12 @@ class Trainer:
         (batch, *_), _ = self.step_batches(p.step)
         supervised = max(1, batch.n_supervised)
         for _ in range(2):  # the first pays for kernels and graphs
-            memory.synchronize()
-            start = time.perf_counter()
-            self.backward(batch, supervised, p.step, 0)
-            memory.synchronize()
-            seconds = time.perf_counter() - start
+            with together():
+                memory.synchronize()
+                start = time.perf_counter()
+                self.backward(batch, supervised, p.step, 0)
+                memory.synchronize()
+                seconds = time.perf_counter() - start
         self.stepper.optimizer.zero_grad(set_to_none=False)
         per_token = seconds / batch.n_tokens
         tokens = self.epoch_tokens * self.total_steps / self.steps_per_epoch

@@ -39,6 +39,7 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "quantization": "nf4",
     "precision": "auto",
     "gradient_checkpointing": "auto",
+    "shard": False,
     "packing": "auto",
     "eval_every": None,  # a quarter of an epoch
     "patience": 3,
@@ -99,6 +100,7 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "quantization": ("none", '"none"', "none"),
     "precision": ("bf16", '"bf16"', "bf16"),
     "gradient_checkpointing": ("off", "false", "off"),
+    "shard": ("", "true", True),
     "packing": ("off", "false", "off"),
     "eval_every": ("5", "5", 5),
     "patience": ("4", "4", 4),

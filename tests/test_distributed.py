@@ -28,6 +28,8 @@ from hypothesis import strategies as st
 from test_resume import outcome, wait_for
 from test_training import conversations, last_checkpoint, relative, saved_adapter
 
+import qlora_min.decoder
+import qlora_min.evaluate
 import qlora_min.report
 import qlora_min.train
 from qlora_min import checkpoint, demo, distributed, memory, sharding
@@ -287,7 +289,7 @@ def test_a_sharded_base_makes_the_same_run_in_less_memory(run, ranks, slice_byte
         run(ranks, name, change=change, shard=how, **options) for name, how in (("whole", False), ("parts", True))
     )
     assert_equal_runs(parts.run, whole.run, bound)
-    for name in ("before", "after"):  # by the modules, with FSDP's own hooks
+    for name in ("before", "after"):  # by the modules, which gather too
         said = [[json.loads(s)[name] for s in (r.run / "samples.jsonl").open()] for r in (whole, parts)]
         assert said[0] == said[1] and said[0][0]
     held = [max(int(re.search(r"holds (\d+)", err)[1]) for err in r.err) for r in (whole, parts)]
@@ -308,6 +310,46 @@ def test_an_error_in_a_sharded_pass_ends_all(run):
     done = run(2, shard=True, change=before_step(2, fail), expect=None)
     assert 0 not in done.codes
     assert "rank 1: no such luck" in done.err[1]
+
+
+def test_a_signal_during_a_sharded_evaluation_abandons_it_on_all(run):
+    def change(rank):
+        inner, batches = qlora_min.evaluate._measure, []
+
+        def signalled(*args):
+            batches.append(1)
+            if rank == 1 and len(batches) == 7:  # the second of five of the evaluation at step 3
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(*args)
+
+        qlora_min.evaluate._measure = signalled
+        qlora_min.train.EVALUATED = 1  # row at a time
+
+    whole = run(2, "whole", shard=True, change=change_nothing_but_evaluated)
+    stopped = run(2, shard=True, change=change, expect=143)
+    assert [e["step"] for e in events(stopped.run, "eval")] == [0]
+    assert checkpoint.checkpoint_steps(stopped.run)[-1] == 3
+    assert_same(result(run(2, resume=True, change=change_nothing_but_evaluated).run), result(whole.run))
+
+
+def change_nothing_but_evaluated(rank: int) -> None:
+    qlora_min.train.EVALUATED = 1
+
+
+def test_want_of_memory_in_a_sharded_evaluation_is_said(run):
+    """A rank that tried fewer rows by itself would gather layers with others' embeddings."""
+
+    def change(rank):
+        def fail(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        if rank == 1:
+            qlora_min.decoder.Decoder.hidden_states = fail
+
+    done = run(2, shard=True, change=change, expect=None)
+    assert 0 not in done.codes
+    assert "error: rank 1: evaluating 4 rows takes more memory than there is" in done.err[1]
+    assert "Traceback" not in done.err[1]
 
 
 def test_what_cant_be_sharded_is_said(run):

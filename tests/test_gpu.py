@@ -272,7 +272,11 @@ def test_graphs_change_nothing(precision, checkpointing):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("how", [[], ["--shard"], ["--shard", "--gradient-checkpointing", "on"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "how",
+    [[], ["--shard"], ["--shard", "--gradient-checkpointing", "on"], ["--shard", "--quantization", "none"]],
+    ids=" ".join,
+)
 def test_two_gpus_make_the_run_of_one(tmp_path, how):
     options = ["--demo", "--max-steps", "20", "--dropout", "0", "--optimizer", "adamw", "--precision", "fp32"]
     options += ["--learning-rate", "2e-4", "--eval-every", "10", "--log-every", "1", *how]

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_scripts import one_line_error
 
+import qlora_min.decoder
 import qlora_min.evaluate
 import qlora_min.generate
 import qlora_min.train
@@ -249,7 +250,7 @@ def test_another_error_in_a_step_stays_what_it_is(script, monkeypatch):
 
 
 def test_eval_without_memory_is_one_line(script, adapter_folder, demo_data, monkeypatch):
-    monkeypatch.setattr(qlora_min.evaluate, "hidden_states", raiser(ERRORS["CUDA"]))
+    monkeypatch.setattr(qlora_min.decoder.Decoder, "hidden_states", raiser(ERRORS["CUDA"]))
     done = script("eval.py", "--adapter", adapter_folder, "--dataset", demo_data[1], "--limit", 4, expect=1)
     assert "error: evaluating one row of" in done.stderr and "Traceback" not in done.stderr
 

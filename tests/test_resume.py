@@ -175,8 +175,8 @@ def test_a_signal_while_nothing_can_be_lost_ends_it_at_once(make, monkeypatch, w
     with monkeypatch.context() as m:
         inner = getattr(Trainer, name)
 
-        def interrupted(self):
-            result = inner(self)
+        def interrupted(self, *args):
+            result = inner(self, *args)
             if self.progress.step == at:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
