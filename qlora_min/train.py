@@ -539,9 +539,8 @@ class Trainer:
         self._check_that_ranks_agree({"adapter": self._checksum()})
         if self.held:
             try:
-                with (
-                    nullcontext() if self.sharded else self.signals.abandonable()
-                ):  # by itself it can't leave the others
+                # A sharded one can't be left by one rank alone: it asks before each batch.
+                with nullcontext() if self.sharded else self.signals.abandonable():
                     result = self.evaluate()
             except Stop:
                 result = None
