@@ -169,7 +169,7 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
         result |= {"ranks": size(), "waited_ms": 1000 * (trainer.waited - waited) / steps,
                    "summed_ms": 1000 * (trainer.summed - summed) / steps}  # fmt: skip
     if cuda:
-        peaks = (torch.cuda.max_memory_allocated() - held_before) / 2**30, torch.cuda.max_memory_reserved() / 2**30
+        peaks = (torch.cuda.max_memory_allocated() - held_before) / GIB, torch.cuda.max_memory_reserved() / GIB
         result["peak_gib"], result["reserved_gib"] = map(max, zip(*gather(peaks)))  # of the rank that takes most
         if profile:
             with profiled() as kernels:
@@ -422,8 +422,7 @@ def draw(results: list[dict], path: str) -> None:
             row[column].grid(alpha=0.3)
     axes[0][0].set(ylabel="thousand tokens/s", ylim=(0, None))
     axes[1][0].set(ylabel="peak memory, GiB")
-    for axis in (axes[1][0].yaxis.set_major_formatter, axes[1][0].yaxis.set_minor_formatter):
-        axis("{x:g}")
+    axes[1][0].yaxis.set_major_formatter("{x:g}")
     axes[0][0].legend()
     axes[1][0].legend()
     figure.savefig(path, dpi=110)

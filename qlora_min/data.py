@@ -72,6 +72,11 @@ class Row:
         return len(self.ids)
 
     @property
+    def n_supervised(self) -> int:
+        """Tokens that are learned: the first has no predecessor to predict it."""
+        return int(self.supervised[1:].sum())
+
+    @property
     def answer_start(self) -> int:
         """Index of the first token of the last answer."""
         begins = self.supervised & ~self.supervised.roll(1)

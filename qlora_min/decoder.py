@@ -553,7 +553,7 @@ class Captured:
     def pack(self, rows: Sequence[Row], count: int) -> Packed:
         """At most `count` rows, filled up."""
         tokens = -(-sum(map(len, rows)) // self.grain) * self.grain
-        supervised = sum(int(r.supervised[1:].sum()) for r in rows)
+        supervised = sum(r.n_supervised for r in rows)
         supervised = 2 ** max(6, (supervised - 1).bit_length())
         return pack(rows, tokens, supervised, count, len(self.decoder.cos))
 
@@ -598,10 +598,19 @@ class Captured:
         self.decoder.grads.copy_(grads)
 
 
+def computer(base: Base, checkpointing: bool, longest: int, tokens: int) -> tuple[Decoder, Decoder | Captured]:
+    """A decoder, and what computes it: as CUDA graphs on a GPU, if the base is not shared out.
+
+    Args:
+        longest: row that may come. tokens: at a time, at most.
+    """
+    grain = max(64, tokens // 32)  # of the tokens in a captured batch
+    decoder = Decoder(base, checkpointing, max(longest, grain))
+    graphs = decoder.device.type == "cuda" and not decoder.sharded
+    return decoder, Captured(decoder, grain) if graphs else decoder
+
+
 def for_evaluation(base: Base, parts: Sequence[Rows], tokens: int) -> Decoder | Captured | None:
     """What computes `hidden_states` of these rows on packed ones, `tokens` at a time; None where the model is odd."""
-    longest, grain = max(int(rows.lengths.max()) for rows in parts), max(64, tokens // 32)
-    if unsupported(base, longest):
-        return None
-    decoder = Decoder(base, False, max(longest, grain))
-    return Captured(decoder, grain) if decoder.device.type == "cuda" else decoder
+    longest = max(int(rows.lengths.max()) for rows in parts)
+    return None if unsupported(base, longest) else computer(base, False, longest, tokens)[1]

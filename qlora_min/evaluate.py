@@ -242,7 +242,7 @@ def _measure(
     for i, row in enumerate(part):
         if row.choices:
             letters[i] = first + int(row.supervised[1 : row.answer_start].sum())  # behind any earlier answers
-        first += int(row.supervised[1:].sum())
+        first += row.n_supervised
     losses, right, chosen = [], [], {}
     for start in range(0, len(states), memory.LOGIT_ROWS):
         logits, wanted = head(states[start : start + memory.LOGIT_ROWS]), targets[start : start + memory.LOGIT_ROWS]

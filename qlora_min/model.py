@@ -457,12 +457,12 @@ def _place(
     owner, _, leaf = key.rpartition(".")
     module = model.get_submodule(owner)
     linear = isinstance(module, nn.Linear) and key.startswith(decoder)
-    to_quantise = linear and quantization != "none" and leaf == "weight"
-    if to_quantise:
+    four_bit = linear and quantization != "none"
+    if four_bit and leaf == "weight":
         tensor = tensor.to(device)
     if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is its own minimum
         raise ValueError(f"weight '{key}' holds NaN or infinite values; copy or download the model again")
-    if linear and quantization != "none":
+    if four_bit:
         if not isinstance(module, bnb.nn.Linear4bit):
             module = _linear4bit(module, quantization, dtype)
             parent, _, child = owner.rpartition(".")

@@ -15,7 +15,8 @@ torch's FSDP2 (`fully_shard`) does the same for layers that train. With torch 2.
 the same bits, but did not come back the same on GPUs, and it costs each gather too much of the host's time.
 
 Gathering is a collective: every rank must come to the same ones in the same order. So all ranks compute as many
-micro-batches a step, with as many slices of logits (`Trainer._in_step`), and the same evaluations and samples.
+micro-batches a step, with as many slices of logits (`Trainer._equal_micro_batches`), and the same evaluations and
+samples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,12 +32,16 @@ from .distributed import all_gather, rank, size
 SLICE = 2**26  # bytes of the embedding or the head that are gathered at a time
 
 
-class SlicedEmbedding(nn.Module):
-    """(...) ids -> (..., D), with the rows of the matrix (V, D) in slices: modules with a weight each."""
+class Sliced(nn.Module):
+    """A matrix (V, D) as slices of its rows: modules with a weight each."""
 
     def __init__(self, parts: nn.ModuleList):
         super().__init__()
         self.parts = parts
+
+
+class SlicedEmbedding(Sliced):
+    """(...) ids -> (..., D)."""
 
     def forward(self, ids: Tensor) -> Tensor:
         out, start = None, 0
@@ -48,14 +53,10 @@ class SlicedEmbedding(nn.Module):
         return out
 
 
-class SlicedHead(nn.Module):
-    """(..., D) -> (..., V), likewise."""
+class SlicedHead(Sliced):
+    """(..., D) -> (..., V)."""
 
     bias = None
-
-    def __init__(self, parts: nn.ModuleList):
-        super().__init__()
-        self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([F.linear(x, weight) for weight in slices(self)], -1)
@@ -100,9 +101,8 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
             end = start + m.weight.numel() * m.weight.element_size()
             m.weight.data = buffer[start:end].view(m.weight.dtype).view(m.weight.shape)
             start = end
-    for (
-        layer
-    ) in layers:  # for the modules' own forward, as transformers' `generate` runs it; decoder.py calls no module
+    # For the modules' own forward, as transformers' `generate` runs it; decoder.py calls no module.
+    for layer in layers:
         layer.register_forward_pre_hook(lambda layer, _: gather(layer))
 
 

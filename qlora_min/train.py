@@ -50,7 +50,7 @@ from .data import (
     steps_per_epoch,
     table,
 )
-from .decoder import Captured, Decoder, Packed, cut, dropout_seed, unsupported
+from .decoder import Decoder, Packed, computer, cut, dropout_seed, unsupported
 from .distributed import from_main, gather, in_step, join, rank, size, sum_, together
 from .evaluate import MEASURES, Evaluation, evaluate
 from .generate import generate
@@ -276,10 +276,8 @@ class Trainer:
         if self.why_padded and checkpointing:
             checkpoint_layers(self.model)
         elif not self.why_padded:
-            grain = max(64, tokens // 32)  # of the tokens in a captured batch
-            self.decoder = Decoder(self.base, checkpointing, max(longest, grain, int(self.held.lengths.max(initial=0))))
-            graphs = self.device.type == "cuda" and not self.sharded
-            self.compute = Captured(self.decoder, grain) if graphs else self.decoder
+            longest = max(longest, int(self.held.lengths.max(initial=0)))
+            self.decoder, self.compute = computer(self.base, checkpointing, longest, tokens)
         on_or_off = "on" if checkpointing else "off"
         self.config = replace(c, gradient_checkpointing=on_or_off, micro_batch_tokens=tokens)
 
@@ -377,8 +375,8 @@ class Trainer:
         if step not in self._ready:
             rows = self.step_rows(step)
             shares = [[rows[j] for j in part] for part in share([len(r) for r in rows], size())]
-            batches = self._in_step(shares) if self.sharded else self._micro_batches(shares[rank()])
-            totals = sum(int(r.supervised[1:].sum()) for r in rows), sum(map(len, rows))
+            batches = self._equal_micro_batches(shares) if self.sharded else self._micro_batches(shares[rank()])
+            totals = sum(r.n_supervised for r in rows), sum(map(len, rows))
             self._ready = {s: b for s, b in self._ready.items() if s == step - 1}
             self._ready[step] = batches, [r.where for r in rows], totals
         return self._ready[step][:2]
@@ -392,14 +390,14 @@ class Trainer:
     def _cut(self, rows: list[Row]) -> list[list[Row]]:
         return [[rows[j] for j in part] for part in cut([len(r) for r in rows], self.config.micro_batch_tokens)]
 
-    def _in_step(self, shares: list[list[Row]]) -> list[Packed]:
+    def _equal_micro_batches(self, shares: list[list[Row]]) -> list[Packed]:
         """This rank's micro-batches where all ranks gather the base together: as many, of as many supervised positions.
 
         What fills up counts for nothing; where a rank has no row left, one of which nothing is learned does.
         """
         batches, parts = [], [self._cut(rows) if rows else [] for rows in shares]
         for here in itertools.zip_longest(*parts):
-            supervised = max(sum(int(r.supervised[1:].sum()) for r in part or ()) for part in here)
+            supervised = max(sum(r.n_supervised for r in part or ()) for part in here)
             other = next(part for part in here if part)[0]
             mine = here[rank()] or [replace(other, supervised=torch.zeros_like(other.supervised))]
             batches.append(self.decoder.pack(mine, 0, supervised))
@@ -823,8 +821,8 @@ class Trainer:
         p, c = self.progress, self.config
         (batch, *_), _ = self.step_batches(p.step)
         supervised = max(1, batch.n_supervised)
-        for _ in range(2):  # the first pays for kernels and graphs
-            with together():
+        with together():
+            for _ in range(2):  # the first pays for kernels and graphs
                 memory.synchronize()
                 start = time.perf_counter()
                 self.backward(batch, supervised, p.step, 0)
