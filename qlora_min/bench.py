@@ -6,6 +6,7 @@ only, for every trainer alike.
 """
 
 import gc
+import itertools
 import json
 import os
 import random
@@ -193,7 +194,8 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
     dtype = torch.float16 if cuda else torch.float32
     count, targets = batch_size * grad_accum, ["q_proj", "k_proj", "v_proj", "o_proj"]
     warm_up = WARM_UP["peers" if cuda else "cpu"]
-    steps = warm_up + args.steps + (PROFILED if cuda else 0)
+    last = warm_up + args.repeats * args.steps  # timed in `repeats` runs, one after the other
+    steps = last + (PROFILED if cuda else 0)
     if who == "unsloth":
         model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
             args.model, max_seq_length=args.max_length, dtype=torch.float16, load_in_4bit=True
@@ -242,10 +244,10 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
 
     class Clock(TrainerCallback):
         def on_step_end(self, _, state, control, **kwargs):
-            if state.global_step in (1, warm_up, warm_up + args.steps):
+            if state.global_step in (1, *range(warm_up, last + 1, args.steps)):
                 synchronize()
                 times[state.global_step] = time.perf_counter()
-            if state.global_step == warm_up + args.steps and cuda:
+            if state.global_step == last and cuda:
                 result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
                 self.profile = profiled()
@@ -261,7 +263,8 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
             p.data = p.data.float()  # as released it makes them bf16, which the fp16 GradScaler refuses
     trainer.train()
     mean = sum(len(ids) for ids, _ in drawn) / len(drawn)  # which rows a step had is not told: their mean
-    seconds = times[warm_up + args.steps] - times[warm_up]
+    ends = [times[step] for step in range(warm_up, last + 1, args.steps)]
+    seconds = statistics.median(b - a for a, b in itertools.pairwise(ends))
     if cuda:
         result |= clock.kernels(mean * count * PROFILED, PROFILED)
     result |= {"tokens_per_second": mean * count * args.steps / seconds, "ms_per_step": 1000 * seconds / args.steps,
@@ -338,7 +341,7 @@ def compare(args) -> list[dict]:
             name = f"{who}, {name}"
             command = [sys.executable, "-m", "qlora_min.cli", "bench"]
             command += ["--only", json.dumps({"who": who, **options}), "--model", args.model]
-            for key in ("device", "max_length", "rank", "steps", *(["lengths"] if args.lengths else [])):
+            for key in ("device", "max_length", "rank", "steps", "repeats", *(["lengths"] if args.lengths else [])):
                 command += ["--" + key.replace("_", "-"), str(getattr(args, key))]
             done = subprocess.run(command, capture_output=True, text=True)
             line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)

@@ -338,6 +338,7 @@ def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[
         lines += [
             ("  95% interval", between(result.choices.interval)),
             ("  chance", f"{result.chance:.1%}"),
+            (f"  always {result.choices.commonest[0]}", f"{result.choices.commonest[1]:.1%}"),
             ("  mean confidence", f"{result.choices.confidence.mean():.1%}"),
             ("  calibration error", f"{result.choices.calibration_error:.1%}"),
         ]
@@ -361,14 +362,18 @@ def side_by_side(
 def by_data_set(
     names: Sequence[str], before: Sequence[Evaluation], after: Sequence[Evaluation]
 ) -> list[tuple[str, ...]]:
-    """A table of strings, the head first: a line a data set, for each measure base -> adapter."""
-    lines = [("data", "rows", "loss", "token accuracy", "option accuracy", "95% interval", "chance")]
+    """A table of strings, the head first: a line a data set, for each measure base -> adapter.
+
+    The last column is what always saying the commonest letter would reach.
+    """
+    lines = [("data", "rows", "loss", "token accuracy", "option accuracy", "95% interval", "chance", "one letter")]
     for name, b, a in zip(names, before, after):
         line = [name, f"{a.rows:,}"]
         for key, form in (("loss", "{:.4f}"), ("token_accuracy", "{:.1%}"), ("option_accuracy", "{:.1%}")):
             values = [getattr(side, key) for side in (b, a)]
             line.append("-" if None in values else " → ".join(map(form.format, values)))
-        line += ["-", "-"] if a.chance is None else [between(a.choices.interval), f"{a.chance:.1%}"]
+        always = "{} {:.1%}".format(*a.choices.commonest)
+        line += ["-"] * 3 if a.chance is None else [between(a.choices.interval), f"{a.chance:.1%}", always]
         lines.append(tuple(line))
     return lines
 

@@ -1,11 +1,12 @@
-"""Experiments: one option at a time away from one configuration, each trained and evaluated; tables in Markdown.
+"""Experiments: one option at a time away from one configuration, each trained and evaluated; a table in Markdown.
 
 python scripts/experiments.py --model DIR --dataset train.jsonl --eval-dataset validation.jsonl medmcqa.jsonl \
     --output-dir runs/experiments
 
 Any option of train.py is the common configuration's. Each run is an ordinary one, in a folder of --output-dir named
 after what it changes; what is finished there is not run again, so a stopped script goes on where it was. Every data set
-of --eval-dataset has its own column: option accuracy of the best adapter, with a 95% interval.
+of --eval-dataset has its own column: option accuracy of the best adapter, with a 95% interval, to be read beside chance
+and what always saying one letter would reach.
 """
 
 import gc
@@ -22,7 +23,7 @@ EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
     "learning rate": [{"learning_rate": lr} for lr in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)],
     "quantization": [{"quantization": q} for q in ("nf4", "fp4", "none")],
     "epochs": [{"epochs": float(n)} for n in (1, 2, 3, 4, 5)],
-    "layers": [
+    "linear layers": [
         {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")},
         {"targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
     ],
@@ -41,10 +42,14 @@ def main() -> None:
     if not common.output_dir or not common.eval_dataset:
         raise ValueError("--output-dir DIR and --eval-dataset NAME ... are needed (see --help)")
     experiments = EXPERIMENTS | {"base": [{"model": name} for name in args.bases]}
+    begun = False
     for name in args.only or experiments:
         results = [(change, run(common, change)) for change in experiments[name]]
-        if results:
-            print(markdown(name, results), flush=True)
+        if results and not begun:
+            print("\n" + head(results[0][1]))
+            begun = True
+        for change, result in results:
+            print(line(f"{name} {_short(next(iter(change.values())))}", result), flush=True)
 
 
 def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
@@ -78,31 +83,39 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
             "seconds": end["seconds"],
             "data": {p.name: evaluate(base, p.rows, 64, p.name, tokens, decoder) for p in parts},
         }
-        found["data"] = {n: {**e.as_dict(), "interval": e.choices.interval} for n, e in found["data"].items()}
+        found["data"] = {
+            n: {**e.as_dict(), "interval": e.choices.interval, "commonest": e.choices.commonest}
+            for n, e in found["data"].items()
+        }
         checkpoint.write_json(folder / "results.json", found)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return f"{len(value)}" if isinstance(value, tuple) else Path(value).name if isinstance(value, str) else f"{value:g}"
 
 
-def markdown(name: str, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """A table: a line a run."""
-    sets = list(results[0][1]["data"])
-    lines = [[name, "trained", "held-out loss", *(f"accuracy on {Path(s).stem}" for s in sets), "training s"]]
-    lines.append(["---"] * len(lines[0]))
-    for change, r in results:
-        accuracy = []
-        for s in sets:
-            low, high = r["data"][s]["interval"]
-            accuracy.append(f"{r['data'][s]['option_accuracy']:.1%} ({low:.1%} to {high:.1%})")
-        loss = r["data"][sets[0]]["loss"]
-        first = _short(next(iter(change.values())))
-        lines.append([first, f"{r['trained']:,}", f"{loss:.4f}", *accuracy, f"{r['seconds']:.0f}"])
-    chance = ", ".join(f"{r['chance']:.1%} on {Path(s).stem}" for s, r in results[0][1]["data"].items())
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"\n**{name.capitalize()}** (chance {chance})\n\n{table}\n"
+def head(result: dict[str, Any]) -> str:
+    """What the accuracies on each data set are to be read beside, and the table's head."""
+    beside = "; ".join(
+        "{}: chance {:.1%}, always {} {:.1%}".format(Path(s).stem, r["chance"], *r["commonest"])
+        for s, r in result["data"].items()
+    )
+    columns = ["", "trained", "held-out loss", *(f"accuracy on {Path(s).stem}" for s in result["data"]), "training s"]
+    return f"{beside}\n\n{_row(columns)}\n{_row(['---'] * len(columns))}"
+
+
+def line(label: str, result: dict[str, Any]) -> str:
+    """The table's line of a run; its loss is that of the first data set."""
+    sets = list(result["data"].values())
+    accuracy = ["{:.1%} ({:.1%} to {:.1%})".format(r["option_accuracy"], *r["interval"]) for r in sets]
+    return _row([label, f"{result['trained']:,}", f"{sets[0]['loss']:.4f}", *accuracy, f"{result['seconds']:.0f}"])
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

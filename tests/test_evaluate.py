@@ -94,8 +94,8 @@ def test_tables_by_hand():
     one = Evaluation(3, 9, 0.5, 0.75, 3, 2 / 3, 0.5, choices)
     plain = Evaluation(2, 4, 0.25, 0.5)
     assert by_data_set(["x", "y"], [one, plain], [one, plain])[1:] == [
-        ("x", "3", "0.5000 → 0.5000", "75.0% → 75.0%", "66.7% → 66.7%", "20.8-93.9%", "50.0%"),
-        ("y", "2", "0.2500 → 0.2500", "50.0% → 50.0%", "-", "-", "-"),
+        ("x", "3", "0.5000 → 0.5000", "75.0% → 75.0%", "66.7% → 66.7%", "20.8-93.9%", "50.0%", "A 66.7%"),
+        ("y", "2", "0.2500 → 0.2500", "50.0% → 50.0%", "-", "-", "-", "-"),
     ]
 
 
@@ -110,8 +110,8 @@ def test_the_command(adapter, script, write_rows, tmp_path):
     files = [write_rows(demo.rows(demo.CONDITIONS, n, seed=n), f"set{n}.jsonl") for n in (12, 5)]
     options = ["--adapter", adapter, "--dataset", *files, "--generate", 2, "--max-new-tokens", 4]
     out = script("eval.py", *options, "--html", "report.html").stdout
-    for label in ("95% interval", "chance", "mean confidence", "calibration error", "exact match", "valid format",
-                  "ROUGE-L", "BLEU"):  # fmt: skip
+    for label in ("95% interval", "chance", "always [A-D]", "mean confidence", "calibration error", "exact match",
+                  "valid format", "ROUGE-L", "BLEU"):  # fmt: skip
         assert re.search(rf"^ +{label} +\S+ +\S+$", out, re.MULTILINE), label
     assert re.search(r"answers generated +4 +4\n", out)
     assert re.search(rf"^{files[0]} +12 +[\d.]+ → [\d.]+ ", out, re.MULTILINE)
