@@ -599,14 +599,14 @@ class Captured:
 
 
 def computer(base: Base, checkpointing: bool, longest: int, tokens: int) -> tuple[Decoder, Decoder | Captured]:
-    """A decoder, and what computes it: as CUDA graphs on a GPU, if the base is not shared out.
+    """A decoder, and what computes it: as CUDA graphs on a GPU with Triton, if the base is not shared out.
 
     Args:
         longest: row that may come. tokens: at a time, at most.
     """
     grain = max(64, tokens // 32)  # of the tokens in a captured batch
     decoder = Decoder(base, checkpointing, max(longest, grain))
-    graphs = decoder.device.type == "cuda" and not decoder.sharded
+    graphs = decoder.device.type == "cuda" and not decoder.sharded and ops.have_kernels()
     return decoder, Captured(decoder, grain) if graphs else decoder
 
 

@@ -23,7 +23,7 @@ def _kernels() -> ModuleType | None:
 
 
 def have_kernels() -> bool:
-    """Whether Triton is there; without it a GPU runs the formulas below, at the price of more launches."""
+    """Whether Triton is there; without it a GPU runs the formulas below, and no CUDA graphs: many more launches."""
     return _kernels() is not None
 
 
@@ -104,7 +104,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
     """x with each element zeroed with probability p and the rest divided by 1 - p.
 
     The mask is a function of (seed, stream, element): the backward pass draws it again instead of keeping it, and so
-    does a recomputed forward. The generators of the two devices differ, so their masks do.
+    does a recomputed forward. The kernel's generator is another than the formula's, and so are its masks.
 
     Args:
         seed: 0-dim int64 on x's device. stream: which dropout of the model this is.
@@ -122,11 +122,11 @@ def dropout_backward_(dx: Tensor, dy: Tensor, p: float, seed: Tensor, stream: in
 
 
 def _mask(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
-    """0 or 1 / (1 - p) for each element. 16 random bits decide, so p is met to within 1 / 65,536."""
+    """0 or 1 / (1 - p) for each element, drawn on the CPU. 16 random bits decide, so p is met to within 1 / 65,536."""
     generator = torch.Generator().manual_seed(int(seed) + stream)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     keep = bits.view(torch.int16)[: x.numel()] >= round(p * 65536) - 32768
-    return keep.view(x.shape).to(x.dtype).div_(1 - p)
+    return keep.view(x.shape).to(x.device, x.dtype).div_(1 - p)
 
 
 def cross_entropy(

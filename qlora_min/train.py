@@ -772,8 +772,9 @@ class Trainer:
         whole = parameter_count(self.model) - trained
         how = f"padded rows, by the model's modules ({self.why_padded})"
         if self.decoder:
-            kernels = "" if self.device.type == "cpu" or have_kernels() else ", without Triton's kernels: it is missing"
-            how = f"packed rows, up to {c.micro_batch_tokens:,} tokens at a time{kernels}"
+            slow = self.device.type == "cuda" and not have_kernels()
+            why = ", without kernels and graphs: Triton is missing" if slow else ""
+            how = f"packed rows, up to {c.micro_batch_tokens:,} tokens at a time{why}"
         per_step = self.epoch_tokens / self.steps_per_epoch
         lines = [
             f"trained     {trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "

@@ -11,7 +11,7 @@ from conftest import ROOT
 from qlora_min import checkpoint, demo, ops
 from qlora_min.config import Config
 from qlora_min.data import Row, collate
-from qlora_min.decoder import Captured, Decoder, dropout_seed, pack
+from qlora_min.decoder import Captured, Decoder, computer, dropout_seed, pack
 from qlora_min.lora import lora_parameters
 from qlora_min.loss import masked_cross_entropy
 from qlora_min.model import (
@@ -190,6 +190,26 @@ def test_the_dropout_kernel(dtype):
     dx = torch.ones_like(x)
     ops.dropout_backward_(dx, x, 0.05, seed, 3)
     near(dx - 1, y)
+
+
+def test_without_triton_a_gpu_computes_what_a_cpu_does(monkeypatch):
+    """Dropout included, whose mask the formulas draw on the CPU."""
+    monkeypatch.setattr(ops, "_kernels", lambda: None)
+    base, mine, batches = decoder_and_batches("fp32")
+    assert computer(base, False, 384, 384)[1].__class__ is Decoder
+    twin = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
+    add_lora(twin, ("q_proj", "k_proj", "v_proj", "o_proj"), 16, 32.0, 0.1)
+    with torch.no_grad():
+        for a, b in zip(lora_parameters(twin.model).values(), lora_parameters(base.model).values()):
+            a.copy_(b)
+    losses, grads = [], []
+    for decoder in (mine, Decoder(twin, False, 384)):
+        batch = pack(batches[0], 320, 128, 8).to(decoder.device)
+        factor, seed = (torch.tensor(n, device=decoder.device) for n in (0.5, 1))
+        losses.append(decoder.loss_and_gradients(batch, factor, seed).item())
+        grads.append(decoder.grads.cpu())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
