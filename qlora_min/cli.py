@@ -284,7 +284,7 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     print(side_by_side(before, after, texts))
     if len(parts) > 1:
         print("\nEach data set, base → adapter (95% interval of the adapter's option accuracy;")
-        print("one letter: what always saying it would reach):")
+        print("majority: what always saying the letter that is right most often would reach):")
         print(aligned(by_data_set(names, *results)))
         if answers:
             print(aligned(texts_by_data_set(names, *each)))

@@ -62,7 +62,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         values = {k: v for k, v in asdict(self).items() if k != "choices"}
-        return {**values, "perplexity": self.perplexity}
+        majority = list(self.choices.majority) if self.option_rows else None
+        return {**values, "majority": majority, "perplexity": self.perplexity}
 
     @classmethod
     def join(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
@@ -328,6 +329,12 @@ GENERATED = (  # what is shown of TextScores
 )
 
 
+def beside(result: dict[str, Any]) -> str:
+    """What an option accuracy is to be read beside, of an `Evaluation.as_dict`: "chance 25.0%, always A 32.8%"."""
+    majority = result.get("majority")  # those kept by older checkpoints have none
+    return f"chance {result['chance']:.1%}" + (", always {} {:.1%}".format(*majority) if majority else "")
+
+
 def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[str, str]]:
     """What there is to show of a side, in words: (label, value)."""
     lines = [("rows", f"{result.rows:,}"), ("supervised tokens", f"{result.supervised_tokens:,}")]
@@ -338,7 +345,7 @@ def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[
         lines += [
             ("  95% interval", between(result.choices.interval)),
             ("  chance", f"{result.chance:.1%}"),
-            (f"  always {result.choices.commonest[0]}", f"{result.choices.commonest[1]:.1%}"),
+            (f"  always {result.choices.majority[0]}", f"{result.choices.majority[1]:.1%}"),
             ("  mean confidence", f"{result.choices.confidence.mean():.1%}"),
             ("  calibration error", f"{result.choices.calibration_error:.1%}"),
         ]
@@ -364,16 +371,16 @@ def by_data_set(
 ) -> list[tuple[str, ...]]:
     """A table of strings, the head first: a line a data set, for each measure base -> adapter.
 
-    The last column is what always saying the commonest letter would reach.
+    majority: what always saying the letter that is right most often would reach.
     """
-    lines = [("data", "rows", "loss", "token accuracy", "option accuracy", "95% interval", "chance", "one letter")]
+    lines = [("data", "rows", "loss", "token accuracy", "option accuracy", "95% interval", "chance", "majority")]
     for name, b, a in zip(names, before, after):
         line = [name, f"{a.rows:,}"]
         for key, form in (("loss", "{:.4f}"), ("token_accuracy", "{:.1%}"), ("option_accuracy", "{:.1%}")):
             values = [getattr(side, key) for side in (b, a)]
             line.append("-" if None in values else " → ".join(map(form.format, values)))
-        always = "{} {:.1%}".format(*a.choices.commonest)
-        line += ["-"] * 3 if a.chance is None else [between(a.choices.interval), f"{a.chance:.1%}", always]
+        majority = "{} {:.1%}".format(*a.choices.majority)
+        line += ["-"] * 3 if a.chance is None else [between(a.choices.interval), f"{a.chance:.1%}", majority]
         lines.append(tuple(line))
     return lines
 

@@ -19,7 +19,7 @@ from . import __version__
 from .adapter import AdapterConfig
 from .checkpoint import is_run, read_metrics, read_record
 from .config import clipped, redacted, refuse_secrets
-from .evaluate import MEASURES
+from .evaluate import MEASURES, beside
 from .reading import FILE_KINDS
 
 CARD = "README.md"
@@ -118,8 +118,8 @@ def _results(before: dict | None, best: dict | None, step: int) -> str:
             "| | base | with the adapter |", "|---|---|---|"]  # fmt: skip
     for label, key, form in MEASURES:
         if best.get(key) is not None:
-            chance = f" (chance {best['chance']:.1%})" if key == "option_accuracy" else ""
-            rows.append(f"| {label}{chance} | {form.format(before[key])} | {form.format(best[key])} |")
+            known = f" ({beside(best)})" if key == "option_accuracy" else ""
+            rows.append(f"| {label}{known} | {form.format(before[key])} | {form.format(best[key])} |")
     return "\n".join(rows)
 
 

@@ -113,7 +113,7 @@ def evaluation(
         note = "The bar is the 95% interval (Wilson), the dotted line is chance."
         body += _section("Option accuracy", _intervals(names, results), note)
     if len(names) > 1:
-        note = "Base → adapter; the interval is the adapter's. One letter: what always saying it would reach."
+        note = "Base → adapter; the interval is the adapter's. Majority: what always saying that letter would reach."
         tables = _table(by_data_set(names, *results))
         if answers:
             tables += "<p></p>" + _table(texts_by_data_set(names, *([a.scores for a in side] for side in answers)))

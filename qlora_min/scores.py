@@ -67,7 +67,7 @@ class Choices:
         return sorted({*self.right.tolist(), *self.chosen.tolist()})
 
     @property
-    def commonest(self) -> tuple[str, float]:
+    def majority(self) -> tuple[str, float]:
         """The letter that is right most often, and how often: what always saying it would reach."""
         letters, rows = np.unique(self.right, return_counts=True)
         return (str(letters[rows.argmax()]), float(rows.max() / len(self))) if len(self) else ("", 0.0)
@@ -108,7 +108,6 @@ class Choices:
     def as_dict(self) -> dict[str, Any]:
         return {
             "interval": list(self.interval),
-            "commonest": list(self.commonest),
             "letters": self.letters,
             "confusion": self.confusion.tolist(),
             "mean_confidence": float(self.confidence.mean()),

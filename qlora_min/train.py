@@ -52,7 +52,7 @@ from .data import (
 )
 from .decoder import Decoder, Packed, computer, cut, dropout_seed, unsupported
 from .distributed import from_main, gather, in_step, join, rank, size, sum_, together
-from .evaluate import MEASURES, Evaluation, evaluate
+from .evaluate import MEASURES, Evaluation, beside, evaluate
 from .generate import generate
 from .lora import lora_disabled, lora_parameters
 from .loss import masked_cross_entropy
@@ -548,7 +548,7 @@ class Trainer:
             result = results[0] if self.sharded else Evaluation.join(results)
             line = f"step {p.step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}"
             if result.option_accuracy is not None:
-                line += f", option accuracy {result.option_accuracy:.1%} (chance {result.chance:.1%})"
+                line += f", option accuracy {result.option_accuracy:.1%} ({beside(result.as_dict())})"
             if p.before is None:
                 p.before = result.as_dict()
             improved = p.best is None or result.loss < p.best["loss"] or math.isnan(p.best["loss"])

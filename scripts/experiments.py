@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora_min.cli import Parser, add_options, given_options, run_script
 from qlora_min.config import Config
+from qlora_min.scores import between
 
 EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
     "rank": [{"rank": r, "alpha": 2.0 * r} for r in (4, 8, 16, 32, 64)],
@@ -42,14 +43,14 @@ def main() -> None:
     if not common.output_dir or not common.eval_dataset:
         raise ValueError("--output-dir DIR and --eval-dataset NAME ... are needed (see --help)")
     experiments = EXPERIMENTS | {"base": [{"model": name} for name in args.bases]}
-    begun = False
-    for name in args.only or experiments:
-        results = [(change, run(common, change)) for change in experiments[name]]
-        if results and not begun:
-            print("\n" + head(results[0][1]))
-            begun = True
-        for change, result in results:
-            print(line(f"{name} {_short(next(iter(change.values())))}", result), flush=True)
+    results = [
+        (f"{name} {_short(next(iter(change.values())))}", run(common, change))
+        for name in args.only or experiments
+        for change in experiments[name]
+    ]
+    if not results:
+        raise ValueError("--only base: needs --bases NAME ...")
+    print("\n" + markdown(results))
 
 
 def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
@@ -77,15 +78,12 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
         base = load_adapter(adapter, changed.model, resolve_precision(changed.precision, pick_device()))
         tokens = 8192
         decoder = for_evaluation(base, [p.rows for p in parts], tokens)
-        end = next(e for e in checkpoint.read_metrics(folder) if e["event"] == "end")
         found = {
             "trained": sum(p.numel() for p in lora_parameters(base.model).values()),
-            "seconds": end["seconds"],
             "data": {p.name: evaluate(base, p.rows, 64, p.name, tokens, decoder) for p in parts},
         }
         found["data"] = {
-            n: {**e.as_dict(), "interval": e.choices.interval, "commonest": e.choices.commonest}
-            for n, e in found["data"].items()
+            n: {**e.as_dict(), **(e.choices.as_dict() if e.option_rows else {})} for n, e in found["data"].items()
         }
         checkpoint.write_json(folder / "results.json", found)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -97,25 +95,21 @@ def _short(value: Any) -> str:
     return f"{len(value)}" if isinstance(value, tuple) else Path(value).name if isinstance(value, str) else f"{value:g}"
 
 
-def head(result: dict[str, Any]) -> str:
-    """What the accuracies on each data set are to be read beside, and the table's head."""
-    beside = "; ".join(
-        "{}: chance {:.1%}, always {} {:.1%}".format(Path(s).stem, r["chance"], *r["commonest"])
-        for s, r in result["data"].items()
-    )
-    columns = ["", "trained", "held-out loss", *(f"accuracy on {Path(s).stem}" for s in result["data"]), "training s"]
-    return f"{beside}\n\n{_row(columns)}\n{_row(['---'] * len(columns))}"
+def markdown(results: list[tuple[str, dict[str, Any]]]) -> str:
+    """What the accuracies are to be read beside, and a table: a line a run. The loss is that of the first data set."""
+    from qlora_min.evaluate import beside
 
-
-def line(label: str, result: dict[str, Any]) -> str:
-    """The table's line of a run; its loss is that of the first data set."""
-    sets = list(result["data"].values())
-    accuracy = ["{:.1%} ({:.1%} to {:.1%})".format(r["option_accuracy"], *r["interval"]) for r in sets]
-    return _row([label, f"{result['trained']:,}", f"{sets[0]['loss']:.4f}", *accuracy, f"{result['seconds']:.0f}"])
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    sets = results[0][1]["data"]
+    known = [f"{Path(s).stem}: {beside(r)}" for s, r in sets.items() if r["option_rows"]]
+    lines = [["", "trained", "held-out loss", *(f"accuracy on {Path(s).stem}" for s in sets)]]
+    lines.append(["---"] * len(lines[0]))
+    for label, r in results:
+        found = list(r["data"].values())
+        accuracy = [
+            f"{d['option_accuracy']:.1%} ({between(d['interval'])})" if d["option_rows"] else "-" for d in found
+        ]
+        lines.append([label, f"{r['trained']:,}", f"{found[0]['loss']:.4f}", *accuracy])
+    return "; ".join(known) + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_parts_join_to_the_whole(base, rows):
     whole = evaluate(base, rows, 4)
     joined = Evaluation.join([evaluate(base, part, 4) for part in (rows[:9], rows[9:23], rows[23:])])
     a, b = whole.as_dict(), joined.as_dict()
-    assert a.keys() == b.keys()
+    assert a.keys() == b.keys() and a.pop("majority") == b.pop("majority") is not None
     assert all(a[k] == pytest.approx(b[k], rel=1e-5) for k in a)
     assert sorted(zip(*map(list, (joined.choices.right, joined.choices.chosen)))) == sorted(
         zip(*map(list, (whole.choices.right, whole.choices.chosen)))
@@ -65,7 +65,8 @@ def test_parts_join_to_the_whole(base, rows):
 def test_training_keeps_its_figures(base, rows):
     """What goes into metrics.jsonl and checkpoints is as it was."""
     assert evaluate(base, rows, 4).as_dict().keys() == {
-        "rows", "supervised_tokens", "loss", "token_accuracy", "option_rows", "option_accuracy", "chance", "perplexity"
+        "rows", "supervised_tokens", "loss", "token_accuracy", "option_rows", "option_accuracy", "chance", "majority",
+        "perplexity",
     }  # fmt: skip
     json.dumps(evaluate(base, rows, 4).as_dict())
 

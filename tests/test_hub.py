@@ -34,7 +34,8 @@ RECORD = {
     "versions": {"qlora_min": "1", "torch": "2"},
 }  # fmt: skip
 ADAPTER = AdapterConfig(8, 12.5, 0.0, ("q_proj", "v_proj"), "a/base", "abc123", "f" * 64)
-RESULT = {"rows": 25, "loss": 1.5, "perplexity": 4.48, "token_accuracy": 0.5, "option_accuracy": 0.2, "chance": 0.25}
+RESULT = {"rows": 25, "loss": 1.5, "perplexity": 4.48, "token_accuracy": 0.5, "option_accuracy": 0.2, "chance": 0.25,
+          "majority": ["A", 0.328]}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,7 +53,8 @@ def test_an_adapters_card_says_all_that_a_stranger_needs():
     for words in (
         "4-bit NF4, doubly quantised", "[a/base](https://huggingface.co/a/base)", "`abc123`", f"`{'f' * 64}`",
         "On 25 held-out rows, after 40 optimizer steps", "| loss | 1.5000 | 0.2500 |",
-        "| option accuracy (chance 25.0%) | 20.0% | 90.0% |", "- o/data: 90 rows", "- rows.jsonl (held out): 1 rows",
+        "| option accuracy (chance 25.0%, always A 32.8%) | 20.0% | 90.0% |", "- o/data: 90 rows",
+        "- rows.jsonl (held out): 1 rows",
         "rank = 16", "Computed in bf16", "Rank 8, alpha 12.5, on q_proj, v_proj",
         'from_pretrained("a/base", revision="abc123", dtype=torch.bfloat16, quant',
         "bnb_4bit_compute_dtype=torch.bfloat16",

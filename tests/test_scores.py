@@ -44,7 +44,7 @@ def test_confusion_by_hand():
     assert choices.confusion.tolist() == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
     assert choices.hits.tolist() == [True, False, True, False, True, True]
     assert choices.interval == wilson(4, 6)
-    assert choices.commonest == ("A", 0.5) and Choices.of().commonest == ("", 0.0)
+    assert choices.majority == ("A", 0.5) and Choices.of().majority == ("", 0.0)
     joined = Choices.join([Choices.of(ROWS[:2]), Choices.of(), Choices.of(ROWS[2:])])
     assert joined.as_dict() == choices.as_dict()
 

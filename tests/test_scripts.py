@@ -386,7 +386,7 @@ def test_experiments(script, tmp_path):
         "quantization=fp4",
         "quantization=none",
     }
-    assert re.search(r"^eval: chance 25.0%, always [A-D] \d\d.\d%$", out, re.MULTILINE)
+    assert re.search(r"^eval: chance 25\.0%, always [A-D] \d\d\.\d%$", out, re.MULTILINE)
     for rank in (4, 8, 16, 32, 64):
         assert f"| rank {rank} | {4 * rank * (4 * 64 + 2 * 32 + 2 * 64):,} |" in out
     again = script("experiments.py", *options).stdout
