@@ -235,7 +235,9 @@ def test_combined_evaluations_are_the_evaluation_of_all_rows(run, tmp_path):
     parts = [evaluate(base, part, 8) for part in (rows[:4], rows[4:], [])]
     assert whole.option_rows == 7 and 0 < whole.token_accuracy < 1
     both = Evaluation.join(parts)
-    assert both.as_dict() == pytest.approx(whole.as_dict(), rel=1e-6)
+    assert both.choices.majority == whole.choices.majority
+    a, b = ({k: v for k, v in e.as_dict().items() if k != "majority"} for e in (both, whole))
+    assert a == pytest.approx(b, rel=1e-6)
     assert Evaluation.join([whole]) is whole
     plain = Evaluation(rows=1, supervised_tokens=3, loss=1.0, token_accuracy=0.5)
     assert Evaluation.join([plain, plain]) == Evaluation(rows=2, supervised_tokens=6, loss=1.0, token_accuracy=0.5)
