@@ -96,8 +96,9 @@ def read_config(folder: Path) -> AdapterConfig:
             that asks for what we don't implement.
     """
     if not (folder / CONFIG).is_file():
+        inside = f" (there is '{folder / 'adapter'}')" if (folder / "adapter" / CONFIG).is_file() else ""
         raise ValueError(
-            f"adapter '{folder}': no {CONFIG}; expected a folder that train.py or PEFT saved an adapter to"
+            f"adapter '{folder}': no {CONFIG}; expected a folder that train.py or PEFT saved an adapter to{inside}"
         )
     check_links(folder)
     peft, origin = read_json(folder / CONFIG), _read_origin(folder)

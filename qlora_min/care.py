@@ -52,6 +52,7 @@ class Care:
     lengths: dict[str, list[int]]  # side -> rows in each bin of tokens
     edges: list[int]  # of the bins, one more than there are
     letters: dict[str, dict[str, int]]  # side -> right letter -> multiple-choice rows
+    options: dict[str, dict[int, int]]  # side -> number of options -> multiple-choice rows
     can_shuffle: int  # training rows whose options --shuffle-options can put into another order
     repeated: int  # training rows that repeat an earlier one's question, options and answer
     repeated_pairs: list[Pair] = field(default_factory=list)
@@ -78,6 +79,8 @@ class Care:
                 most_often, count = max(letters.items(), key=lambda item: item[1])
                 shares = "  ".join(f"{letter} {n / total:.1%}" for letter, n in letters.items())
                 lines.append(f"right letters of {total:,} {side} rows: {shares}")
+                counts = ", ".join(f"{rows:,} with {n}" for n, rows in self.options[side].items())
+                lines.append(f"  by number of options: {counts}")
                 sure = between(wilson(count, total))
                 lines.append(f"  always {most_often} would be right in {count / total:.1%} (95% interval {sure})")
         if total := sum(self.letters["training"].values()):
@@ -106,10 +109,12 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
     sides = {"training": rows} | ({"held out": apart} if len(apart) else {})
     first: dict[int, dict[tuple, int]] = defaultdict(dict)  # question -> (options, answer) -> the first row of them
     letters: dict[str, Counter] = {side: Counter() for side in sides}
+    options: dict[str, Counter] = {side: Counter() for side in sides}
     repeated, conflicts, can_shuffle = [], [], 0
     for i, example in enumerate(_examples(rows, "answers")):
         if example.choice:
             letters["training"][example.choice.correct] += 1
+            options["training"][len(example.choice.letters)] += 1
             can_shuffle += permute_options(example, range(len(example.choice.letters))) is not None
         known, key = first[example.question_hash], _options_and_answer(example)
         same_options = next((j for (options, _), j in known.items() if options == key[0]), None)
@@ -121,6 +126,7 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
     for row in apart:
         if choice := row.example.choice:
             letters["held out"][choice.correct] += 1
+            options["held out"][len(choice.letters)] += 1
     asked = np.array([min(known.values()) for known in first.values()], int)  # one row for each question
     alike, leaks = near_duplicates(rows[asked], apart)
 
@@ -136,6 +142,7 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
         lengths={side: np.histogram(r.lengths, edges)[0].tolist() for side, r in sides.items()},
         edges=edges,
         letters={side: dict(sorted(counts.items())) for side, counts in letters.items()},
+        options={side: dict(sorted(counts.items())) for side, counts in options.items()},
         can_shuffle=can_shuffle,
         repeated=len(repeated),
         repeated_pairs=places(repeated, rows, rows),

@@ -292,7 +292,8 @@ def read_record(run: Path) -> dict[str, Any]:
     try:
         record = json.loads((run / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ValueError(f"'{run}' holds no run (its config.json can't be read: {e}); give a run's directory") from None
+        why = e.strerror if isinstance(e, OSError) else e
+        raise ValueError(f"'{run}' holds no run (its config.json: {why}); give a run's directory") from None
     if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in RECORDED):
         raise ValueError(
             f"'{run}' holds no run (its config.json is damaged or another program's); give a run's directory"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .config import is_first_process
 
 Events = Sequence[dict[str, Any]]  # of a run's metrics.jsonl
+LABEL = 60  # characters at most, of what tells a run from others
 
 
 def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep: bool = False, **kwargs: Any) -> tqdm:
@@ -176,14 +177,18 @@ class Board:
 
 
 def labels(runs: Sequence[Path], records: Sequence[dict[str, Any]]) -> list[str]:
-    """What tells each run from the others: the options in which they differ ("rank 8"), or else its name."""
+    """What tells each run from the others: the options in which they differ ("rank 8"); its name where that is much."""
     options = [{k: v for k, v in r["options"].items() if k != "output_dir"} for r in records]
     names = dict.fromkeys(k for o in options for k in o)
     differ = [k for k in names if any(o.get(k) != options[0].get(k) for o in options)]
     made = [", ".join(f"{k.replace('_', ' ')} {_short(o.get(k))}" for k in differ) for o in options]
+    if max(map(len, made)) > LABEL:
+        made = [""] * len(runs)
     if len(set(made)) == len(made) and differ:
         return made
-    return [f"{label}, {run.resolve().name}".removeprefix(", ") for label, run in zip(made, runs)]
+    names = [run.resolve().name for run in runs]
+    names = names if len(set(names)) == len(names) else list(map(str, runs))
+    return [f"{label}, {name}".removeprefix(", ") for label, name in zip(made, names)]
 
 
 def _short(value: Any) -> str:

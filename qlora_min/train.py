@@ -921,11 +921,12 @@ class Trainer:
             for label, key, form in MEASURES:
                 if p.best[key] is not None:
                     lines.append(f"  {label:<16}{form.format(p.before[key]):>10} -> {form.format(p.best[key])}")
-        lines.append(f"adapter, metrics, samples and curves: {self.run}")
+        lines.append(f"adapter, metrics{', samples' if self.held else ''} and curves: {self.run}")
         if note:
             lines.append(note)
         adapter = shlex.quote(str(self.run / "adapter"))
-        lines.append(f"next: python scripts/eval.py --adapter {adapter}")
+        where = "" if self.held else " --dataset FILE"
+        lines.append(f"next: python scripts/eval.py --adapter {adapter}{where}")
         lines.append(f"      python scripts/chat.py --adapter {adapter} --compare")
         self.metrics.write(
             "end",

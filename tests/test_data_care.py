@@ -389,6 +389,7 @@ def test_letters_and_lengths():
     text = str(found)
     assert "right letters of 40 training rows: B 75.0%  D 25.0%" in text
     assert "always B would be right in 75.0% (95% interval 59.8-85.8%)" in text
+    assert found.options == {"training": {4: 40}, "held out": {4: 1}} and "number of options: 40 with 4\n" in text
     assert "can move the options of 40 of 40 training rows" in text
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import faults
 import numpy as np
@@ -162,6 +163,9 @@ def test_a_label_is_what_differs(tmp_path):
     assert labels({"model": "/home/me/smollm2"}, {"model": "a/b"}) == ["model smollm2", "model b"]
     assert labels({"of_the_future": 3}, {}) == ["of the future 3", "of the future None"]
     assert labels({}) == ["run0"]
+    assert labels({"model": "m" * 60}, {"model": "n"}) == ["run0", "run1"]  # too long for a legend
+    same = report.labels([Path("a/run"), Path("b/run")], [{"options": {"rank": 8}}] * 2)
+    assert same == ["a/run", "b/run"]
 
 
 def test_losses_on_different_rows_do_not_compare(tmp_path, capsys):
