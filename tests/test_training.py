@@ -208,13 +208,16 @@ def options_of_the_comparison(optimizer: str) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
+OPTIMIZERS = ["paged_adamw8bit", pytest.param("adamw", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_trains_as_peft_bit_for_bit_in_the_same_order(make, optimizer):
     compare_with_peft(make(**options_of_the_comparison(optimizer), packing="off"), same_order_loss, 0.0)
 
 
 @PACKED_OR_PADDED
-@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_trains_as_peft_in_a_plain_loop(make, optimizer, packing):
     """With an attention mask and all logits, whose sums run in another order."""
     trainer = make(**options_of_the_comparison(optimizer), packing=packing, micro_batch_tokens=300)
