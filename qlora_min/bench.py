@@ -192,7 +192,7 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
 
-    from .memory import synchronize
+    from .memory import GIB, synchronize
 
     start, cuda = time.perf_counter(), torch.cuda.is_available()
     dtype = torch.float16 if cuda else torch.float32
@@ -252,8 +252,8 @@ def peer(args, who: str, batch_size: int, grad_accum: int, checkpointing: bool, 
                 synchronize()
                 times[state.global_step] = time.perf_counter()
             if state.global_step == last and cuda:
-                result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+                result["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+                result["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
                 self.profile = profiled()
                 self.kernels = self.profile.__enter__()
             if state.global_step == steps and cuda:

@@ -30,7 +30,7 @@ import numpy as np
 from . import report
 from .config import Config
 from .data import ChatEncoder, Encoded, Rows, preview, shuffle_options, table
-from .reading import Example, permute_options
+from .reading import Example, MultipleChoice, permute_options
 from .scores import between, wilson
 
 ALIKE = 0.7  # J from which two questions are near-duplicates
@@ -110,11 +110,15 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
     first: dict[int, dict[tuple, int]] = defaultdict(dict)  # question -> (options, answer) -> the first row of them
     letters: dict[str, Counter] = {side: Counter() for side in sides}
     options: dict[str, Counter] = {side: Counter() for side in sides}
+
+    def count(side: str, choice: MultipleChoice) -> None:
+        letters[side][choice.correct] += 1
+        options[side][len(choice.letters)] += 1
+
     repeated, conflicts, can_shuffle = [], [], 0
     for i, example in enumerate(_examples(rows, "answers")):
         if example.choice:
-            letters["training"][example.choice.correct] += 1
-            options["training"][len(example.choice.letters)] += 1
+            count("training", example.choice)
             can_shuffle += permute_options(example, range(len(example.choice.letters))) is not None
         known, key = first[example.question_hash], _options_and_answer(example)
         same_options = next((j for (options, _), j in known.items() if options == key[0]), None)
@@ -125,8 +129,7 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
         known.setdefault(key, i)
     for row in apart:
         if choice := row.example.choice:
-            letters["held out"][choice.correct] += 1
-            options["held out"][len(choice.letters)] += 1
+            count("held out", choice)
     asked = np.array([min(known.values()) for known in first.values()], int)  # one row for each question
     alike, leaks = near_duplicates(rows[asked], apart)
 

@@ -342,7 +342,8 @@ def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[
         if getattr(result, key) is not None:
             lines.append((label, form.format(getattr(result, key))))
     if result.option_accuracy is not None:
-        lines += [("  rows with options", f"{result.option_rows:,}")] * (result.option_rows < result.rows)
+        if result.option_rows < result.rows:
+            lines.append(("  rows with options", f"{result.option_rows:,}"))
         lines += [
             ("  95% interval", between(result.choices.interval)),
             ("  chance", f"{result.chance:.1%}"),

@@ -78,12 +78,10 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
         base = load_adapter(adapter, changed.model, resolve_precision(changed.precision, pick_device()))
         tokens = 8192
         decoder = for_evaluation(base, [p.rows for p in parts], tokens)
+        evaluations = {p.name: evaluate(base, p.rows, 64, p.name, tokens, decoder) for p in parts}
         found = {
             "trained": sum(p.numel() for p in lora_parameters(base.model).values()),
-            "data": {p.name: evaluate(base, p.rows, 64, p.name, tokens, decoder) for p in parts},
-        }
-        found["data"] = {
-            n: {**e.as_dict(), **(e.choices.as_dict() if e.option_rows else {})} for n, e in found["data"].items()
+            "data": {n: e.as_dict() | (e.choices.as_dict() if e.option_rows else {}) for n, e in evaluations.items()},
         }
         checkpoint.write_json(folder / "results.json", found)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
