@@ -30,13 +30,20 @@ LENGTHS = [
     (302, 16), (308, 10), (313, 16), (319, 11), (325, 19), (334, 10), (341, 10), (348, 9), (358, 12), (372, 8),
     (384, 11), (404, 8), (428, 7), (468, 6), (530, 17),
 ]  # fmt: skip
-ALIKE = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False}
-QWEN2 = {
-    "0.5b": {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-             "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "7b": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-           "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
+SHAPES = {  # name -> family and sizes
+    "0.5b": ("qwen2", {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                       "num_attention_heads": 14, "num_key_value_heads": 2}),
+    "7b": ("qwen2", {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                     "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "qwen3-0.6b": ("qwen3", {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128,
+                             "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}),
+    "llama3.2-1b": ("llama", {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64,
+                              "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}),
+    "gemma3-270m": ("gemma3_text", {"vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048,
+                                    "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1,
+                                    "head_dim": 256, "sliding_window": 512, "query_pre_attn_scalar": 256}),
 }  # fmt: skip
+FAMILIES = (("0.5b", "fp16"), ("qwen3-0.6b", "fp16"), ("llama3.2-1b", "fp16"), ("gemma3-270m", "bf16"))
 WARM_UP = {"cuda": 40, "cpu": 1, "peers": 4}  # steps; on a GPU we capture a graph for each shape in them
 PROFILED = 3
 SWEEP = {"length": (128, 256, 512, 1024, 2048, 4096), "rows": (1, 4, 16, 32), "rank": (8, 16, 32, 64, 128)}
@@ -44,7 +51,7 @@ SWEEP = {"length": (128, 256, 512, 1024, 2048, 4096), "rows": (1, 4, 16, 32), "r
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument("--model", metavar="DIR", help="a model folder [a shape of Qwen2's with random weights]")
-    parser.add_argument("--shape", choices=QWEN2, default="0.5b", help="which shape, without --model [0.5b]")
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b", help="which shape, without --model [0.5b]")
     parser.add_argument("--shard", action="store_true", help="under torchrun: each GPU keeps a part of the base")
     parser.add_argument("--lengths", metavar="FILE", help="JSON list of [tokens, supervised] of rows [48 of MedQA's]")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="a GPU if there is one [auto]")
@@ -55,6 +62,8 @@ def add_arguments(parser: Any) -> None:
     ):  # fmt: skip
         parser.add_argument(name, type=positive, default=default, metavar="N", help=f"{text}[{default}]")
     parser.add_argument("--peers", default="", metavar="A,B", help="also measure trl, unsloth")
+    parser.add_argument("--engine", choices=("auto", "modules", "fused"), default="auto", help="[auto]")
+    parser.add_argument("--families", action="store_true", help="four families' shapes by each engine, instead")
     parser.add_argument("--sweep", metavar="FILE.png", help="measure how costs grow, and draw it, instead")
     parser.add_argument("--only", help="JSON of one run of another trainer: how this command calls itself")
 
@@ -76,23 +85,26 @@ def bench(args: Any, emit: Callable[[dict], None]) -> None:
         join()
         if size() > 1 and args.peers:
             raise ValueError("--peers: they are measured on one GPU; run them without torchrun")
-        args.model = args.model or from_main(lambda: random_base(Path(folder) / "qwen2", args.shape))
-        results = sweep(args) if args.sweep else compare(args)
+        if not args.families:
+            args.model = args.model or from_main(lambda: random_base(Path(folder) / "base", args.shape))
+        results = families(args, Path(folder)) if args.families else sweep(args) if args.sweep else compare(args)
     for result in results:
         emit(result)
 
 
-def random_base(folder: Path, shape: str = "0.5b") -> str:
-    """A Qwen2's shape with random weights in fp16, and the demo's tokenizer."""
+def random_base(folder: Path, shape: str) -> str:
+    """A model of a shape with random weights in fp16, and the demo's tokenizer."""
     import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from . import demo
 
     torch.manual_seed(0)
-    config = Qwen2Config(**QWEN2[shape], **ALIKE, architectures=["Qwen2ForCausalLM"], dtype="float16")
+    family, sizes = SHAPES[shape]
+    more = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 32768}
+    config = AutoConfig.for_model(family, **more | sizes)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen2ForCausalLM._from_config(config, dtype=torch.float16).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(folder)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -127,7 +139,8 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
     start = time.perf_counter()
     cuda = torch.cuda.is_available()
     warm_up = warm_up or WARM_UP["cuda" if cuda and not (args.shard and size() > 1) else "cpu"]
-    options = {"batch_size": args.batch_size, "grad_accum": args.grad_accum, "rank": args.rank, **options}
+    options = {"batch_size": args.batch_size, "grad_accum": args.grad_accum, "rank": args.rank, "engine": args.engine,
+               **options}  # fmt: skip
     per_step = options["batch_size"] * options["grad_accum"]
     drawn = draw_rows(args, per_step * (warm_up + steps + PROFILED), lengths)
     rows = Rows.write(
@@ -162,9 +175,9 @@ def ours(args, steps: int, warm_up: int | None = None, profile: bool = True, len
     seconds, tokens = run(steps)
     result = {
         "tokens_per_second": tokens / seconds, "ms_per_step": 1000 * seconds / steps, "first_step_s": first,
-        "warm_up_s": warm, "forecast_gib": trainer.forecast().total / GIB,
+        "warm_up_s": warm, "forecast_gib": trainer.footprint.total(trainer.tokens) / GIB,
         "micro_batch_tokens": trainer.config.micro_batch_tokens,
-        "gradient_checkpointing": trainer.config.gradient_checkpointing,
+        "gradient_checkpointing": trainer.config.gradient_checkpointing, "engine": trainer.config.engine,
     }  # fmt: skip
     if size() > 1:
         result |= {"ranks": size(), "waited_ms": 1000 * (trainer.waited - waited) / steps,
@@ -331,15 +344,10 @@ class silent:
 def compare(args) -> list[dict]:
     """Each trainer by default and at its best; prints one table."""
     b, g = args.batch_size, args.grad_accum
-    results = []
-    for name, options in (
-        (f"qlora_min, {b} x {g}", {}),
-        (f"qlora_min, {b} x {g}, checkpointing on", {"gradient_checkpointing": "on"}),
-    ):
-        runs = [ours(args, args.steps, **options) for _ in range(args.repeats)]
-        results.append({"name": name, **{k: middle([r[k] for r in runs]) for k in runs[0]}})
-        speeds = ", ".join(f"{r['tokens_per_second']:,.0f}" for r in runs)
-        say(f"  {name}: {speeds} tokens/s", sys.stderr)
+    results = [
+        repeated(args, f"qlora_min, {b} x {g}"),
+        repeated(args, f"qlora_min, {b} x {g}, checkpointing on", gradient_checkpointing="on"),
+    ]
     for who in filter(None, args.peers.split(",")):
         default = {"batch_size": b, "grad_accum": g, "checkpointing": True, "grouped": False}
         best = {"batch_size": b * g, "grad_accum": 1, "checkpointing": False, "grouped": True}
@@ -358,6 +366,30 @@ def compare(args) -> list[dict]:
             else:
                 results.append({"name": name, **json.loads(line[7:])})
                 say(f"  {name}: {results[-1]['tokens_per_second']:,.0f} tokens/s", sys.stderr)
+    print_table(results)
+    return results
+
+
+def repeated(args, name: str, **options) -> dict:
+    """The medians of several runs of ours."""
+    runs = [ours(args, args.steps, **options) for _ in range(args.repeats)]
+    speeds = ", ".join(f"{r['tokens_per_second']:,.0f}" for r in runs)
+    say(f"  {name}: {speeds} tokens/s", sys.stderr)
+    return {"name": name, **{k: middle([r[k] for r in runs]) for k in runs[0]}}
+
+
+def families(args, folder: Path) -> list[dict]:
+    """Each family by each engine that computes it; prints one table."""
+    results = []
+    for shape, args.precision in FAMILIES:
+        args.model = random_base(folder / shape, shape)
+        for engine in ("fused", "modules"):
+            for checkpointing in ("off", "on"):
+                name = f"{shape}, {args.precision}, {engine}, checkpointing {checkpointing}"
+                try:
+                    results.append(repeated(args, name, engine=engine, gradient_checkpointing=checkpointing))
+                except ValueError as e:  # the fused engine does not compute this family
+                    say(f"  {name}: {e}", sys.stderr)
     print_table(results)
     return results
 

@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 
 from . import report
+from .batches import shuffle_options
 from .config import Config
-from .data import ChatEncoder, Encoded, Rows, preview, shuffle_options, table
+from .data import ChatEncoder, Encoded, Rows, preview, table
 from .reading import Example, MultipleChoice, permute_options
 from .scores import between, wilson
 

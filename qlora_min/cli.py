@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-from .config import FIELDS, Config, flag, is_first_process, kinds_of, nearest, positive, read_toml, redacted
+from .config import FIELDS, REMOVED, Config, flag, is_first_process, kinds_of, nearest, positive, read_toml, redacted
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -28,7 +28,7 @@ GROUPS = {
     "steps": ("epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "warmup_ratio", "weight_decay",
               "max_grad_norm", "optimizer", "seed"),
     "LoRA and its base": ("rank", "alpha", "dropout", "targets", "quantization"),
-    "speed and memory": ("precision", "gradient_checkpointing", "micro_batch_tokens", "packing", "shard"),
+    "speed and memory": ("precision", "gradient_checkpointing", "micro_batch_tokens", "engine", "shard"),
     "evaluating, saving, stopping": ("eval_every", "patience", "log_every", "tensorboard", "save_every",
                                      "save_minutes", "output_dir"),
 }  # fmt: skip
@@ -45,6 +45,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [s for a in self._actions for s in a.option_strings]
             name = unknown[0].split("=")[0]
+            if instead := REMOVED.get(name.removeprefix("--")):
+                self.error(f"{name}: removed: {instead}")
             self.error(f"unknown option '{name}'{nearest(name, known) if name.startswith('-') else ''}")
         return parsed
 
@@ -242,7 +244,7 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     from . import page
     from .adapter import load_adapter
     from .data import table
-    from .decoder import for_evaluation
+    from .engine import for_evaluation
     from .evaluate import (
         Answers,
         Evaluation,
@@ -270,11 +272,12 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
 
     precision = resolve_precision(args.precision, pick_device())
     base = load_adapter(adapter, args.model, precision)
-    decoder = for_evaluation(base, [part.rows for part in parts], args.batch_size * args.max_length)
+    longest = max(int(part.rows.lengths.max()) for part in parts)
+    engine = for_evaluation(base, longest, args.batch_size * args.max_length)
     results, answers = [], []  # of each side, base and adapter: one for each data set
     for side, context in (("base", lora_disabled), ("adapter", nullcontext)):
         with context(base.model):
-            results.append([evaluate(base, part.rows, args.batch_size, side, decoder=decoder) for part in parts])
+            results.append([evaluate(engine, part.rows, args.batch_size, side) for part in parts])
             if args.generate:
                 how = (args.batch_size, args.max_new_tokens, f"{side} answers")
                 answers.append([generated(base, part.rows[: args.generate], *how) for part in parts])

@@ -110,7 +110,7 @@ class Config:
     batch_size: int = _positive(4, "rows in a micro-batch; with --grad-accum, the rows of an optimizer step")
     grad_accum: int = _positive(4, "micro-batches in an optimizer step")
     micro_batch_tokens: int | None = _positive(
-        None, "cut a step's packed rows by tokens instead; its result does not depend on it (default: what fits)"
+        None, "tokens of a micro-batch; a step's result does not depend on it (default: what fits)"
     )
     learning_rate: float = option(
         2e-4,
@@ -167,8 +167,10 @@ class Config:
     shard: bool = option(
         False, "several GPUs: each keeps a part of the frozen base, and gathers a layer where it computes"
     )
-    packing: str = _choice(
-        "auto", ("auto", "off"), "compute on packed rows where the model allows; off: on padded ones"
+    engine: str = _choice(
+        "auto",
+        ("auto", "modules", "fused"),
+        "modules: the model's own, by autograd; fused: by hand, with kernels; auto: fused where it can",
     )
 
     eval_every: int | None = _positive(None, "steps between evaluations (default: a quarter of an epoch)")
@@ -212,9 +214,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> "Config":
-        """The reverse of `as_dict`; names may be in kebab-case; `source` says in errors where the values are from."""
-        return cls(**parse_values(values, source))
+        """The reverse of `as_dict`, of an earlier version's too; `source` says in errors where the values are from."""
+        return cls(**parse_values({k: v for k, v in values.items() if k not in REMOVED}, source))
 
+
+REMOVED = {"packing": "--engine modules|fused"}  # options of earlier versions -> what there is instead
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
@@ -273,6 +277,8 @@ def parse_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     out = {}
     for key, value in values.items():
         name = key.replace("-", "_")
+        if name in REMOVED:
+            raise ValueError(f"{source}: option '{key}' was removed: {REMOVED[name]}")
         if name not in FIELDS:
             raise ValueError(f"{source}: unknown option '{key}'{nearest(name, list(FIELDS)).replace('_', '-')}")
         try:

@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import mmap
-import random
 import re
 import tempfile
 from array import array
@@ -43,7 +42,6 @@ from .reading import (  # noqa: F401 (read and to_example for our users)
     BadRows,
     Example,
     Message,
-    permute_options,
     read,
     to_example,
 )
@@ -81,28 +79,6 @@ class Row:
         """Index of the first token of the last answer."""
         begins = self.supervised & ~self.supervised.roll(1)
         return int(begins.nonzero()[-1])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded rows. input_ids (B, T) int64; supervised (B, T) bool, False on padding; lengths (B,)."""
-
-    input_ids: torch.Tensor
-    supervised: torch.Tensor
-    lengths: torch.Tensor
-
-    @property
-    def n_supervised(self) -> int:
-        """Number of supervised tokens. A token at position 0 has no predecessor and is never supervised."""
-        return int(self.supervised[:, 1:].sum())
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens, padding left out."""
-        return int(self.lengths.sum())
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.supervised, self.lengths)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,86 +528,3 @@ def split(questions: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     held = np.zeros(len(sizes), dtype=bool)
     held[order[before < round(fraction * len(questions))]] = True
     return held[group]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def collate(rows: Sequence[Row]) -> Batch:
-    """Rows -> one right-padded batch. The padding's id is 0 and means nothing: no real token ever sees it."""
-    lengths = torch.tensor([len(r) for r in rows])
-    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)  # (B, T)
-    supervised = torch.zeros_like(input_ids, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = row.ids
-        supervised[i, : len(row)] = row.supervised
-    return Batch(input_ids, supervised, lengths)
-
-
-def steps_per_epoch(n_rows: int, batch_size: int, grad_accum: int) -> int:
-    """Optimizer steps in one pass, the last incomplete one included."""
-    return math.ceil(n_rows / (batch_size * grad_accum))
-
-
-def epoch_rows(sizes: Sequence[int], mix: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """The rows that an epoch visits: (n,) indices into all data sets' rows, one behind the other.
-
-    A weight of 2 visits each row of its data set twice; of 0.5, half of them, and the other half in the next epoch; of
-    1.25, each once and a quarter again. n is the same in all epochs. Without a mix, each row once.
-
-    Args:
-        sizes: rows of each data set.
-        mix: a weight for each, or nothing.
-    """
-    parts, start = [np.arange(0)], 0
-    for number, (size, weight) in enumerate(zip(sizes, mix or [1.0] * len(sizes), strict=True)):
-        whole, share = divmod(weight, 1)
-        some = max(round(share * size), int(not whole and size > 0))
-        order = list(range(size))
-        random.Random(f"{seed}/mix/{number}").shuffle(order)
-        in_turn = [order[(epoch * some + i) % size] for i in range(some)]
-        parts += [np.arange(start, start + size)] * int(whole) + [start + np.array(in_turn, int)]
-        start += size
-    return np.concatenate(parts)
-
-
-def shuffle_options(row: Row, encoder: ChatEncoder, longest: int, seed: int, epoch: int, visit: int) -> Row:
-    """A multiple-choice row with its options in the order of this visit (an index into `epoch_rows`), encoded anew.
-
-    The row as it is, if it has no options or they can't change places (`permute_options`), or if it would become longer
-    than `longest` tokens or learn more tokens than now: what memory was planned for holds for every order. Some 2 ms.
-    """
-    example = row.example
-    order = list(range(len(example.choice.letters) if example.choice else 0))
-    random.Random(f"{seed}/{epoch}/{visit}/options").shuffle(order)
-    permuted = permute_options(example, order)
-    new = encoder.encode_examples([permuted])[0] if permuted else row
-    fits = isinstance(new, Row) and len(new) <= longest and new.supervised.sum() <= row.supervised.sum()
-    return new if fits else row
-
-
-def optimizer_steps(n_rows: int, batch_size: int, grad_accum: int, seed: int, epoch: int) -> list[list[list[int]]]:
-    """One epoch as optimizer steps, each a list of micro-batches, each a list of row indices.
-
-    The order is a function of (seed, epoch) alone, so a resumed run needs to know only how many steps are behind it.
-    """
-    order = list(range(n_rows))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    micro = [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
-    return [micro[i : i + grad_accum] for i in range(0, len(micro), grad_accum)]
-
-
-def share(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Rows dealt out evenly: the longest first, each to the one of `count` parts that has the fewest tokens so far.
-
-    Returns:
-        Indices into `lengths`, ascending, a list a part; where there are fewer rows than parts, some are empty.
-    """
-    parts, filled = [[] for _ in range(count)], [0] * count
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        emptiest = filled.index(min(filled))
-        parts[emptiest].append(i)
-        filled[emptiest] += lengths[i]
-    return [sorted(p) for p in parts]

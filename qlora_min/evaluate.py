@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from . import checkpoint, memory, report
 from .adapter import read_config
 from .config import Config
-from .data import Encoded, Row, Rows, collate, data_hash, encode_all, read_data
-from .decoder import Captured, Decoder
+from .data import Encoded, Row, Rows, data_hash, encode_all, read_data
+from .engine import Captured, Engine
 from .generate import generate
-from .loss import supervised_states
-from .model import Base, autocast, hidden_states, load_encoder, output_head
+from .loss import LOGIT_ROWS
+from .model import Base, load_encoder
 from .reading import BadRows, read
 from .scores import Choices, TextScores, between, text_scores, wilson
 from .sharding import is_sharded
@@ -128,38 +128,33 @@ def evaluation_data(
 
 @torch.no_grad()
 def evaluate(
-    base: Base,
+    engine: Engine | Captured,
     rows: Sequence[Row],
     batch_size: int,
     progress: str | None = None,
     tokens: float = math.inf,
-    decoder: Decoder | Captured | None = None,
     before_each: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Evaluate the model as it is (adapters included) on rows.
 
-    Leaves no trace: training mode is restored, and no random number is drawn. Where memory runs out, the batch is
+    Leaves no trace: no random number is drawn. Where memory runs out, the batch is
     halved and the same rows are tried again, so that every row counts once.
 
     Args:
         progress: the bar's label; None shows none.
         batch_size, tokens: at most so many rows, and tokens, at a time.
-        decoder: of the base, where there is one: it computes, instead of the modules.
         before_each: called before each batch; what it raises ends the evaluation.
 
     Raises:
         MemoryError: there is too little for a single row.
     """
-    model = base.model
-    device = next(model.parameters()).device
+    base, device = engine.base, engine.device
     lengths = rows.lengths if isinstance(rows, Rows) else [len(r) for r in rows]
     order = sorted(range(len(rows)), key=lambda i: lengths[i])  # rows of a length together: little padding
     most = batch_size
     loss, right, count = 0.0, 0, 0
     options, options_right, chance = 0, 0, 0.0
     choices: list[tuple[str, str, float]] = []
-    was_training = model.training
-    model.eval()
     bar = report.bar(len(rows), progress, "row", show=progress is not None)
     try:
         start = 0
@@ -170,11 +165,11 @@ def evaluate(
             fit = np.searchsorted(np.cumsum([lengths[i] for i in here]), tokens, side="right")
             part = [rows[i] for i in here[: max(1, int(fit))]]
             try:
-                batch_loss, batch_right, batch_count, chosen = _measure(base, part, device, decoder, most)
+                batch_loss, batch_right, batch_count, chosen = _measure(engine, part, most)
             except (RuntimeError, MemoryError) as e:
                 if not memory.is_out_of_memory(e):
                     raise
-                if is_sharded(model):
+                if is_sharded(base.model):
                     raise MemoryError(f"evaluating {len(part)} rows {memory.ALONE}") from None
                 batch_count = None
             if batch_count is None:
@@ -200,7 +195,6 @@ def evaluate(
             bar.update(len(part))
     finally:
         bar.close()
-        model.train(was_training)
     return Evaluation(
         rows=len(rows),
         supervised_tokens=count,
@@ -219,34 +213,23 @@ def option_letters(base: Base, row: Row) -> list[str]:
 
 
 def _measure(
-    base: Base, part: Sequence[Row], device: torch.device, decoder: Decoder | Captured | None, count: int
+    engine: Engine | Captured, part: Sequence[Row], count: int
 ) -> tuple[float, int, int, list[list[float] | None]]:
     """(loss sum, right tokens, supervised tokens, each row's chosen option and its probability) of one batch.
 
     A function of its own, so that its tensors are gone once an error for want of memory has been dealt with.
     """
-    if decoder:
-        batch = decoder.pack(part, count)
-        where, targets = (t[: batch.n_supervised].to(device) for t in (batch.where, batch.targets))
-        states, head = decoder.hidden_states(batch)[where], decoder.logits
-    else:
-        batch = collate(part).to(device)
-        with autocast(device, base.dtype):
-            hidden = hidden_states(base.model, batch.input_ids)  # (B, T, D)
-        states, targets = supervised_states(hidden, batch.input_ids, batch.supervised)
-
-        def head(states: torch.Tensor) -> torch.Tensor:
-            with autocast(device, base.dtype):
-                return output_head(base.model)(states).float()
-
+    batch = engine.pack(part, count=count)
+    positions, targets = (t[: batch.n_supervised].to(engine.device) for t in (batch.loss_positions, batch.targets))
+    states = engine.hidden_states(batch)[positions]
     letters, first = {}, 0  # where a row's option is chosen, among all supervised positions
     for i, row in enumerate(part):
         if row.choices:
             letters[i] = first + int(row.supervised[1 : row.answer_start].sum())  # behind any earlier answers
         first += row.n_supervised
     losses, right, chosen = [], [], {}
-    for start in range(0, len(states), memory.LOGIT_ROWS):
-        logits, wanted = head(states[start : start + memory.LOGIT_ROWS]), targets[start : start + memory.LOGIT_ROWS]
+    for start in range(0, len(states), LOGIT_ROWS):
+        logits, wanted = engine.logits(states[start : start + LOGIT_ROWS]), targets[start : start + LOGIT_ROWS]
         losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
         right.append((logits.argmax(-1) == wanted).sum())
         for i, at in letters.items():

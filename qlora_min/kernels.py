@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ops import threshold
+
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, scales a second-level scale
 CHUNK = 64  # NF4 blocks that one program dequantises: 4,096 weights
 
@@ -153,26 +155,57 @@ def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, dresidual
 
 @triton.jit
 def _rotate_kernel(
-    qkv, cos, sin, positions, WIDTH, HALF, SIGN: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, P: tl.constexpr
-):
-    """The first HEADS heads of a token: (a, b) -> (a cos - b sin, b cos + a sin), backwards with -sin."""
+    x, qkv, out, cos, sin, positions, weight, eps, WIDTH, HALF,
+    BACKWARD: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The first HEADS heads of a token, x -> out: normed, then turned; backwards a gradient: turned back, then below
+    the norm of qkv."""
     row = tl.program_id(0).to(tl.int64)
     i, h = tl.arange(0, P)[None, :], tl.arange(0, H)[:, None]
     there = (h < HEADS) & (i < HALF)
+    place = h * 2 * HALF + i
     at = tl.load(positions + row) * HALF
     c = tl.load(cos + at + i, mask=i < HALF, other=0.0)
-    s = SIGN * tl.load(sin + at + i, mask=i < HALF, other=0.0)
-    first = qkv + row * WIDTH + h * 2 * HALF + i
-    a = tl.load(first, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(first + HALF, mask=there, other=0.0).to(tl.float32)
-    tl.store(first, (a * c - b * s).to(qkv.dtype.element_ty), mask=there)
-    tl.store(first + HALF, (b * c + a * s).to(qkv.dtype.element_ty), mask=there)
+    s = tl.load(sin + at + i, mask=i < HALF, other=0.0)
+    a = tl.load(x + row * WIDTH + place, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(x + row * WIDTH + place + HALF, mask=there, other=0.0).to(tl.float32)
+    if BACKWARD:
+        a, b = a * c + b * s, b * c - a * s
+    if NORM:
+        wa = tl.load(weight + place, mask=there, other=0.0)
+        wb = tl.load(weight + place + HALF, mask=there, other=0.0)
+        va = tl.load(qkv + row * WIDTH + place, mask=there, other=0.0).to(tl.float32)
+        vb = tl.load(qkv + row * WIDTH + place + HALF, mask=there, other=0.0).to(tl.float32)
+        r = 1 / tl.sqrt(tl.sum(va * va + vb * vb, 1)[:, None] / (2 * HALF) + eps)
+        va, vb = va * r, vb * r
+        if BACKWARD:
+            a, b = a * wa, b * wb
+            mean = tl.sum(a * va + b * vb, 1)[:, None] / (2 * HALF)
+            a, b = r * (a - va * mean), r * (b - vb * mean)
+        else:
+            a, b = va * wa, vb * wb
+    if not BACKWARD:
+        a, b = a * c - b * s, b * c + a * s
+    tl.store(out + row * WIDTH + place, a.to(out.dtype.element_ty), mask=there)
+    tl.store(out + row * WIDTH + place + HALF, b.to(out.dtype.element_ty), mask=there)
 
 
-def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int, backward: bool) -> None:
-    n, half = len(qkv), cos.shape[1]
-    sign, blocks = -1 if backward else 1, (_power_of_2(heads), _power_of_2(half))
-    _rotate_kernel[(n,)](qkv, cos, sin, positions, qkv.stride(0), half, sign, heads, *blocks)
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int, norm: tuple[Tensor, float] | None):
+    out = qkv if norm is None else qkv.clone()
+    _rotate(qkv, qkv, out, cos, sin, positions, heads, norm, False)
+    return out
+
+
+def rotate_backward_(d: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int, norm) -> None:
+    _rotate(d, qkv, d, cos, sin, positions, heads, norm, True)
+
+
+def _rotate(x: Tensor, qkv: Tensor, out: Tensor, cos, sin, positions: Tensor, heads: int, norm, backward: bool) -> None:
+    half, (weight, eps) = cos.shape[1], norm or (cos, 0.0)
+    _rotate_kernel[(len(x),)](
+        x, qkv, out, cos, sin, positions, weight, eps, x.stride(0), half,
+        backward, norm is not None, heads, _power_of_2(heads), _power_of_2(half),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -210,27 +243,49 @@ def swiglu_backward_(dh: Tensor, gate_up: Tensor) -> None:
 
 
 @triton.jit
-def _dropout_kernel(x, y, seed, stream, p, n, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """Elements of the flat tensor: y = keep x / (1 - p), or y += that; keep follows from (seed, stream, element)."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = i < n
-    four = tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # the generator draws four numbers at a time
-    a, b, c, d = tl.rand4x(tl.load(seed) + stream, four)
-    keep = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK,)) >= p
-    v = tl.where(keep, tl.load(x + i, mask=there, other=0.0).to(tl.float32) / (1 - p), 0.0)
+def _mix(x):
+    """uint32 -> uint32, as `ops.mix`."""
+    x ^= x >> 16
+    x *= 0x21F0AAAD
+    x ^= x >> 15
+    x *= 0x735A2D97
+    x ^= x >> 15
+    return x
+
+
+@triton.jit(do_not_specialize=["stream", "threshold"])
+def _dropout_kernel(x, y, keys, stream, threshold, scale, D, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK features of a token: y = keep x scale, or y += that."""
+    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    key = tl.load(keys + row).to(tl.uint32, bitcast=True) + stream.to(tl.uint32)
+    pairs = (start // 2 + tl.arange(0, BLOCK // 2)).to(tl.uint32)
+    bits = _mix(_mix(key) ^ (pairs * 0x9E3779B9))
+    half = tl.interleave(bits & 0xFFFF, bits >> 16)  # 16 bits for each feature, as int16 below
+    keep = (half ^ 0x8000).to(tl.int32) - 32768 >= threshold
+    i = start + tl.arange(0, BLOCK)
+    there = i < D
+    v = tl.load(x + row * D + i, mask=there, other=0.0).to(tl.float32)
+    v = tl.where(keep, v * scale, 0.0)
     if ADD:
-        v += tl.load(y + i, mask=there, other=0.0).to(tl.float32)
-    tl.store(y + i, v.to(y.dtype.element_ty), mask=there)
+        v += tl.load(y + row * D + i, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + row * D + i, v.to(y.dtype.element_ty), mask=there)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+def dropout(x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
+    x = x.contiguous()
     y = torch.empty_like(x)
-    _dropout_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, seed, stream, p, x.numel(), False, 1024)
+    _dropout(x, y, p, keys, stream, False)
     return y
 
 
-def dropout_backward_(dx: Tensor, dy: Tensor, p: float, seed: Tensor, stream: int) -> None:
-    _dropout_kernel[(triton.cdiv(dx.numel(), 1024),)](dy, dx, seed, stream, p, dx.numel(), True, 1024)
+def dropout_backward_(dx: Tensor, dy: Tensor, p: float, keys: Tensor, stream: int) -> None:
+    _dropout(dy, dx, p, keys, stream, True)
+
+
+def _dropout(x: Tensor, y: Tensor, p: float, keys: Tensor, stream: int, add: bool) -> None:
+    d, block = x.shape[-1], 1024
+    grid = (len(keys), triton.cdiv(d, block))
+    _dropout_kernel[grid](x, y, keys, stream, threshold(p), 1 / (1 - p), d, add, block)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

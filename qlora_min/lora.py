@@ -13,15 +13,70 @@ Qwen2-0.5B with r = 16 and q, k, v, o of 24 layers: 2,162,688 parameters, 0.44% 
 
 PEFT's layer computes the same numbers in the same order (peft/tuners/lora/bnb.py, Linear4bit.forward): the tests
 compare the two bit for bit.
+
+Dropout's mask is a function of (seed, row's place in the step, token in the row, stream, feature): see ops.py. Layers
+that share their input (q, k and v; gate and up) share a stream, and so a mask; PEFT's modules draw one each. Sharing
+lets them be computed as one product with one dropout, and does not change what is learned beyond the noise of a seed.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of one input, by their names
+SMALL = 4096  # elements below which 8-bit AdamW keeps a matrix's state in fp32
+
+
+@dataclass
+class Tokens:
+    """What decides the masks of the tokens that are computed: (N,) int32, by `ops.dropout_keys`; None: at random."""
+
+    keys: Tensor | None = None
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask follows the token, not the batch.
+
+    Args:
+        p: probability of zeroing an element. tokens: set by who computes. stream: which dropout of the model this is.
+    """
+
+    def __init__(self, p: float, tokens: Tokens, stream: int = 0):
+        super().__init__()
+        self.p, self.tokens, self.stream = p, tokens, stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)"""
+        if not self.p or not self.training:
+            return x
+        keys = self.tokens.keys
+        if keys is None:
+            keys = torch.randint(2**31, (x[..., 0].numel(),), device=x.device).int()
+        return _Dropout.apply(x, self.p, keys, self.stream)
+
+
+class _Dropout(torch.autograd.Function):
+    """Keeps no mask: the gradient below a dropout is the same dropout of the gradient above it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
+        ctx.save_for_backward(keys)
+        ctx.p, ctx.stream = p, stream
+        return ops.dropout(x, p, keys, stream)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (keys,) = ctx.saved_tensors
+        return ops.dropout(dy, ctx.p, keys, ctx.stream), None, None, None
 
 
 class LoRALinear(nn.Module):
@@ -32,23 +87,24 @@ class LoRALinear(nn.Module):
             a forward from (..., in) to (..., out)). It is used as it is: freezing it is the caller's business.
         rank: r, the inner dimension of the update.
         alpha: the update is scaled by alpha / rank.
-        dropout: probability of zeroing an input of the update while training. W x never sees dropout.
+        dropout: probability of zeroing an input of the update while training, or a `Dropout`. W x never sees dropout.
 
     Raises:
         ValueError: rank below 1, or dropout outside [0, 1).
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float | Dropout = 0.0):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank: got {rank}, expected an integer of at least 1")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: got {dropout}, expected a probability in [0, 1)")
+        dropout = dropout if isinstance(dropout, Dropout) else Dropout(dropout, Tokens())
+        if not 0.0 <= dropout.p < 1.0:
+            raise ValueError(f"dropout: got {dropout.p}, expected a probability in [0, 1)")
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.rank, self.alpha = rank, alpha
         self.scaling = alpha / rank
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.enabled = True
         # Drawn on the CPU whatever the base's device, so that one seed gives one adapter everywhere.
         lora_A = torch.empty(rank, self.in_features, dtype=torch.float32)
@@ -61,7 +117,9 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        h = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., in) @ (in, r) -> (..., r)
+        kind = x.device.type  # the update's input waits for the backward pass: under autocast in 16 bits
+        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.lora_A.dtype)
+        h = F.linear(self.dropout(x), self.lora_A)  # (..., in) @ (in, r) -> (..., r)
         return y + (F.linear(h, self.lora_B) * self.scaling).to(y.dtype)  # (..., r) @ (r, out) -> (..., out)
 
     @torch.no_grad()
@@ -113,11 +171,15 @@ def inject_lora(
                 f"{layer.in_features}), more than any update has; lower it"
             )
     model.requires_grad_(False)
+    tokens, streams = Tokens(), {}
     for name in names:
         parent, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        base = getattr(parent, child)
-        setattr(parent, child, LoRALinear(base, rank, alpha, dropout).train(base.training))
+        group = next((g for g in SHARED_INPUT if child in g), child)
+        stream = streams.setdefault((parent, group), len(streams))
+        owner = model.get_submodule(parent)
+        base = getattr(owner, child)
+        layer = LoRALinear(base, rank, alpha, Dropout(dropout, tokens, stream))
+        setattr(owner, child, layer.train(base.training))
     return names
 
 
@@ -143,3 +205,41 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before):
             layer.enabled = enabled
+
+
+class FlatLoRA:
+    """All that trains in one flat tensor, and its gradients in another: cleared, summed and stepped at once.
+
+    Building it moves every `lora_A` and `lora_B` of a model, and its `.grad`, to views of the two.
+
+    Attributes:
+        weights, grads: (n,) fp32; the As come before the Bs, in the model's order, those below 4,096 elements last.
+        large, small: what an optimizer steps (see `optim.make_optimizer`): two flat tensors, if the blocks of 8-bit
+            state then end where the matrices do; else every matrix by itself.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        layers = lora_layers(model).values()
+        params = [m.lora_A for m in layers] + [m.lora_B for m in layers]
+        params.sort(key=lambda w: w.numel() < SMALL)
+        ends = list(itertools.accumulate((w.numel() for w in params), initial=0))
+        self._starts = dict(zip(map(id, params), ends))
+        self.weights = torch.empty(ends[-1], dtype=torch.float32, device=device)
+        self.grads = torch.zeros_like(self.weights)
+        with torch.no_grad():
+            for w in params:
+                mine = self.view(self.weights, w)
+                mine.copy_(w)
+                w.data, w.grad = mine, self.view(self.grads, w)
+        self.large, self.small = ([w for w in params if (w.numel() < SMALL) == small] for small in (False, True))
+        if all(w.numel() % 256 == 0 for w in self.large):
+            bounds = [0, sum(w.numel() for w in self.large), ends[-1]]
+            flat = [nn.Parameter(self.weights[a:b]) for a, b in itertools.pairwise(bounds)]
+            for w, (a, b) in zip(flat, itertools.pairwise(bounds)):
+                w.grad = self.grads[a:b]
+            self.large, self.small = ([w] if w.numel() else [] for w in flat)
+
+    def view(self, flat: Tensor, first: nn.Parameter, rows: int | None = None) -> Tensor:
+        """The part of `flat` (n,) that stands for a matrix; `rows` more than it has reach into those behind it."""
+        start, rows = self._starts[id(first)], rows or first.shape[0]
+        return flat[start : start + rows * first.shape[1]].view(rows, first.shape[1])

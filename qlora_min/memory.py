@@ -1,55 +1,79 @@
-"""A forecast of training's peak memory, from shapes alone, and where the peak comes from.
+"""Training's peak memory, measured before it begins, and what would lower it.
 
 At the peak, in the backward pass, these are on the device at once:
 
-    base          the frozen weights, as they are stored
-    adapter       A and B, their gradients (fp32) and AdamW's two moments (8 bits, or fp32)
-    activations   what the backward pass needs of the forward: with checkpointing the input of each layer and all of
-                  one layer, without it all of every layer; one layer's dequantised weights; cuBLAS's workspaces
-    logits        what the supervised positions' logits take beyond the rest of the backward, which comes after them
+    base          the frozen weights as they are stored, one layer's dequantised weights, cuBLAS's workspaces
+    adapter       A and B, their gradients and AdamW's two moments (8 bits, or fp32)
+    tokens        what forward and backward of a micro-batch take: nearly a straight line over its tokens
 
-The activations are counted line by line: of a packed micro-batch after `decoder.py`, where the forecast is within 10%
-of what was measured, and of a padded one roughly, after the modules of Qwen2 and Llama.
-
-When memory runs out all the same, the same forecast says which options would have freed how much.
+The line is laid through two micro-batches that are computed and thrown away, with as many supervised tokens as any can
+have. So it holds for every model and engine, with and without checkpointing, and needs to know nothing of them.
 """
 
+import ctypes
 import gc
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
-from transformers import PreTrainedModel
 
+from .batches import round_up
 from .bits import bnb
-from .lora import lora_layers, lora_parameters
+from .data import Row
+from .engine import Engine
+from .model import decoder_layers
 from .sharding import is_sharded
 
 GIB = 2**30
-LOGIT_ROWS = 64  # positions whose logits exist at a time
 MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # of a micro-batch; larger ones are no faster
-ALONE = "takes more memory than there is, and a rank can't try less by itself where the base is shared out"
+TRIED_TOKENS = {"cuda": 8192, "cpu": 256}  # of the larger micro-batch that is measured, at most
 WORKSPACE = 8 * 2**20  # bytes of cuBLAS's, one for each of two streams: see model.py
+ALONE = "takes more memory than there is, and a rank can't try less by itself where the base is shared out"
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Bytes by what they are for."""
+class Footprint:
+    """Bytes by what they are for; `fixed` and `per_token` make up what a micro-batch takes."""
 
     base: int
     adapter: int
-    activations: int
-    logits: int
+    fixed: float
+    per_token: float
 
-    @property
-    def total(self) -> int:
-        return self.base + self.adapter + self.activations + self.logits
+    def total(self, tokens: int) -> int:
+        """The peak with micro-batches of so many tokens."""
+        return int(self.base + self.adapter + max(0.0, self.fixed + self.per_token * tokens))
 
-    def __str__(self) -> str:
-        parts = ", ".join(f"{k} {getattr(self, k) / GIB:.2f}" for k in ("base", "adapter", "activations", "logits"))
-        return f"{self.total / GIB:.2f} GiB ({parts})"
+    def describe(self, tokens: int) -> str:
+        """In words."""
+        base, adapter, total = (n / GIB for n in (self.base, self.adapter, self.total(tokens)))
+        parts = f"base {base:.2f}, adapter {adapter:.2f}, {tokens:,} tokens {total - base - adapter:.2f}"
+        return f"{total:.2f} GiB ({parts})"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What decides how large a micro-batch can be: rows of an optimizer step (of this process), the longest row in
+    tokens, the most supervised tokens of a row, and whether the optimizer's state is in 8 bits."""
+
+    rows: int
+    longest: int
+    supervised: int
+    bits8: bool
+
+    def probe(self, tokens: int) -> list[Row]:
+        """Rows of `tokens` tokens in all, as long as they come and as densely supervised."""
+        lengths = [self.longest] * (tokens // self.longest) + [tokens % self.longest]
+        return [
+            Row(torch.arange(n, dtype=torch.int32) % 100, torch.arange(n) >= n - min(self.supervised, n - 1), "")
+            for n in lengths
+            if n > 1
+        ]
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
@@ -63,168 +87,128 @@ def stored_bytes(model: torch.nn.Module) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def forecast(
-    model: PreTrainedModel,
-    dtype: torch.dtype,
-    batch: int,
-    length: int,
-    supervised: int,
-    checkpointing: bool,
-    bits8: bool,
-    packed: bool = False,
-) -> Forecast:
-    """Forecast the peak of training on micro-batches of `batch` rows of `length` tokens.
+def measure(engine: Engine, work: Workload, tokens: int) -> Footprint:
+    """What micro-batches take, from one of half of `tokens`, or fewer, and one of a quarter. Leaves no trace.
 
-    Args:
-        supervised: supervised tokens in the micro-batch.
-        bits8: 8-bit optimizer state.
-        packed: computed by `decoder.Decoder`, where only batch * length counts.
+    Raises:
+        MemoryError: not even a few tokens fit.
     """
-    c = model.config
-    s, low = dtype.itemsize, 0 if dtype == torch.float32 else dtype.itemsize
-    d, inner, vocab, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
-    head = getattr(c, "head_dim", None) or d // c.num_attention_heads
-    q, kv = c.num_attention_heads * head, c.num_key_value_heads * head
-    loras = lora_layers(model).values()
-    trained = sum(p.numel() for p in lora_parameters(model).values())
-    tokens, quantised = batch * length, [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-
-    if packed:
-        ranks = sum(layer.rank for layer in loras) / layers
-        per_layer = (  # bytes of one layer that wait for the backward pass, a token
-            2 * (4 * d + s * d + 4)  # two norms: the residual stream, the normed, the reciprocal of its size
-            + s * (q + 2 * kv) + s * q + 4 * c.num_attention_heads  # attention: q, k, v, the output, log-sum-exp
-            + (2 * s * q if not low else 0)  # fp32's attention wants k and v for each head
-            + s * 2 * inner + s * ranks  # gate and up; A drop(x)
-        )  # fmt: skip
-        waiting = tokens * ((4 * d * layers + per_layer) if checkpointing else per_layer * layers)
-        after = tokens * (s * inner + 4 * d + s * d)  # the gradients of the stream and of gate * up
-        rows = min(supervised, LOGIT_ROWS)
-        during = tokens * (4 * d + 2 * s * d) + 3 * supervised * s * d + rows * vocab * (4 + s)
-        if checkpointing:  # the logits are gone before a layer is computed again
-            during -= tokens * per_layer
-        linears = [m for m in model.get_decoder().layers.modules() if isinstance(m, nn.Linear)]
-        scratch = s * sum(m.in_features * m.out_features for m in linears) // layers
-        fixed = 2 * WORKSPACE + (scratch if quantised or is_sharded(model) else 0)
-        return Forecast(
-            base=stored_bytes(model) - 4 * trained,
-            adapter=trained * (4 + 4 + low + (2 if bits8 else 8)),
-            activations=int(waiting + after + fixed),
-            logits=int(max(0, during - after)),
-        )
-
-    lora_inputs = sum(layer.in_features for layer in loras) / layers
-    per_token = (  # bytes of one layer that wait for the backward pass, a token
-        2 * (4 * d + 4 * d)  # two norms: input and normalised input, fp32
-        + lora_inputs * (1 + s)  # per LoRA layer: dropout's mask and the dropped input
-        + 4 * 2 * (q + kv)  # q and k before and after the rotary embedding, fp32
-        + s * (2 * q + 2 * kv)  # attention: q, k, v and its output
-        + 4 * 3 * inner  # gate, its activation, up: fp32
+    found: dict[int, int] = {}
+    n = max(4, min(tokens // 2, TRIED_TOKENS[engine.device.type]))
+    _added(engine, work, min(n, 64))  # the first pays for libraries' workspaces, and for compiling
+    while len(found) < 2:
+        if n < 2:
+            raise MemoryError(f"not even {2 * n} tokens fit into the memory ({taken(engine.device)})")
+        added = _added(engine, work, n)
+        if added is not None:
+            found[n] = added
+        n //= 2
+    (large, most), (small, least) = found.items()
+    slope = max(0.0, (most - least) / (large - small))
+    engine.adapter.grads.zero_()
+    trained = engine.adapter.weights.numel()
+    workspaces = 2 * WORKSPACE if engine.device.type == "cuda" else 0
+    return Footprint(
+        base=stored_bytes(engine.base.model) - 4 * trained + sum(t.nbytes for t in engine.buffers) + workspaces,
+        adapter=trained * (4 + 4 + (2 if work.bits8 else 8)),
+        fixed=most - slope * large,
+        per_token=slope,
     )
-    largest = max((m.in_features * m.out_features for m in quantised), default=0)
-    activations = tokens * ((4 * d * layers + per_token) if checkpointing else per_token * layers)
-    activations += 2 * 4 * tokens * inner + largest * s  # the gradients in flight and one dequantised weight
-    return Forecast(
-        base=stored_bytes(model) - 4 * trained,
-        adapter=trained * (4 + 4 + (2 if bits8 else 8)),
-        activations=int(activations),
-        logits=supervised * vocab * (2 * s + 8),
-    )
+
+
+def _added(engine: Engine, work: Workload, tokens: int) -> int | None:
+    """Bytes at the peak of a micro-batch beyond those that were there before; None where they are not to be had."""
+    device = engine.device
+    factor, seed = torch.zeros((), device=device), torch.zeros((), dtype=torch.int32, device=device)
+    try:
+        rows = work.probe(tokens)
+        batch = engine.pack(rows, supervised=round_up(sum(r.n_supervised for r in rows)))
+        before = _restart_peak(device)
+        engine.loss_and_gradients(batch, factor, seed)
+        return peak_bytes(device) - before
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        if is_sharded(engine.base.model):
+            raise MemoryError(f"a micro-batch of {tokens:,} tokens {ALONE}") from None
+    release()
+    return None
+
+
+def _restart_peak(device: torch.device) -> int:
+    """Forget the peak so far; returns the bytes that are taken now."""
+    release()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError, AttributeError):  # no Linux: the peak stays that of loading, and too little may be seen
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, but still the process's, would hide what is added
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes(device)
 
 
 def plan(
-    model: PreTrainedModel,
-    dtype: torch.dtype,
-    rows: int,
-    longest: int,
-    supervised: int,
-    bits8: bool,
-    available: float,
-    checkpointing: str = "auto",
-    tokens: int | None = None,
-) -> tuple[bool, int]:
-    """(whether to checkpoint, tokens of a packed micro-batch): the fastest of which the forecast fits.
+    engine: Engine, work: Workload, fits: Callable[[int], bool], checkpointing: str = "auto", tokens: int | None = None
+) -> tuple[bool, int, Footprint]:
+    """(whether to checkpoint, tokens of a micro-batch, what that takes): the fastest that fits.
 
     Without checkpointing where that fits, and as many tokens as a step can have; checkpointing that was asked for is
     there to save memory, so micro-batches are then as small as the longest row.
 
     Args:
-        rows: of an optimizer step. longest: row, in tokens. supervised: the most in a row.
-        available: bytes. checkpointing: auto, on or off. tokens: of a micro-batch, where that is given.
+        fits: whether there is room for a peak of so many bytes. checkpointing: auto, on or off. tokens: of a
+            micro-batch, where that is given.
     """
-    most = max(longest, min(MOST_TOKENS[next(model.parameters()).device.type], rows * longest))
+    most = max(work.longest, min(MOST_TOKENS[engine.device.type], work.rows * work.longest))
     sizes = [most]
-    while sizes[-1] > longest:
-        sizes.append(max(longest, sizes[-1] // 2))
+    while sizes[-1] > work.longest:
+        sizes.append(max(work.longest, sizes[-1] // 2))
     if tokens:
-        sizes = [max(longest, tokens)]
+        sizes = [max(work.longest, tokens)]
     elif checkpointing == "on":
-        sizes = [longest]
+        sizes = [work.longest]
     for on in {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]:
+        engine.checkpointing = on
+        footprint = measure(engine, work, sizes[0])
         for n in sizes:
-            taught = min(n, supervised * -(-n // longest))
-            if forecast(model, dtype, 1, n, taught, on, bits8, packed=True).total <= available:
-                return on, n
-    return on, sizes[-1]
+            if fits(footprint.total(n)):
+                return on, n, footprint
+    return on, n, footprint
 
 
 def ways_to_save(
-    model: PreTrainedModel,
-    dtype: torch.dtype,
-    batch: int,
-    length: int,
-    supervised: int,
-    checkpointing: bool,
-    bits8: bool,
-    rows_per_step: int,
-    lengths: Sequence[int],
-    available: float,
-    packed: bool = False,
+    engine: Engine, work: Workload, footprint: Footprint, lengths: Sequence[int], room: float
 ) -> list[str]:
-    """What would lower the forecast for such a micro-batch, in order of effect; each way is forecast on its own.
+    """What would lower the peak of the longest row by itself, in order of effect; each way alone.
 
     Args:
-        batch, length, supervised, checkpointing, bits8, packed: as for `forecast`; packed rows are a batch of one.
-        rows_per_step: micro-batch size times accumulation, which --batch-size need not change.
         lengths: of all rows, to say how many a smaller --max-length leaves out.
-        available: bytes; of several values of an option, the mildest whose forecast fits is named.
+        room: bytes; of several values of an option, the mildest that fits is named.
     """
-    shape = {"batch": batch, "length": length, "supervised": supervised,
-             "checkpointing": checkpointing, "bits8": bits8, "packed": packed}  # fmt: skip
-    now = forecast(model, dtype, **shape)
-
-    def total(**changes) -> int:
-        return forecast(model, dtype, **{**shape, **changes}).total
-
-    ways = []
-    if not checkpointing:
-        ways.append((total(checkpointing=True), "--gradient-checkpointing on", "same results, more time"))
-    longest = max(lengths)
-    if packed and length > longest:
-        sizes = sorted({max(longest, length // n) for n in (2, 4, 8, 16, 32)}, reverse=True)
-        n = next((n for n in sizes if total(length=n) <= available), sizes[-1])
-        ways.append((total(length=n), f"--micro-batch-tokens {n}", "same steps, but for rounding"))
-    sizes = [b for b in range(batch // 2, 0, -1) if rows_per_step % b == 0]
-    if sizes:
-        of_size = {b: total(batch=b, supervised=-(-supervised * b // batch)) for b in sizes}
-        b = next((b for b in sizes if of_size[b] <= available), sizes[-1])
-        ways.append((of_size[b], f"--batch-size {b} --grad-accum {rows_per_step // b}", "same steps, but for rounding"))
-    shorter = [n for n in (longest * 3 // 4, longest // 2, longest // 4) if n >= min(lengths)]
-    if shorter and length <= longest:
-        n = next((n for n in shorter if total(length=n) <= available), shorter[-1])
+    tokens = work.longest
+    now, ways = footprint.total(tokens), []
+    if not engine.checkpointing:
+        engine.checkpointing = True
+        after = measure(engine, work, tokens).total(tokens)
+        engine.checkpointing = False
+        ways.append((after, "--gradient-checkpointing on", "same results, more time"))
+    shorter = [n for n in (tokens * 3 // 4, tokens // 2, tokens // 4) if n >= min(lengths)]
+    if shorter:
+        n = next((n for n in shorter if footprint.total(n) <= room), shorter[-1])
         lost = sum(other > n for other in lengths)
-        ways.append((total(length=n), f"--max-length {n}", f"leaves {lost:,} of {len(lengths):,} rows out"))
-    if not bits8:
-        ways.append((total(bits8=True), "--optimizer paged_adamw8bit", "moments in 8 bits"))
-    plain = [m.weight for m in model.get_decoder().layers.modules()
+        ways.append((footprint.total(n), f"--max-length {n}", f"leaves {lost:,} of {len(lengths):,} rows out"))
+    if not work.bits8:
+        saved = 6 * engine.adapter.weights.numel()
+        ways.append((now - saved, "--optimizer paged_adamw8bit", "moments in 8 bits"))
+    plain = [m.weight for m in decoder_layers(engine.base.model).modules()
              if isinstance(m, nn.Linear) and not isinstance(m, bnb.nn.Linear4bit)]  # fmt: skip
     if plain:
         saved = sum(w.numel() * (w.element_size() - 4.127 / 8) for w in plain)
-        ways.append((now.total - int(saved), "--quantization nf4", "another base"))
+        ways.append((now - int(saved), "--quantization nf4", "another base"))
     return [
-        f"{flag}: {now.total / GIB:.2f} -> {after / GIB:.2f} GiB, {effect}"
+        f"{flag}: {now / GIB:.2f} -> {after / GIB:.2f} GiB, {effect}"
         for after, flag, effect in sorted(ways)
-        if after < 0.98 * now.total
+        if after < 0.98 * now
     ]
 
 
@@ -268,12 +252,19 @@ def taken(device: torch.device) -> str:
     return f"peak so far {peak_gib(device):.2f} GiB of {total_bytes(device) / GIB:.2f}"
 
 
-def peak_gib(device: torch.device) -> float:
-    """Peak memory so far in GiB: allocated on the GPU, or resident on a CPU."""
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    import resource
-    import sys
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):  # Linux: what is of this process alone, and can be restarted
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    import resource  # which Windows has not
 
     scale = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def peak_gib(device: torch.device) -> float:
+    """`peak_bytes` in GiB."""
+    return peak_bytes(device) / GIB

@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM
 from .adapter import load_adapter, read_config
 from .checkpoint import atomic_folder
 from .data import Row
+from .engine import Modules
 from .evaluate import Evaluation, evaluate
 from .hub import CARD, merged_card
 from .lora import LoRALinear, lora_disabled
-from .model import DTYPES, decoder_prefix, dequantized_weight, hidden_states, output_head, pick_device, quantize_linear
+from .model import DTYPES, decoder_prefix, dequantized_weight, pick_device, quantize_linear
 
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
 
@@ -90,9 +91,7 @@ def merge(
         loaded.encoder.tokenizer.save_pretrained(new)
         del loaded
         gc.collect()
-        reloaded = AutoModelForCausalLM.from_pretrained(
-            new, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-        ).eval()
+        reloaded = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32, trust_remote_code=False).eval()
         logits = _logits(reloaded, rows)
         result = Merged(
             difference=_distance(logits, reference),
@@ -123,10 +122,10 @@ def compare_merges(
         raise ValueError(f"adapter '{adapter}' was trained on an unquantised base: there is one way to merge it")
     bits = quantization.upper()
     loaded = load_adapter(adapter, model, precision, device)
-    results = {}
+    engine, results = Modules(loaded, max(len(row) for row in rows)), {}
 
     def measure(name: str) -> None:
-        results[name] = evaluate(loaded, rows, batch_size, name)
+        results[name] = evaluate(engine, rows, batch_size, name)
 
     with lora_disabled(loaded.model):
         measure(f"no adapter, {bits} base")
@@ -174,7 +173,7 @@ def fold(model: nn.Module) -> None:
 @torch.no_grad()
 def _logits(model: nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
     """(total tokens, V) logits of rows (1, T), in fp32."""
-    return torch.cat([output_head(model)(hidden_states(model, ids))[0].float() for ids in rows])
+    return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float() for ids in rows])
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ What is what in the base (QLoRA, section 3):
     biases                         the compute dtype
     norms                          fp32
     between the layers             fp32: the residual stream overflows fp16 on some Qwen2 models
-    LoRA's A and B                 fp32, the only weights that train; decoder.py has a copy in the compute dtype
+    LoRA's A and B                 fp32, the only weights that train
 
 Transformers can load in 4 bits too, but needs accelerate for it. Doing it here is short: build the model's skeleton on
 the meta device, where tensors have shapes and no memory, then read one tensor at a time, quantise it if it belongs to a
@@ -34,7 +34,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.utils.checkpoint
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -52,9 +51,6 @@ transformers.logging.set_verbosity_error()  # its warnings are about calls that 
 transformers.logging.disable_progress_bar()
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-# Options by which some families' logits are more than head(hidden states), which is what we compute.
-LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 # What a model consists of on the hub: weights only as safetensors (no pickles), no code.
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
@@ -375,16 +371,9 @@ def load_base(
         generation = GenerationConfig.from_pretrained(folder) if has_settings else None
     except Exception as e:  # values of other types end in errors of every kind
         raise ValueError(f"model '{name}': no usable config.json ({clipped(_first_line(e))})") from None
-    scaled = [k for k in LOGIT_SCALINGS if getattr(config, k, None) not in (None, 1)]
-    if scaled:
-        raise ValueError(
-            f"model '{name}': {config.model_type} changes its logits by {scaled[0]}, which is not implemented"
-        )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         decoder = decoder_prefix(model)
     except Exception as e:  # numbers that make no model do so, too
         raise ValueError(f"model '{name}': config.json makes no model ({clipped(_first_line(e))})") from None
@@ -428,9 +417,14 @@ def load_base(
     return Base(model, encoder, name, folder, revision, fingerprint.hexdigest(), dtype)
 
 
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, whatever the family calls them (layers, h)."""
+    return max((m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)), key=len)
+
+
 def decoder_prefix(model: PreTrainedModel) -> str:
     """The name under which the decoder layers stand, "model.layers." in Qwen2."""
-    layers = model.get_decoder().layers
+    layers = decoder_layers(model)
     return next(n for n, m in model.named_modules() if m is layers) + "."
 
 
@@ -486,10 +480,18 @@ def _place(
     setattr(module, leaf, value)
 
 
+class Linear4bit(bnb.nn.Linear4bit):
+    """bitsandbytes' layer, whose result has the compute dtype, as `nn.Linear`'s has under autocast, not its input's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)"""
+        return super().forward(x.to(self.compute_dtype))
+
+
 def _linear4bit(module: nn.Linear, quantization: str, dtype: torch.dtype) -> bnb.nn.Linear4bit:
     """A Linear4bit of the same shape, without its weight."""
     with torch.device("meta"):
-        layer = bnb.nn.Linear4bit(
+        layer = Linear4bit(
             module.in_features, module.out_features, module.bias is not None,
             compute_dtype=dtype, compress_statistics=True, quant_type=quantization,
         )  # fmt: skip
@@ -527,24 +529,6 @@ def add_lora(base: Base, targets: Sequence[str], rank: int, alpha: float, dropou
     return names
 
 
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Gradient checkpointing: keep each decoder layer's input only, and run the layer again in the backward pass.
-
-    Non-reentrant, and the random state is kept, so that dropout draws the same mask both times: with another mask the
-    loss is the same and the gradients are wrong.
-    """
-    for layer in model.get_decoder().layers:
-
-        def forward(*args, layer=layer, inner=layer.forward, **kwargs):
-            if layer.training and torch.is_grad_enabled():
-                return torch.utils.checkpoint.checkpoint(
-                    inner, *args, use_reentrant=False, preserve_rng_state=True, **kwargs
-                )
-            return inner(*args, **kwargs)
-
-        layer.forward = forward
-
-
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters of the model as if unquantised (a packed weight holds two a byte), tied ones once."""
     count = {}
@@ -559,11 +543,6 @@ def parameter_count(model: nn.Module) -> int:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The autocast context of a compute dtype; for fp32, one that does nothing."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) ids -> (B, T, D): the decoder's output before the head. Right-padded and causal: no mask is needed."""
-    return model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:

@@ -1,34 +1,94 @@
 """What a decoder layer does between its matrix products, forward and backward, as formulas in plain PyTorch.
 
 Tensors are flat over tokens: (N, ...). Each function computes in fp32 and returns the compute dtype of its input; on a
-GPU the kernel of the same name in kernels.py does the same in one pass over memory. A name that ends in `_` works in
-place. There are no gradients for norm weights: they are frozen.
+GPU the kernel of the same name in kernels.py does the same in one pass over memory, where it compiles and computes the
+same (`try_kernels`). A name that ends in `_` works in place. There are no gradients for norm weights: they are frozen.
 """
 
 import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+why_formulas = ""  # why a GPU computes the formulas below, if it does
+
 
 @functools.cache
 def _kernels() -> ModuleType | None:
+    global why_formulas
     try:
         from . import kernels
-    except ImportError:  # no Triton
+    except ImportError:
+        why_formulas = "Triton is missing"
         return None
     return kernels
 
 
 def have_kernels() -> bool:
-    """Whether Triton is there; without it a GPU runs the formulas below, and no CUDA graphs: many more launches."""
-    return _kernels() is not None
+    """Whether the kernels run on a GPU; otherwise the formulas below do."""
+    return _kernels() is not None and not why_formulas
 
 
 def _on_gpu(x: Tensor) -> ModuleType | None:
-    return _kernels() if x.is_cuda else None
+    return _kernels() if x.is_cuda and have_kernels() else None
+
+
+@contextmanager
+def formulas(why: str = "asked for") -> Iterator[None]:
+    """Within this context a GPU computes the formulas."""
+    global why_formulas
+    before, why_formulas = why_formulas, why
+    try:
+        yield
+    finally:
+        why_formulas = before
+
+
+def try_kernels(trials: dict[str, tuple], dtype: torch.dtype) -> None:
+    """Compute each operation by its kernel and by its formula, and leave the kernels if one fails or differs.
+
+    Triton supports compute capability 8.0 and above. On a T4 (7.5) the kernels work today, without a promise that they
+    will tomorrow.
+
+    Args:
+        trials: name of an operation below -> arguments, tensors among them on the GPU.
+    """
+    bound = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+
+    def same(name: str, arguments: tuple) -> bool:
+        mine = _outcome(name, arguments)
+        with formulas():
+            theirs = _outcome(name, arguments)
+        return all((a - b).norm() <= bound * b.norm() for a, b in zip(mine, theirs, strict=True))  # not so for NaN
+
+    for name, arguments in trials.items():
+        try_kernel(name, lambda name=name, arguments=arguments: same(name, arguments))
+
+
+def try_kernel(name: str, works: Callable[[], bool]) -> None:
+    """Leave the kernels if one of them does not work, or raises."""
+    global why_formulas
+    if not have_kernels():
+        return
+    try:
+        if not works():
+            why_formulas = f"the kernel of {name} computes something else than its formula"
+    except Exception as e:  # whatever Triton, its compiler or the driver raise
+        why_formulas = f"the kernel of {name} does not compile ({type(e).__name__})"
+
+
+def _outcome(name: str, arguments: tuple) -> list[Tensor]:
+    """All that an operation returns, and all that it was given, which it may have changed: in fp64."""
+    given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    returned: Any = globals()[name](*given)
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    return [t.double() for t in itertools.chain(returned, given) if isinstance(t, Tensor)]
 
 
 def add_norm(
@@ -62,23 +122,51 @@ def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, dresidual
     return dx, dx.to(dy.dtype)
 
 
-def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int, backward: bool = False) -> None:
-    """Rotary position embedding of the first `heads` heads of qkv (N, heads * 2P + ...), in place.
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int, norm: tuple[Tensor, float] | None
+) -> Tensor:
+    """Rotary position embedding of the first `heads` heads of qkv (N, heads * 2P + ...), behind a norm of each head.
 
-    Each pair (a, b) of a head, P apart, turns by its angle: (a cos - b sin, b cos + a sin). The gradient turns back.
+    Each pair (a, b) of a head, P apart, turns by its angle: (a cos - b sin, b cos + a sin).
 
     Args:
-        cos, sin: (positions, P) fp32. positions: (N,) int32.
+        cos, sin: (positions, P) fp32. positions: (N,) integers.
+        norm: None, and qkv is changed in place; or RMSNorm's weight for each head, (heads, 2P) fp32, and its eps, and
+            the result is another tensor.
     """
     if k := _on_gpu(qkv):
-        return k.rotate_(qkv, cos, sin, positions, heads, backward)
+        return k.rotate(qkv, cos, sin, positions, heads, norm)
     half = cos.shape[1]
     c, s = cos[positions][:, None], sin[positions][:, None]  # (N, 1, P)
-    s = -s if backward else s
-    x = qkv[:, : heads * 2 * half].unflatten(1, (heads, 2, half))  # (N, heads, 2, P), a view
+    out = qkv if norm is None else qkv.clone()
+    x = out[:, : heads * 2 * half].unflatten(1, (heads, 2, half))  # (N, heads, 2, P), a view
+    v = x.float()
+    if norm is not None:
+        weight, eps = norm
+        v = v * torch.rsqrt(v.pow(2).mean((2, 3), keepdim=True) + eps) * weight.view(heads, 2, half)
+    a, b = v[:, :, 0], v[:, :, 1]
+    x[:, :, 0], x[:, :, 1] = a * c - b * s, b * c + a * s
+    return out
+
+
+def rotate_backward_(
+    d: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int, norm: tuple[Tensor, float] | None
+) -> None:
+    """Overwrite the gradient d of `rotate`'s result with that of its input qkv: turned back, then below the norm."""
+    if k := _on_gpu(d):
+        return k.rotate_backward_(d, qkv, cos, sin, positions, heads, norm)
+    half = cos.shape[1]
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    x = d[:, : heads * 2 * half].unflatten(1, (heads, 2, half))
     a, b = x[:, :, 0].float(), x[:, :, 1].float()
-    a, b = a * c - b * s, b * c + a * s
-    x[:, :, 0], x[:, :, 1] = a, b
+    g = torch.stack([a * c + b * s, b * c - a * s], 2)  # (N, heads, 2, P)
+    if norm is not None:
+        weight, eps = norm
+        v = qkv[:, : heads * 2 * half].unflatten(1, (heads, 2, half)).float()
+        r = torch.rsqrt(v.pow(2).mean((2, 3), keepdim=True) + eps)
+        hat, g = v * r, g * weight.view(heads, 2, half)
+        g = r * (g - hat * (g * hat).mean((2, 3), keepdim=True))
+    x.copy_(g)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -100,33 +188,69 @@ def swiglu_backward_(dh: Tensor, gate_up: Tensor) -> None:
     gate.copy_(dgate)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
-    """x with each element zeroed with probability p and the rest divided by 1 - p.
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout
+# ---------------------------------------------------------------------------------------------------------------------
 
-    The mask is a function of (seed, stream, element): the backward pass draws it again instead of keeping it, and so
-    does a recomputed forward. The kernel's generator is another than the formula's, and so are its masks.
+# An element's random bits are a hash of where it stands: (seed, row's place in the step, token in the row, stream,
+# feature). So forward and backward pass draw the same mask, and so do a recomputed forward, both engines, every device,
+# and every division of a step into micro-batches and processes. The hash is the 32-bit mixer of Chris Wellons'
+# hash-prospector with the smallest bias among those whose constants are below 2^31. int32 products wrap around.
+MIX = ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, None))
+FEATURE = -0x61C88647  # 2^32 / golden ratio, as int32: spreads neighbouring numbers
+
+
+def mix(x: Tensor) -> Tensor:
+    """int32 -> int32: every bit of the result depends on every bit of x."""
+    for shift, factor in MIX:
+        x = x ^ ((x >> shift) & (2 ** (32 - shift) - 1))  # a logical shift
+        x = x if factor is None else x * factor
+    return x
+
+
+def dropout_keys(seed: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
+    """A key for each token's masks, (N,) int32.
 
     Args:
-        seed: 0-dim int64 on x's device. stream: which dropout of the model this is.
+        seed: 0-dim int32, of the optimizer step. row_ids, positions: (N,), the row in the step, the token in the row.
+    """
+    return mix(mix(mix(seed) ^ row_ids.int()) ^ positions.int())
+
+
+def dropout(x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
+    """x with each element zeroed with probability p and the rest divided by 1 - p.
+
+    Args:
+        x: (..., D), N tokens in all. keys: (N,) int32, by `dropout_keys`. stream: which dropout of the model this is.
     """
     if k := _on_gpu(x):
-        return k.dropout(x, p, seed, stream)
-    return x * _mask(x, p, seed, stream)
+        return k.dropout(x, p, keys, stream)
+    keep = dropout_mask(keys, p, stream, x.shape[-1]).view(x.shape)
+    return torch.where(keep, x * (1 / (1 - p)), 0.0)
 
 
-def dropout_backward_(dx: Tensor, dy: Tensor, p: float, seed: Tensor, stream: int) -> None:
-    """dx += the gradient below a dropout whose output has the gradient dy."""
+def dropout_backward_(dx: Tensor, dy: Tensor, p: float, keys: Tensor, stream: int) -> None:
+    """dx += the gradient below a dropout whose output has the gradient dy: the same mask of dy."""
     if k := _on_gpu(dx):
-        return k.dropout_backward_(dx, dy, p, seed, stream)
-    dx.addcmul_(dy, _mask(dx, p, seed, stream))
+        return k.dropout_backward_(dx, dy, p, keys, stream)
+    dx += dropout(dy, p, keys, stream)
 
 
-def _mask(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
-    """0 or 1 / (1 - p) for each element, drawn on the CPU. 16 random bits decide, so p is met to within 1 / 65,536."""
-    generator = torch.Generator().manual_seed(int(seed) + stream)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    keep = bits.view(torch.int16)[: x.numel()] >= round(p * 65536) - 32768
-    return keep.view(x.shape).to(x.device, x.dtype).div_(1 - p)
+def dropout_mask(keys: Tensor, p: float, stream: int, features: int) -> Tensor:
+    """(N, features) bool, True where an element is kept. 16 random bits decide, so p is met to within 1 / 65,536."""
+    pairs = torch.arange(-(-features // 2), dtype=torch.int32, device=keys.device) * FEATURE
+    bits = mix(mix(keys + stream)[:, None] ^ pairs).view(torch.int16)[:, :features]  # a hash gives two features theirs
+    return bits >= threshold(p)
+
+
+def threshold(p: float) -> int:
+    """The 16-bit number, as int16, from which on an element is kept."""
+    return min(round(p * 65536), 65535) - 32768
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def cross_entropy(

@@ -81,7 +81,7 @@ def make_optimizer(
 
 
 class Stepper:
-    """Backward passes and optimizer steps, with loss scaling, clipping, the schedule, and the policy on overflows.
+    """Optimizer steps, with loss scaling, clipping, the schedule, and the policy on overflows.
 
     Args:
         factor: step -> factor of the peak learning rate.
@@ -110,10 +110,6 @@ class Stepper:
     def lr(self) -> float:
         """The learning rate of the next step."""
         return self.learning_rate * self.factor(self.taken)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of one micro-batch's share of the step's loss."""
-        self.scaler.scale(loss).backward()
 
     def step(self) -> tuple[float, bool]:
         """Take the optimizer step, unless a gradient is not finite.

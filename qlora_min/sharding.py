@@ -77,7 +77,7 @@ def gather(module: nn.Module) -> None:
 
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether a model's weights are shared out."""
-    return hasattr(model.get_decoder().layers[0], "share")
+    return hasattr(model, "sharded")
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> None:
@@ -101,6 +101,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
             end = start + m.weight.numel() * m.weight.element_size()
             m.weight.data = buffer[start:end].view(m.weight.dtype).view(m.weight.shape)
             start = end
+    model.sharded = True
     # For the modules' own forward, as transformers' `generate` runs it; decoder.py calls no module.
     for layer in layers:
         layer.register_forward_pre_hook(lambda layer, _: gather(layer))

@@ -24,7 +24,7 @@ import shlex
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,43 +32,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, checkpoint, hub, memory, report
+from . import __version__, checkpoint, hub, memory, ops, report
 from .adapter import AdapterConfig, save_adapter
-from .config import FIELDS, Config, flag
-from .data import (
-    Batch,
-    Data,
-    Row,
-    Rows,
-    collate,
-    data_hash,
+from .batches import (
+    Packed,
+    cut,
+    dropout_seed,
     epoch_rows,
     optimizer_steps,
-    read_data,
     share,
     shuffle_options,
     steps_per_epoch,
-    table,
 )
-from .decoder import Decoder, Packed, computer, cut, dropout_seed, unsupported
+from .config import FIELDS, Config, flag, shown
+from .data import Data, Row, Rows, data_hash, read_data, table
 from .distributed import from_main, gather, in_step, join, rank, size, sum_, together
+from .engine import captured, make_engine
 from .evaluate import MEASURES, Evaluation, beside, evaluate
 from .generate import generate
 from .lora import lora_disabled, lora_parameters
-from .loss import masked_cross_entropy
-from .model import (
-    add_lora,
-    autocast,
-    checkpoint_layers,
-    hidden_states,
-    load_base,
-    load_encoder,
-    output_head,
-    parameter_count,
-    pick_device,
-    resolve_precision,
-)
-from .ops import have_kernels
+from .model import add_lora, load_base, load_encoder, parameter_count, pick_device, resolve_precision
 from .optim import PAGED_FROM, Stepper, TrainingError, cosine_with_warmup, make_optimizer
 from .report import say
 from .signals import Signals, Stop
@@ -186,7 +169,6 @@ class Trainer:
         self.wrapped = add_lora(self.base, config.targets, config.rank, config.alpha, config.dropout)
         self.trained = lora_parameters(self.model)
         self.initial = {n: w.detach().cpu().clone() for n, w in self.trained.items()}  # until all have moved
-        self.model.train()
 
         self.epoch_rows = functools.partial(epoch_rows, [len(p.rows) for p in train], config.mix, config.seed)
         visited = self.epoch_rows(0)
@@ -201,10 +183,10 @@ class Trainer:
         self.stepper = Stepper(
             make_optimizer(
                 config.optimizer,
-                self.decoder.large if self.decoder else matrices,
+                self.engine.adapter.large,
                 config.learning_rate,
                 config.weight_decay,
-                self.decoder.small if self.decoder else (),
+                self.engine.adapter.small,
                 paged=max(w.numel() for w in matrices) >= PAGED_FROM,
             ),
             config.learning_rate,
@@ -225,7 +207,7 @@ class Trainer:
         self.record = {
             "options": self.config.as_dict(),
             "precision": self.precision,
-            "packed": self.decoder is not None,
+            "engine": self.config.engine,
             "total_steps": self.total_steps,
             "ranks": size(),
             "base": {"name": config.model, "revision": self.base.revision, "fingerprint": self.base.fingerprint},
@@ -238,7 +220,7 @@ class Trainer:
         self.adapter_step: int | None = None  # the step whose adapter is in adapter/, as far as we know
         self.saved_at = time.monotonic()
         self.failures, self.retry_at = 0, 0.0  # to save, in a row
-        same = {k: self.record[k] for k in ("precision", "packed", "data")} | {"base": self.base.fingerprint}
+        same = {k: self.record[k] for k in ("precision", "engine", "data")} | {"base": self.base.fingerprint}
         self._check_that_ranks_agree(same)
         if resume:
             self._restore()
@@ -252,45 +234,31 @@ class Trainer:
             checkpoint.write_json(self.run / "config.json", self.record)
 
     def _choose_how_to_compute(self) -> None:
-        """By decoder.py on packed rows if it can, else by the model's modules on padded ones; what fits the memory."""
+        """The engine, and micro-batches that fit the memory of every process: measured, where that is left to us."""
         c, longest = self.config, int(self.rows.lengths.max())
-        rows = -(-c.batch_size * c.grad_accum // size())  # of a rank
-        self.decoder: Decoder | None = None
-        self.why_padded = "--packing off" if c.packing == "off" else unsupported(self.base, longest)
-        if self.why_padded and self.sharded:
-            raise ValueError(f"--shard: needs packed rows, and there are none ({self.why_padded}); leave it out")
-        bits8, available = c.optimizer == "paged_adamw8bit", memory.available(self.device)
-        if self.device.type == "cpu":
-            available /= size()
-        if self.why_padded:
-            checkpointing, tokens = c.gradient_checkpointing == "on", c.micro_batch_tokens
-            if c.gradient_checkpointing == "auto":
-                checkpointing = memory.forecast(*self._shape(), False, bits8).total > available
-        else:
-            checkpointing, tokens = memory.plan(
-                self.model, self.base.dtype, rows, longest, int(self.rows.supervised.max()), bits8, available,
-                c.gradient_checkpointing, c.micro_batch_tokens,
-            )  # fmt: skip
-        off, tokens = min(gather((not checkpointing, tokens)))  # of the rank with the least memory
-        checkpointing = not off
-        if self.why_padded and checkpointing:
-            checkpoint_layers(self.model)
-        elif not self.why_padded:
-            longest = max(longest, int(self.held.lengths.max(initial=0)))
-            self.decoder, self.compute = computer(self.base, checkpointing, longest, tokens)
-        on_or_off = "on" if checkpointing else "off"
-        self.config = replace(c, gradient_checkpointing=on_or_off, micro_batch_tokens=tokens)
+        longest_of_all = max(longest, int(self.held.lengths.max(initial=0)))
+        self.engine, name, self.why_engine = make_engine(self.base, c.engine, longest_of_all)
+        self.work = memory.Workload(
+            rows=-(-c.batch_size * c.grad_accum // size()),
+            longest=longest,
+            supervised=int(self.rows.supervised.max()),
+            bits8=c.optimizer == "paged_adamw8bit",
+        )
+        room = memory.available(self.device) / (size() if self.device.type == "cpu" else 1)
 
-    def _shape(self) -> tuple:
-        """The largest micro-batch, as `memory.forecast` takes it: model, dtype, rows, length, supervised tokens."""
-        c, longest = self.config, int(self.rows.lengths.max())
-        rows = c.batch_size
-        if self.decoder:
-            rows = min(c.batch_size * c.grad_accum, -(-c.micro_batch_tokens // longest))
-        taught = int(np.sort(self.rows.supervised)[-rows:].sum())
-        if self.decoder:
-            return self.model, self.base.dtype, 1, c.micro_batch_tokens, taught
-        return self.model, self.base.dtype, rows, longest, taught
+        def fits(peak: int) -> bool:
+            return all(gather(peak <= room))
+
+        gather(None)
+        in_step(self.sharded)
+        on, tokens, self.footprint = memory.plan(
+            self.engine, self.work, fits, c.gradient_checkpointing, c.micro_batch_tokens
+        )
+        in_step(False)
+        self.engine.checkpointing = on
+        self.config = replace(c, engine=name, gradient_checkpointing="on" if on else "off", micro_batch_tokens=tokens)
+        self.tokens = tokens  # of a micro-batch; fewer where memory runs out
+        self.compute = captured(self.engine, longest_of_all, tokens)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop
@@ -336,26 +304,18 @@ class Trainer:
             SystemExit, Lost: as `distributed.gather`.
         """
         p = self.progress
-        batches, where = self.step_batches(p.step)
         supervised, tokens = self.step_totals(p.step)
-        lr, loss = self.stepper.lr, 0.0
+        lr = self.stepper.lr
+        while (loss := self._compute_gradients(p.step, supervised)) is None:
+            pass  # with smaller micro-batches: their gradients add up to the same
         try:
-            # Forward and backward of this rank's rows, a micro-batch at a time; the gradients add up.
-            for i, batch in enumerate(batches):
-                loss = loss + self.backward(batch, supervised, p.step, i * size() + rank())
-
-            # Clip and step; the next step's rows are made ready while the device computes.
-            if p.step + 1 < self.total_steps:
-                self.step_batches(p.step + 1)
-            if size() > 1:
-                loss = self._sum_over_ranks(loss)
             grad_norm, taken = self.stepper.step()
         except TrainingError as e:
-            raise TrainingError(self._explain(e, where)) from None
+            raise TrainingError(self._explain(e, [r.where for r in self.step_rows(p.step)])) from None
         except (RuntimeError, MemoryError) as e:
-            if not memory.is_out_of_memory(e) or not batches:
+            if not memory.is_out_of_memory(e):
                 raise
-            raise TrainingError(self._explain_memory(batch)) from None
+            raise TrainingError(self._explain_memory(self.step_batches(p.step)[0])) from None
 
         # Count.
         p.step += 1
@@ -367,46 +327,84 @@ class Trainer:
             say(f"step {p.step}: skipped, a gradient is not finite")
         return lr, grad_norm
 
-    def step_batches(self, step: int) -> tuple[list[Batch] | list[Packed], list[str]]:
-        """This rank's micro-batches of an optimizer step (0-based), and where all the step's rows stand.
+    def _compute_gradients(self, step: int, supervised: int) -> float | torch.Tensor | None:
+        """Forward and backward of all processes' rows of a step; returns the sum of their losses.
 
-        The last two steps' are remembered.
+        None where memory ran out: then the gradients are cleared, and micro-batches are half as large from now on.
+
+        Raises:
+            TrainingError: a single row takes more memory than there is, or a process can't try less by itself.
         """
+        loss, failed = 0.0, None
+        try:
+            for batch in self.step_batches(step):
+                failed = batch
+                loss = loss + self.backward(batch, supervised, step)
+            failed = None
+            # The next step's rows are made ready while the device computes.
+            if step + 1 < self.total_steps:
+                self.step_batches(step + 1)
+        except (RuntimeError, MemoryError) as e:
+            if not memory.is_out_of_memory(e) or not failed:
+                raise
+            if self.sharded or len(failed.spans()) == 1:
+                raise TrainingError(self._explain_memory(failed)) from None
+        # While the device computes: has memory run out, or a signal come, in another process?
+        if any(self._gather(failed is not None)):
+            self._halve_micro_batches()
+            return None
+        return self._sum_over_ranks(loss) if size() > 1 else loss
+
+    def _halve_micro_batches(self) -> None:
+        self._ready.clear()
+        self.engine.adapter.grads.zero_()
+        if self.compute is not self.engine:
+            self.compute.release()
+        memory.release()
+        self.tokens //= 2  # of one row, which is never cut, at least
+        say(
+            f"note: step {self.progress.step + 1}: out of memory; its gradients are computed again, in micro-batches "
+            f"of up to {self.tokens:,} tokens, or one row, from now on"
+        )
+
+    def step_batches(self, step: int) -> list[Packed]:
+        """This process's micro-batches of an optimizer step (0-based). The last two steps' are remembered."""
         if step not in self._ready:
             rows = self.step_rows(step)
-            shares = [[rows[j] for j in part] for part in share([len(r) for r in rows], size())]
-            batches = self._equal_micro_batches(shares) if self.sharded else self._micro_batches(shares[rank()])
+            shares = share([len(r) for r in rows], size())
+            batches = self._equal_micro_batches(rows, shares) if self.sharded else self._batches(rows, shares[rank()])
             totals = sum(r.n_supervised for r in rows), sum(map(len, rows))
             self._ready = {s: b for s, b in self._ready.items() if s == step - 1}
-            self._ready[step] = batches, [r.where for r in rows], totals
-        return self._ready[step][:2]
+            self._ready[step] = batches, totals
+        return self._ready[step][0]
 
-    def _micro_batches(self, rows: list[Row]) -> list[Batch] | list[Packed]:
-        c = self.config
-        if not self.decoder:
-            return [collate(rows[j : j + c.batch_size]) for j in range(0, len(rows), c.batch_size)]
-        return [self.compute.pack(part, c.batch_size * c.grad_accum) for part in self._cut(rows)]
+    def _batches(self, rows: list[Row], mine: list[int]) -> list[Packed]:
+        count = self.config.batch_size * self.config.grad_accum
+        return [self.compute.pack([rows[i] for i in part], part, count) for part in self._cut(rows, mine)]
 
-    def _cut(self, rows: list[Row]) -> list[list[Row]]:
-        return [[rows[j] for j in part] for part in cut([len(r) for r in rows], self.config.micro_batch_tokens)]
+    def _cut(self, rows: list[Row], mine: list[int]) -> list[list[int]]:
+        return [[mine[j] for j in part] for part in cut([len(rows[i]) for i in mine], self.tokens)]
 
-    def _equal_micro_batches(self, shares: list[list[Row]]) -> list[Packed]:
-        """This rank's micro-batches where all ranks gather the base together: as many, of as many supervised positions.
+    def _equal_micro_batches(self, rows: list[Row], shares: list[list[int]]) -> list[Packed]:
+        """This process's micro-batches where all processes gather the base together: as many, of as many supervised
+        positions.
 
-        What fills up counts for nothing; where a rank has no row left, one of which nothing is learned does.
+        The padding's losses count for nothing; where a process has no row left, it computes one without losses.
         """
-        batches, parts = [], [self._cut(rows) if rows else [] for rows in shares]
+        batches, parts = [], [self._cut(rows, mine) if mine else [] for mine in shares]
         for here in itertools.zip_longest(*parts):
-            supervised = max(sum(r.n_supervised for r in part or ()) for part in here)
-            other = next(part for part in here if part)[0]
-            mine = here[rank()] or [replace(other, supervised=torch.zeros_like(other.supervised))]
-            batches.append(self.decoder.pack(mine, 0, supervised))
+            supervised = max(sum(rows[i].n_supervised for i in part or ()) for part in here)
+            other = rows[next(part for part in here if part)[0]]
+            spare = replace(other, supervised=torch.zeros_like(other.supervised))
+            mine = here[rank()]
+            chosen = [rows[i] for i in mine] if mine else [spare]
+            batches.append(self.engine.pack(chosen, mine, supervised=supervised))
         return batches
 
     def step_totals(self, step: int) -> tuple[int, int]:
         """(supervised tokens, tokens) of an optimizer step (0-based), over all ranks."""
         self.step_batches(step)
-        return self._ready[step][2]
+        return self._ready[step][1]
 
     def step_rows(self, step: int) -> list[Row]:
         """The rows of an optimizer step (0-based), those of all ranks: a function of the seed and the step alone."""
@@ -425,43 +423,31 @@ class Trainer:
             return row
         return shuffle_options(row, self.base.encoder, int(self.rows.lengths.max()), c.seed, epoch, visit)
 
-    def backward(self, batch: Batch | Packed, supervised: int, step: int, index: int) -> torch.Tensor:
-        """Forward and backward of the micro-batch `index` of a step: adds its share of the step's gradient.
+    def backward(self, batch: Packed, supervised: int, step: int) -> torch.Tensor:
+        """Forward and backward of a micro-batch: adds its part of the step's gradient.
 
         Args:
             supervised: tokens of the whole step, by whose number the loss is divided.
-            index: among those of all ranks; each has a dropout of its own.
 
         Returns:
             the sum of the micro-batch's token losses: 0-dim, fp32.
         """
-        seed = dropout_seed(self.config.seed, step, index)
-        if self.decoder is None:
-            if size() > 1:
-                torch.manual_seed(int(seed))
-            loss = self.loss(batch.to(self.device))
-            self.stepper.backward(loss / supervised)
-            return loss.detach()
         factor = self.stepper.scaler.scale(torch.tensor(1 / supervised, device=self.device))
-        return self.compute.loss_and_gradients(batch, factor, seed.to(self.device))
+        return self.compute.loss_and_gradients(batch, factor, dropout_seed(self.config.seed, step).to(self.device))
 
     def _sum_over_ranks(self, loss: float | torch.Tensor) -> torch.Tensor:
         """Sum the gradients of all ranks, on each; returns the sum of their losses.
 
-        One that is not finite anywhere is so on all after it, so that they skip the same steps.
+        A gradient that is not finite on one of them is so on all after it, so that they skip the same steps.
         """
-        self._gather(None)  # while the device computes: has a signal come, or a rank failed?
         in_step(True)
         memory.synchronize()
         start = time.perf_counter()
         loss = torch.as_tensor(loss, dtype=torch.float64, device=self.device)
         sum_([loss])  # one number: this waits for the slowest
         then = time.perf_counter()
-        for p in self.stepper.params:
-            if p.grad is None:  # a rank without a row in the first step
-                p.grad = torch.zeros_like(p)
         self.stepper.scaler.scale(torch.zeros((), device=self.device))  # as above: makes the scale
-        sum_([p.grad for p in self.stepper.params])
+        sum_([self.engine.adapter.grads])
         self.waited, self.summed = self.waited + then - start, self.summed + time.perf_counter() - then
         in_step(self.sharded)
         return loss
@@ -472,13 +458,6 @@ class Trainer:
         self.stopping = next((s for s in signals if s), None)
         self.signals.received = self.stopping or self.signals.received
         return list(values)
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """The sum of a padded micro-batch's supervised token losses, by the modules: 0-dim, fp32."""
-        with autocast(self.device, self.base.dtype):
-            hidden = hidden_states(self.model, batch.input_ids)  # (B, T, D)
-            total, _ = masked_cross_entropy(hidden, output_head(self.model), batch.input_ids, batch.supervised)
-        return total
 
     def _check_that_all_moved(self) -> None:
         """Is it really training? Every A and B must differ from what it was, or the layer gets no gradient."""
@@ -572,12 +551,14 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluate on this rank's share of the held-out rows, with a bar."""
         try:
-            if self.decoder:
-                at_a_time = {"batch_size": EVALUATED, "tokens": self.config.micro_batch_tokens, "decoder": self.compute}
-            else:
-                at_a_time = {"batch_size": self.config.batch_size}
-            at_a_time["before_each"] = self._abandon_together if self.sharded else None
-            return evaluate(self.base, self.held_here, progress=None if rank() else "evaluating", **at_a_time)
+            return evaluate(
+                self.compute,
+                self.held_here,
+                EVALUATED,
+                progress=None if rank() else "evaluating",
+                tokens=self.tokens,
+                before_each=self._abandon_together if self.sharded else None,
+            )
         except MemoryError as e:
             raise TrainingError(f"{e}\n{self._saved()}") from None
 
@@ -702,13 +683,18 @@ class Trainer:
                 checkpoint is good.
         """
         recorded = from_main(lambda: checkpoint.read_record(self.run))
+        if "engine" not in recorded:
+            raise ValueError(
+                f"--resume {self.run}: it was begun by an earlier version of qlora_min, which computes other dropout "
+                "masks; start a new run (evaluating, merging and chatting still work)"
+            )
         for what in ("base", "files", "data"):
             for key in recorded[what] | self.record[what]:
                 then, now = recorded[what].get(key), self.record[what].get(key)
                 if then != now:
                     raise ValueError(f"--resume {self.run}: the {what} changed: {key} was {then}, now {now}")
-        if self.record["packed"] != recorded.get("packed"):
-            raise ValueError(f"--resume {self.run}: it began on {'padded' if self.record['packed'] else 'packed'} rows")
+        if self.record["engine"] != recorded["engine"]:
+            raise ValueError(f"--resume {self.run}: it began with --engine {shown(recorded['engine'])}, put that back")
         if self.record["precision"] != recorded.get("precision"):
             raise ValueError(
                 f"--resume {self.run}: it was trained in {recorded.get('precision')}, here --precision auto is "
@@ -770,11 +756,6 @@ class Trainer:
             name = f"{torch.cuda.get_device_name(self.device)}, {total:.0f} GiB"
         trained = sum(w.numel() for w in self.trained.values())
         whole = parameter_count(self.model) - trained
-        how = f"padded rows, by the model's modules ({self.why_padded})"
-        if self.decoder:
-            slow = self.device.type == "cuda" and not have_kernels()
-            why = ", without kernels and graphs: Triton is missing" if slow else ""
-            how = f"packed rows, up to {c.micro_batch_tokens:,} tokens at a time{why}"
         per_step = self.epoch_tokens / self.steps_per_epoch
         lines = [
             f"trained     {trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
@@ -783,8 +764,9 @@ class Trainer:
             f"computes    {self.precision} on {name}",
             f"steps       {self.total_steps:,} ({self.steps_per_epoch:,} an epoch), "
             f"{c.batch_size} x {c.grad_accum} rows and about {per_step:,.0f} tokens each",
-            f"batches     {how}; gradient checkpointing {c.gradient_checkpointing}",
-            f"memory      {self.forecast()} forecast peak",
+            f"engine      {self._describe_engine()}",
+            f"batches     up to {self.tokens:,} tokens; gradient checkpointing {c.gradient_checkpointing}",
+            f"memory      {self.footprint.describe(self.tokens)} forecast peak",
         ]
         if c.mix:
             weights = ", ".join(f"{w:g} x {Path(name).name}" for name, w in zip(dict.fromkeys(c.dataset), c.mix))
@@ -807,11 +789,12 @@ class Trainer:
         lines.append(f"writes to   {self.run}")
         return "\n".join(lines)
 
-    def forecast(self) -> memory.Forecast:
-        """Of the largest micro-batch that there can be."""
-        c = self.config
-        checkpointing, bits8 = c.gradient_checkpointing == "on", c.optimizer == "paged_adamw8bit"
-        return memory.forecast(*self._shape(), checkpointing, bits8, self.decoder is not None)
+    def _describe_engine(self) -> str:
+        how = f"{self.config.engine} ({self.why_engine})"
+        if self.device.type == "cuda":
+            how += ", as CUDA graphs" if self.compute is not self.engine else ", without CUDA graphs"
+            how += f"; formulas instead of kernels: {ops.why_formulas}" if ops.why_formulas else ""
+        return how
 
     def estimate(self) -> dict[str, Any]:
         """Print how long training will take, from one micro-batch that is computed and thrown away; and its parts.
@@ -820,13 +803,13 @@ class Trainer:
             steps, rows, tokens, seconds and evaluation_seconds of the whole run, memory_gib as forecast.
         """
         p, c = self.progress, self.config
-        (batch, *_), _ = self.step_batches(p.step)
+        batch = self.step_batches(p.step)[0]
         supervised = max(1, batch.n_supervised)
         with together():
             for _ in range(2):  # the first pays for kernels and graphs
                 memory.synchronize()
                 start = time.perf_counter()
-                self.backward(batch, supervised, p.step, 0)
+                self.backward(batch, supervised, p.step)
                 memory.synchronize()
                 seconds = time.perf_counter() - start
         self.stepper.optimizer.zero_grad(set_to_none=False)
@@ -841,7 +824,7 @@ class Trainer:
         )
         return {"steps": self.total_steps, "rows": len(self.rows), "held_out": len(self.held), "tokens": round(tokens),
                 "seconds": tokens * per_token, "evaluation_seconds": held,
-                "memory_gib": self.forecast().total / memory.GIB}  # fmt: skip
+                "memory_gib": self.footprint.total(self.tokens) / memory.GIB}  # fmt: skip
 
     def imbalance(self, steps: int = 200) -> float:
         """How much more the busiest rank has to do in a step than the mean rank: 0.02 is 2% more tokens.
@@ -862,19 +845,20 @@ class Trainer:
             f"--resume {shlex.quote(str(self.run))}\n  --resume keeps a run's options: with others, start a new run"
         )
 
-    def _explain_memory(self, batch: Batch) -> str:
-        """Where the memory went in a step that had too little, and what would have taken less."""
-        c, packed = self.config, self.decoder is not None
-        rows, length = (1, len(batch.ids)) if packed else batch.input_ids.shape
-        shape = (self.model, self.base.dtype, rows, length, batch.n_supervised, c.gradient_checkpointing == "on",
-                 c.optimizer == "paged_adamw8bit")  # fmt: skip
-        room = 0.9 * memory.total_bytes(self.device)
-        ways = memory.ways_to_save(*shape, c.batch_size * c.grad_accum, self.rows.lengths.tolist(), room, packed)
+    def _explain_memory(self, batch: Packed) -> str:
+        """Where the memory went in a step that had too little for a single row, and what would have taken less."""
+        tokens, stood = batch.n_tokens, memory.taken(self.device)
+        self._ready.clear()
+        if self.compute is not self.engine:
+            self.compute.release()
+        ways, room = [], 0.9 * memory.total_bytes(self.device)
+        if not self.sharded:  # where measuring takes all processes
+            with suppress(MemoryError):
+                ways = memory.ways_to_save(self.engine, self.work, self.footprint, self.rows.lengths.tolist(), room)
         return "\n".join([
-            f"out of memory at step {self.progress.step + 1}, in a micro-batch of "
-            f"{length if packed else f'{rows} x {length}'} tokens, "
-            f"{batch.n_supervised} supervised; {memory.taken(self.device)}",
-            f"  forecast for this micro-batch: {memory.forecast(*shape, packed)}",
+            f"out of memory at step {self.progress.step + 1}, in a micro-batch of {tokens:,} tokens, "
+            f"{batch.n_supervised:,} supervised; {stood}",
+            f"  forecast for this micro-batch: {self.footprint.describe(tokens)}",
             "  what would take less, in order of effect:" if ways else "  no option is forecast to take less",
             *(f"    {way}" for way in ways),
             self._saved(),
@@ -1030,7 +1014,7 @@ def resume_config(directory: str, given: dict[str, Any]) -> tuple[Config, Path]:
     for name, value in given.items():
         if name == "output_dir" and Path(value).resolve() != run.resolve():
             raise ValueError(f"--output-dir {value}: --resume continues in {run} itself; leave it out")
-        resolved = name == "output_dir" or (name, value) == ("gradient_checkpointing", "auto")
+        resolved = name == "output_dir" or (name in ("gradient_checkpointing", "engine") and value == "auto")
         if name in FIELDS and not resolved and getattr(config, name) != value:
             raise ValueError(
                 f"--resume {run}: {flag(name)} was {getattr(config, name)!r} when the run began, now {value!r}; "

@@ -57,7 +57,7 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
     """Train with one change, if that is not done yet, and evaluate on each data set; returns the figures."""
     from qlora_min import checkpoint
     from qlora_min.adapter import load_adapter
-    from qlora_min.decoder import for_evaluation
+    from qlora_min.engine import for_evaluation
     from qlora_min.evaluate import evaluate, evaluation_data
     from qlora_min.lora import lora_parameters
     from qlora_min.model import pick_device, resolve_precision
@@ -77,8 +77,8 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
         parts = evaluation_data(adapter, changed.model, changed.eval_dataset, changed.eval_limit, changed.max_length)
         base = load_adapter(adapter, changed.model, resolve_precision(changed.precision, pick_device()))
         tokens = 8192
-        decoder = for_evaluation(base, [p.rows for p in parts], tokens)
-        evaluations = {p.name: evaluate(base, p.rows, 64, p.name, tokens, decoder) for p in parts}
+        engine = for_evaluation(base, max(int(p.rows.lengths.max()) for p in parts), tokens)
+        evaluations = {p.name: evaluate(engine, p.rows, 64, p.name, tokens) for p in parts}
         found = {
             "trained": sum(p.numel() for p in lora_parameters(base.model).values()),
             "data": {n: e.as_dict() | (e.choices.as_dict() if e.option_rows else {}) for n, e in evaluations.items()},

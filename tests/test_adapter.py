@@ -27,8 +27,11 @@ from qlora_min.adapter import (
     read_config,
     save_adapter,
 )
+from qlora_min.batches import pack
+from qlora_min.data import Row
+from qlora_min.engine import make_engine
 from qlora_min.lora import lora_disabled, lora_parameters
-from qlora_min.model import Base, add_lora, hidden_states, load_base, output_head
+from qlora_min.model import Base, add_lora, load_base
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -43,7 +46,15 @@ def plain_model() -> torch.nn.Module:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    return output_head(model)(hidden_states(model, IDS))
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def by_engine(base: Base, name: str) -> torch.Tensor:
+    """As `logits`, of packed rows by an engine."""
+    engine, made, _ = make_engine(base, name, IDS.shape[1])
+    assert made == name
+    hidden = engine.hidden_states(pack([Row(ids.int(), torch.ones(len(ids), dtype=torch.bool), "") for ids in IDS]))
+    return engine.logits(hidden).unflatten(0, IDS.shape)
 
 
 @torch.no_grad()
@@ -102,9 +113,10 @@ def test_ours_into_peft(tmp_path, rank, alpha, targets):
         assert p.dtype == read[name].dtype == torch.float32
         assert torch.equal(p, read[name]), name
 
-    mine, base_alone = logits(base.model), logits(plain_model())
-    with torch.no_grad():
-        assert (mine - theirs(IDS).logits).abs().max() <= 1e-5
+    mine, base_alone, wanted = logits(base.model), logits(plain_model()), logits(theirs)
+    assert (mine - wanted).abs().max() <= 1e-5
+    for name in ("modules", "fused"):
+        assert (by_engine(base, name) - wanted).norm() <= 1e-6 * wanted.norm()
     assert (mine - base_alone).abs().max() > 1e-3  # the adapter does something
 
 
@@ -126,8 +138,10 @@ def test_peft_into_ours(tmp_path, rank, alpha, targets):
     ours = lora_parameters(base.model)
     assert {f"{PEFT_PREFIX}{n}.weight" for n in ours} == stored.keys()
     assert all(torch.equal(p, stored[f"{PEFT_PREFIX}{n}.weight"]) for n, p in ours.items())
-    with torch.no_grad():
-        assert (logits(base.model) - theirs(IDS).logits).abs().max() <= 1e-5
+    wanted = logits(theirs)
+    assert (logits(base.model) - wanted).abs().max() <= 1e-5
+    for name in ("modules", "fused"):
+        assert (by_engine(base, name) - wanted).norm() <= 1e-6 * wanted.norm()
     layer = next(m for m in base.model.modules() if hasattr(m, "lora_A"))
     assert (layer.rank, layer.alpha, layer.scaling, layer.dropout.p) == (rank, alpha, alpha / rank, 0.1)
 

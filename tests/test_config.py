@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from qlora_min.cli import Parser, add_options, given_options, run_script
-from qlora_min.config import FIELDS, Config, read_toml
+from qlora_min.config import FIELDS, REMOVED, Config, read_toml
 
 DEFAULTS = {  # the table of the reference configuration, by hand
     "model": "Qwen/Qwen2-0.5B-Instruct",
@@ -40,7 +40,7 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "precision": "auto",
     "gradient_checkpointing": "auto",
     "shard": False,
-    "packing": "auto",
+    "engine": "auto",
     "eval_every": None,  # a quarter of an epoch
     "patience": 3,
     "log_every": 10,
@@ -101,7 +101,7 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "precision": ("bf16", '"bf16"', "bf16"),
     "gradient_checkpointing": ("off", "false", "off"),
     "shard": ("", "true", True),
-    "packing": ("off", "false", "off"),
+    "engine": ("modules", '"modules"', "modules"),
     "eval_every": ("5", "5", 5),
     "patience": ("4", "4", 4),
     "log_every": ("1", "1", 1),
@@ -197,7 +197,7 @@ BAD = [
     ({"quantization": "int8"}, "--quantization: got 'int8', expected one of nf4, fp4, none"),
     ({"precision": "tf32"}, "--precision: got 'tf32', expected one of auto, bf16, fp16, fp32"),
     ({"gradient_checkpointing": "yes"}, "--gradient-checkpointing: got 'yes', expected one of auto, on, off"),
-    ({"packing": "on"}, "--packing: got 'on', expected one of auto, off"),
+    ({"engine": "packed"}, "--engine: got 'packed', expected one of auto, modules, fused"),
     ({"eval_every": 0}, "--eval-every: got 0, expected an integer of at least 1"),
     ({"patience": 0}, "--patience: got 0, expected an integer of at least 1"),
     ({"log_every": 0}, "--log-every: got 0, expected an integer of at least 1"),
@@ -278,6 +278,34 @@ def test_an_unknown_name_suggests_the_nearest(tmp_path, capsys, wrong, nearest):
         assert capsys.readouterr().err == (
             f"error: unknown option '--{wrong}', did you mean --{nearest}? (see --help)\n"
         )
+
+
+@pytest.mark.parametrize("value", ["off", "auto", "on"])
+def test_a_removed_option_is_answered_with_what_there_is_instead(tmp_path, capsys, value):
+    (tmp_path / "c.toml").write_text(f'packing = "{value}"\n')
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: read_toml(tmp_path / "c.toml"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'c.toml'}: option 'packing' was removed: --engine modules|fused\n"
+    )
+    for given in (["--packing", value], [f"--packing={value}"], ["--rank", "8", "--packing"]):
+        with pytest.raises(SystemExit) as end:
+            parse(*given)
+        assert end.value.code == 2
+        assert capsys.readouterr().err == "error: --packing: removed: --engine modules|fused (see --help)\n"
+    with pytest.raises(TypeError, match="packing"):
+        Config(packing=value)
+
+
+def test_removed_options_of_an_earlier_versions_record_are_dropped():
+    """So that its runs are still evaluated, merged, chatted with and reported on."""
+    assert not set(REMOVED) & set(FIELDS)
+    old = {**Config(rank=8).as_dict(), **dict.fromkeys(REMOVED, "off")}
+    del old["engine"]
+    assert Config.from_dict(old, "config.json") == Config(rank=8)
+    with pytest.raises(ValueError, match="unknown option 'pakcing'"):
+        Config.from_dict({"pakcing": "off"}, "config.json")
 
 
 def test_a_name_like_no_other_gets_no_suggestion(tmp_path, capsys):

@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_min import data, demo, reading
+from qlora_min import batches, data, demo, reading
 from qlora_min.config import Config
 from qlora_min.data import ChatEncoder, Example, Row, Rows
+from qlora_min.decoder import Decoder
+from qlora_min.engine import Modules
 from qlora_min.model import load_base, load_encoder
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -555,42 +558,40 @@ def make_row(n: int, start: int = 5, where: str = "w") -> Row:
     return Row(ids, torch.arange(n) >= n - 2, where)
 
 
-def test_collate():
-    batch = data.collate([make_row(3), make_row(5, start=20)])
-    assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [20, 21, 22, 23, 24]]
-    assert batch.supervised.tolist() == [[False, True, True, False, False], [False, False, False, True, True]]
-    assert batch.lengths.tolist() == [3, 5]
-    assert (batch.input_ids.dtype, batch.supervised.dtype) == (torch.int64, torch.bool)
-    assert batch.n_supervised == 4
-    moved = batch.to("cpu")
-    assert torch.equal(moved.input_ids, batch.input_ids) and torch.equal(moved.supervised, batch.supervised)
-
-
 def test_a_token_without_a_predecessor_is_not_counted():
     row = Row(torch.tensor([1, 2]), torch.tensor([True, True]), "w")
-    assert data.collate([row]).n_supervised == 1
+    assert row.n_supervised == batches.pack([row]).n_supervised == 1
+    assert batches.pack([row, make_row(4), row]).n_supervised == 4
 
 
 def test_padding_is_masked_by_position_and_not_by_id():
-    """SmolLM2's pad token is its end token: a row full of end tokens keeps them."""
-    end = plain().end_id
-    row = Row(torch.tensor([end, end, end]), torch.tensor([False, True, True]), "w")
-    batch = data.collate([row, make_row(4)])
-    assert batch.supervised[0].tolist() == [False, True, True, False]
+    """SmolLM2's pad token is its end token: a row full of end tokens keeps them; and 0 is an id like others."""
+    for token in (plain().end_id, 0):
+        row = Row(torch.tensor([token] * 3), torch.tensor([False, True, True]), "w")
+        batch = batches.pack([row, make_row(4)], tokens=12, supervised=6)
+        assert (batch.loss_weights > 0).tolist() == [True] * 4 + [False] * 2
+        assert batch.targets.tolist()[:4] == [token, token, 7, 8]
+        assert batch.loss_positions.tolist()[:4] == [0, 1, 4, 5]
+        assert (batch.n_supervised, batch.n_tokens) == (4, 7)
 
 
-def test_what_the_padding_holds_changes_nothing():
-    model = load_base(str(demo.MODEL_DIR), "none").model
-    batch = data.collate([make_row(4), make_row(9, start=20)])
-    with torch.no_grad():
-        zeros = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        other = batch.input_ids.clone()
-        other[0, 4:] = torch.tensor([40, 41, 42, 43, plain().end_id])
-        garbage = model.get_decoder()(input_ids=other, use_cache=False).last_hidden_state
-        alone = model.get_decoder()(input_ids=batch.input_ids[:1, :4], use_cache=False).last_hidden_state
-    assert torch.equal(zeros[0, :4], garbage[0, :4]) and torch.equal(zeros[1], garbage[1])
-    assert not torch.equal(zeros[0, 4:], garbage[0, 4:])
-    torch.testing.assert_close(zeros[0, :4], alone[0], atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("kind", [Modules, Decoder])
+def test_neither_padding_nor_other_rows_change_a_row(kind):
+    engine = kind(load_base(str(demo.MODEL_DIR), "none"), 32)
+    rows = [make_row(4), make_row(9, start=20)]
+    batch = batches.pack(rows, tokens=18).to(engine.device)
+    other = batch.input_ids.clone()
+    other[13:] = torch.tensor([40, 41, 42, 43, plain().end_id])
+    zeros, garbage = (engine.hidden_states(replace(batch, input_ids=ids)) for ids in (batch.input_ids, other))
+    assert torch.equal(zeros[:13], garbage[:13])
+    assert not torch.equal(zeros[13:], garbage[13:])
+    theirs = engine.base.model.get_decoder()
+    for row, mine in zip(rows, zeros[:13].split([4, 9])):
+        alone = engine.hidden_states(engine.pack([row]))
+        torch.testing.assert_close(mine, alone, atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            own = theirs(input_ids=row.ids.long()[None].to(engine.device), use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(mine, own, atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None)
@@ -599,25 +600,25 @@ def test_what_the_padding_holds_changes_nothing():
     epoch=st.integers(0, 9),
 )  # fmt: skip
 def test_an_epoch_has_every_row_once(n, batch, accumulate, seed, epoch):
-    steps = data.optimizer_steps(n, batch, accumulate, seed, epoch)
+    steps = batches.optimizer_steps(n, batch, accumulate, seed, epoch)
     flat = [[i for micro in step for i in micro] for step in steps]
     assert sorted(i for step in flat for i in step) == list(range(n))
-    assert len(steps) == data.steps_per_epoch(n, batch, accumulate) == -(-n // (batch * accumulate))
+    assert len(steps) == batches.steps_per_epoch(n, batch, accumulate) == -(-n // (batch * accumulate))
     assert all(len(step) == batch * accumulate for step in flat[:-1])
     assert len(flat[-1]) == (n - 1) % (batch * accumulate) + 1  # the last incomplete step is kept
     assert all(1 <= len(micro) <= batch for step in steps for micro in step)
     assert all(len(step) <= accumulate for step in steps)
-    assert data.optimizer_steps(n, batch, accumulate, seed, epoch) == steps
+    assert batches.optimizer_steps(n, batch, accumulate, seed, epoch) == steps
     # How a step is cut into micro-batches changes neither its rows nor their order.
-    assert [[i for m in s for i in m] for s in data.optimizer_steps(n, 1, batch * accumulate, seed, epoch)] == flat
+    assert [[i for m in s for i in m] for s in batches.optimizer_steps(n, 1, batch * accumulate, seed, epoch)] == flat
 
 
 def test_every_epoch_and_seed_has_its_own_order():
     orders = {
-        (seed, epoch): str(data.optimizer_steps(64, 4, 4, seed, epoch)) for seed in range(3) for epoch in range(3)
+        (seed, epoch): str(batches.optimizer_steps(64, 4, 4, seed, epoch)) for seed in range(3) for epoch in range(3)
     }
     assert len(set(orders.values())) == 9
-    assert str(data.optimizer_steps(64, 64, 1, 0, 0)) != str([[list(range(64))]])
+    assert str(batches.optimizer_steps(64, 64, 1, 0, 0)) != str([[list(range(64))]])
 
 
 def test_data_hash_changes_with_anything():
@@ -688,7 +689,7 @@ def test_real_counts():
     assert (train.read, len(train.rows)) == (3503, 3476)
     validation = data.encode_all("validation", data.read(medqa("validation"), 500), encoder, 512)
     assert (validation.read, len(validation.rows)) == (500, 487)
-    assert data.steps_per_epoch(len(train.rows), 4, 4) == 218
+    assert batches.steps_per_epoch(len(train.rows), 4, 4) == 218
 
 
 @pytest.mark.real

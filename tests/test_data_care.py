@@ -17,6 +17,7 @@ from test_data import medqa, real_tokenizer
 from test_training import last_checkpoint, make, on_the_cpu, saved_adapter  # noqa: F401
 
 from qlora_min import care, data, demo
+from qlora_min.batches import epoch_rows, shuffle_options
 from qlora_min.care import look
 from qlora_min.config import Config
 from qlora_min.data import ChatEncoder, Rows, read_data
@@ -111,7 +112,7 @@ def test_rows_keep_their_text_only_when_asked():
 def test_a_shuffled_row_is_the_encoding_of_its_shuffled_text():
     """And not the tokens moved: with another neighbour, a quote may make another token."""
     for row in encoded(demo.rows(demo.CONDITIONS, 40, seed=2)):
-        shuffled = data.shuffle_options(row, encoder(), 512, 42, 0, 7)
+        shuffled = shuffle_options(row, encoder(), 512, 42, 0, 7)
         text = encoder().tokenizer.decode(shuffled.ids)
         user, answer = re.search(r"user\n(.*)<\|im_end\|>\n.*assistant\n(.*)<\|im_end\|>", text, re.DOTALL).groups()
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
@@ -127,19 +128,19 @@ def test_a_shuffled_row_is_the_encoding_of_its_shuffled_text():
 def test_the_order_is_a_function_of_seed_epoch_and_visit():
     (row,) = encoded(demo.rows(demo.CONDITIONS, 1, seed=3))
     seen = {
-        key: tuple(data.shuffle_options(row, encoder(), 512, *key).ids.tolist())
+        key: tuple(shuffle_options(row, encoder(), 512, *key).ids.tolist())
         for key in [(s, e, v) for s in (1, 2) for e in range(4) for v in (0, 1)]
     }
-    assert all(tuple(data.shuffle_options(row, encoder(), 512, *k).ids.tolist()) == ids for k, ids in seen.items())
+    assert all(tuple(shuffle_options(row, encoder(), 512, *k).ids.tolist()) == ids for k, ids in seen.items())
     assert len(set(seen.values())) >= 8  # of 24 orders
-    letters = Counter(data.shuffle_options(row, encoder(), 512, 0, epoch, 0).choices[1] for epoch in range(400))
+    letters = Counter(shuffle_options(row, encoder(), 512, 0, epoch, 0).choices[1] for epoch in range(400))
     assert sorted(letters) == [0, 1, 2, 3] and min(letters.values()) > 70  # 100 expected, sigma 9
 
 
 def test_a_shuffled_row_never_needs_more_memory_than_was_planned():
     (row,) = encoded(demo.rows(demo.CONDITIONS, 1, seed=3))
-    assert any(data.shuffle_options(row, encoder(), len(row), 0, e, 0) is not row for e in range(9))
-    assert all(data.shuffle_options(row, encoder(), len(row) - 1, 0, e, 0) is row for e in range(9))
+    assert any(shuffle_options(row, encoder(), len(row), 0, e, 0) is not row for e in range(9))
+    assert all(shuffle_options(row, encoder(), len(row) - 1, 0, e, 0) is row for e in range(9))
 
 
 @pytest.mark.real
@@ -151,7 +152,7 @@ def test_real_shuffled_rows_are_the_chat_templates_own_tokens(variable):
     (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
     rows, moved = data.encode_all("medqa", data.read(medqa("train"), 300), real, 512, texts=True).rows, 0
     for i, row in enumerate(rows):
-        shuffled = data.shuffle_options(row, real, 512, 42, 0, i)
+        shuffled = shuffle_options(row, real, 512, 42, 0, i)
         if shuffled is row:
             continue
         moved += 1
@@ -174,21 +175,21 @@ def test_real_shuffled_rows_are_the_chat_templates_own_tokens(variable):
 
 
 def test_a_mix_by_hand():
-    assert data.epoch_rows([3, 2], (), 0, 0).tolist() == [0, 1, 2, 3, 4]
-    assert Counter(data.epoch_rows([3, 2], (2.0, 1.0), 0, 0).tolist()) == {0: 2, 1: 2, 2: 2, 3: 1, 4: 1}
-    halves = [set(data.epoch_rows([4, 1], (0.5, 1.0), 0, epoch).tolist()) for epoch in range(4)]
+    assert epoch_rows([3, 2], (), 0, 0).tolist() == [0, 1, 2, 3, 4]
+    assert Counter(epoch_rows([3, 2], (2.0, 1.0), 0, 0).tolist()) == {0: 2, 1: 2, 2: 2, 3: 1, 4: 1}
+    halves = [set(epoch_rows([4, 1], (0.5, 1.0), 0, epoch).tolist()) for epoch in range(4)]
     assert halves[0] | halves[1] == {0, 1, 2, 3, 4} and halves[0] & halves[1] == {4}
     assert halves[:2] == halves[2:]
-    assert len(data.epoch_rows([4, 1], (0.01, 1.0), 0, 0)) == 2  # never nothing of a data set
+    assert len(epoch_rows([4, 1], (0.01, 1.0), 0, 0)) == 2  # never nothing of a data set
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.floats(0.05, 3)), min_size=1, max_size=4), st.integers(0, 9))
 def test_a_mix_visits_rows_evenly_over_the_epochs(parts, seed):
     sizes, mix = zip(*parts)
-    epochs = [data.epoch_rows(sizes, mix, seed, epoch) for epoch in range(6)]
+    epochs = [epoch_rows(sizes, mix, seed, epoch) for epoch in range(6)]
     assert len({len(e) for e in epochs}) == 1  # so steps_per_epoch is one number
-    assert_same([e.tolist() for e in epochs], [data.epoch_rows(sizes, mix, seed, n).tolist() for n in range(6)])
+    assert_same([e.tolist() for e in epochs], [epoch_rows(sizes, mix, seed, n).tolist() for n in range(6)])
     visits = np.bincount(np.concatenate(epochs), minlength=sum(sizes))
     for size, weight, here in zip(sizes, mix, np.split(visits, np.cumsum(sizes)[:-1])):
         if size:
@@ -204,8 +205,8 @@ def files(write_rows, *counts: int) -> tuple[str, ...]:
 def test_training_follows_the_mix(make, write_rows):  # noqa: F811
     trainer = make(dataset=files(write_rows, 10, 4), mix=(0.5, 3.0), epochs=2)
     assert trainer.steps_per_epoch == 5  # 5 + 12 rows, 4 a step
-    assert trainer.epoch_tokens == sum(b.n_tokens for s in range(5) for b in trainer.step_batches(s)[0])
-    seen = Counter(w for s in range(5) for w in trainer.step_batches(s)[1])
+    assert trainer.epoch_tokens == sum(b.n_tokens for s in range(5) for b in trainer.step_batches(s))
+    seen = Counter(r.where for s in range(5) for r in trainer.step_rows(s))
     assert Counter(w.split("/")[-1][0] for w in seen) == {"0": 5, "1": 4} and set(seen.values()) == {1, 3}
     assert "17 rows: 0.5 x 0.jsonl, 3 x 1.jsonl" in trainer.describe()
 
@@ -217,10 +218,8 @@ def test_held_out_rows_are_neither_shuffled_nor_mixed(make, write_rows):  # noqa
         for name, options in (("plain", {}), ("other", {"shuffle_options": True, "mix": (2.0, 1.0)}))
     )
     assert data.data_hash(plain.rows, plain.held) == data.data_hash(other.rows, other.held)
-    trained = [t.step_batches(0)[0] for t in (plain, other)]
-    assert trained[0][0].n_tokens and not all(
-        a.input_ids.equal(b.input_ids) if hasattr(a, "input_ids") else a.ids.equal(b.ids) for a, b in zip(*trained)
-    )
+    trained = [t.step_batches(0) for t in (plain, other)]
+    assert not all(a.input_ids.equal(b.input_ids) for a, b in zip(*trained))
 
 
 def test_a_shuffled_and_mixed_run_resumes_bit_for_bit(make, write_rows):  # noqa: F811
@@ -255,7 +254,7 @@ def test_a_shuffled_and_mixed_run_resumes_bit_for_bit(make, write_rows):  # noqa
 
 def all_ids(trainer: Trainer, epoch: int) -> list:
     steps = range(epoch * trainer.steps_per_epoch, (epoch + 1) * trainer.steps_per_epoch)
-    return [b.ids if trainer.decoder else b.input_ids for s in steps for b in trainer.step_batches(s)[0]]
+    return [b.input_ids for s in steps for b in trainer.step_batches(s)]
 
 
 def test_rows_given_without_their_text_are_refused(make, write_rows):  # noqa: F811
@@ -273,7 +272,7 @@ def test_preview_shows_the_first_epochs_order(script, write_rows):
     config = Config(model=str(demo.MODEL_DIR), dataset=(file,), eval_fraction=0.0, shuffle_options=True)
     (part,), _ = read_data(config, encoder())
     for i, row in enumerate(part.rows):
-        new = data.shuffle_options(row, encoder(), int(part.rows.lengths.max()), config.seed, 0, i)
+        new = shuffle_options(row, encoder(), int(part.rows.lengths.max()), config.seed, 0, i)
         assert data.preview(new, encoder().tokenizer, colour=False) in shuffled
     assert plain != shuffled
 

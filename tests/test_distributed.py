@@ -33,7 +33,8 @@ import qlora_min.evaluate
 import qlora_min.report
 import qlora_min.train
 from qlora_min import checkpoint, demo, distributed, memory, sharding
-from qlora_min.data import share
+from qlora_min.batches import share
+from qlora_min.engine import make_engine
 from qlora_min.evaluate import Evaluation, evaluate
 from qlora_min.model import load_base
 from qlora_min.train import Trainer
@@ -46,7 +47,7 @@ OPTIONS = {
     "learning_rate": 1e-3,
     "rank": 16,
     "alpha": 24,
-    "dropout": 0,
+    "dropout": 0.1,  # whose masks do not depend on which process computes a row
     "optimizer": "adamw",
     "precision": "fp32",
     "gradient_checkpointing": "off",
@@ -209,12 +210,13 @@ def rank_0_alone_writes(rank: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=slow)])
-@pytest.mark.parametrize("packing", ["auto", "off"], ids=["packed", "padded"])
-def test_several_ranks_make_the_same_run(run, ranks, packing):
-    one = run(1, "one", packing=packing)
-    several = run(ranks, "several", packing=packing, change=rank_0_alone_writes)
+@pytest.mark.parametrize("engine", ["fused", "modules"])
+def test_several_ranks_make_the_same_run(run, ranks, engine):
+    options = {"engine": engine, "epochs": 7, "patience": 100}  # 21 steps
+    one = run(1, "one", **options)
+    several = run(ranks, "several", **options, change=rank_0_alone_writes)
     assert_equal_runs(several.run, one.run)
-    assert len(events(one.run, "train")) == 9 and len(events(one.run, "eval")) == 4
+    assert len(events(one.run, "train")) == 21 and len(events(one.run, "eval")) == 8
     assert "waited" in events(several.run, "train")[0] and "waited" not in events(one.run, "train")[0]
     assert checkpoint.read_record(several.run)["ranks"] == ranks
     # One bar, one log: the rest say nothing.
@@ -226,13 +228,14 @@ def test_several_ranks_make_the_same_run(run, ranks, packing):
     assert losses[-1] < 0.95 * losses[0]
 
 
-def test_combined_evaluations_are_the_evaluation_of_all_rows(run, tmp_path):
+def test_combined_evaluations_are_the_evaluation_of_all_rows():
     base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
     rows = base.encoder.encode_examples(
         [qlora_min.data.to_example(r, f"x:{i}") for i, r in enumerate(demo.rows(demo.CONDITIONS, 7, 3))]
     )
-    whole = evaluate(base, rows, 8)
-    parts = [evaluate(base, part, 8) for part in (rows[:4], rows[4:], [])]
+    engine, _, _ = make_engine(base, "auto", 64)
+    whole = evaluate(engine, rows, 8)
+    parts = [evaluate(engine, part, 8) for part in (rows[:4], rows[4:], [])]
     assert whole.option_rows == 7 and 0 < whole.token_accuracy < 1
     both = Evaluation.join(parts)
     assert both.choices.majority == whole.choices.majority
@@ -241,23 +244,6 @@ def test_combined_evaluations_are_the_evaluation_of_all_rows(run, tmp_path):
     assert Evaluation.join([whole]) is whole
     plain = Evaluation(rows=1, supervised_tokens=3, loss=1.0, token_accuracy=0.5)
     assert Evaluation.join([plain, plain]) == Evaluation(rows=2, supervised_tokens=6, loss=1.0, token_accuracy=0.5)
-
-
-def test_each_rank_has_dropout_of_its_own(run):
-    """Otherwise rows on different ranks would share their masks."""
-
-    def change(rank):
-        backward = Trainer.backward
-
-        def wrapped(self, batch, supervised, step, index):
-            print(f"micro-batch {step}.{index}", file=sys.stderr)
-            return backward(self, batch, supervised, step, index)
-
-        Trainer.backward = wrapped
-
-    done = run(2, change=change, dropout=0.1, micro_batch_tokens=100, max_steps=2)
-    drawn = [set(re.findall(r"micro-batch (.*)", e)) for e in done.err]
-    assert min(map(len, drawn)) >= 2 and not drawn[0] & drawn[1]
 
 
 @pytest.mark.parametrize(
@@ -355,8 +341,9 @@ def test_want_of_memory_in_a_sharded_evaluation_is_said(run):
 
 
 def test_what_cant_be_sharded_is_said(run):
-    done = run(2, shard=True, packing="off", expect=2)
-    assert "--shard: needs packed rows, and there are none (--packing off)" in done.err[0] and not done.err[1]
+    done = run(2, shard=True, engine="modules", expect=2)
+    assert "error: --shard: needs --engine fused" in done.err[0] and "--engine modules is asked for" in done.err[0]
+    assert not done.err[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,9 +357,9 @@ def stop(trainer: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("packing", ["auto", pytest.param("off", marks=slow)], ids=["packed", "padded"])
-def test_a_signal_to_one_rank_stops_all_and_they_go_on_bit_for_bit(run, packing):
-    options = {"dropout": 0.1, "optimizer": "paged_adamw8bit", "packing": packing, "max_steps": 7}
+@pytest.mark.parametrize("engine", ["fused", pytest.param("modules", marks=slow)])
+def test_a_signal_to_one_rank_stops_all_and_they_go_on_bit_for_bit(run, engine):
+    options = {"optimizer": "paged_adamw8bit", "engine": engine, "max_steps": 7}
     whole = run(2, "whole", **options)
 
     def change(rank):
@@ -481,16 +468,55 @@ def test_a_rank_that_hangs_is_given_up(run):
     assert "another process has ended, or did not answer for 5 s" in done.err[0]
 
 
-def test_an_error_on_one_rank_ends_all(run):
-    def fail(self, *args):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+def little_memory(tokens: int, at: int = 4, where: int = 1):
+    """A change for `run`: on one rank, memory runs out above so many tokens from a step on, behind its gradients."""
+
+    def limit(trainer):
+        inner, tried = trainer.engine.loss_and_gradients, []
+
+        def limited(batch, *args):
+            tried.append(batch.n_tokens)
+            assert len(tried) < 100, "it tries for ever"
+            loss = inner(batch, *args)
+            if batch.n_tokens > tokens:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return loss
+
+        trainer.engine.loss_and_gradients = limited
+
+    return before_step(at, limit, where)
+
+
+def test_memory_that_runs_out_on_one_rank_halves_the_micro_batches_of_all(run):
+    """The same run as without, and as on one rank."""
+    whole = run(1, "whole")
 
     def change(rank):
-        before_step(4, lambda trainer: setattr(trainer, "backward", fail.__get__(trainer)))(rank)
+        little_memory(200, at=3)(rank)
+        finish = Trainer._finish
+        Trainer._finish = lambda self: print(f"tokens {self.tokens}", file=sys.stderr) or finish(self)
 
-    done = run(2, change=change, expect=1)
-    assert done.err[0].startswith("error: rank 1: out of memory at step 5, in a micro-batch of")
-    assert done.err[1] == ""
+    halved = run(2, "halved", change=change)
+    assert re.search(r"^note: step [4-9]: out of memory; its gradients are computed again, ", halved.out[0], re.M)
+    tokens = [re.search(r"^tokens (\d+)$", e, re.M)[1] for e in halved.err]
+    assert tokens[0] == tokens[1] and int(tokens[0]) <= 200 and halved.out[1] == ""
+    assert_equal_runs(halved.run, whole.run)
+
+
+def test_a_row_that_does_not_fit_ends_a_process_with_code_1(run):
+    done = run(1, change=little_memory(10, where=0), expect=1)
+    assert "note: step 5: out of memory" in done.out[0] and "Traceback" not in done.err[0]
+    assert re.search(r"^error: out of memory at step 5, in a micro-batch of \d+ tokens", done.err[0], re.M)
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["whole base", "sharded base"])
+def test_a_row_that_does_not_fit_on_one_rank_ends_all(run, shard):
+    done = run(2, change=little_memory(10), shard=shard, expect=None)
+    assert 1 in done.codes if shard else done.codes == [1, 1]
+    where = done.err[shard]  # a rank whose others wait for it in a layer says it itself
+    assert re.search(r"^error: rank 1: out of memory at step 5, in a micro-batch of", where, re.M), done.err
+    assert "last good checkpoint" in where and "Traceback" not in done.err[1]
+    assert shard or done.err[1] == ""
 
 
 def test_a_disk_that_fails_ends_all(run):

@@ -9,6 +9,7 @@ from conftest import assert_same
 from test_training import make, on_the_cpu  # noqa: F401
 
 from qlora_min import data, demo
+from qlora_min.engine import Engine, make_engine
 from qlora_min.evaluate import Answers, Evaluation, by_data_set, by_letter, evaluate, generated
 from qlora_min.generate import generate
 from qlora_min.model import load_base
@@ -27,6 +28,13 @@ def rows(base):
     return data.encode_all("f", examples, base.encoder, 512).rows
 
 
+@pytest.fixture(scope="module", params=["modules", "fused"])
+def engine(request, rows) -> Engine:
+    """Of a base of its own: an engine moves its weights."""
+    base = load_base(str(demo.MODEL_DIR), "none", "fp32", torch.device("cpu"))
+    return make_engine(base, request.param, max(map(len, rows)))[0]
+
+
 def option_probabilities(base, row) -> torch.Tensor:
     """The slow way: the whole row's logits, at the token before the answer."""
     with torch.no_grad():
@@ -34,8 +42,8 @@ def option_probabilities(base, row) -> torch.Tensor:
     return logits[list(row.choices[0])].softmax(-1)
 
 
-def test_choices_are_those_of_the_whole_rows_logits(base, rows):
-    result = evaluate(base, rows, 4)
+def test_choices_are_those_of_the_whole_rows_logits(base, engine, rows):
+    result = evaluate(engine, rows, 4)
     wanted = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         if rows[i].choices:
@@ -49,26 +57,26 @@ def test_choices_are_those_of_the_whole_rows_logits(base, rows):
     assert 0.25 <= result.choices.confidence.min() < result.choices.confidence.max() < 1
 
 
-def test_parts_join_to_the_whole(base, rows):
-    whole = evaluate(base, rows, 4)
-    joined = Evaluation.join([evaluate(base, part, 4) for part in (rows[:9], rows[9:23], rows[23:])])
+def test_parts_join_to_the_whole(engine, rows):
+    whole = evaluate(engine, rows, 4)
+    joined = Evaluation.join([evaluate(engine, part, 4) for part in (rows[:9], rows[9:23], rows[23:])])
     a, b = whole.as_dict(), joined.as_dict()
     assert a.keys() == b.keys() and a.pop("majority") == b.pop("majority") is not None
     assert all(a[k] == pytest.approx(b[k], rel=1e-5) for k in a)
     assert sorted(zip(*map(list, (joined.choices.right, joined.choices.chosen)))) == sorted(
         zip(*map(list, (whole.choices.right, whole.choices.chosen)))
     )
-    alone = Evaluation.join([evaluate(base, rows[23:], 4)])
+    alone = Evaluation.join([evaluate(engine, rows[23:], 4)])
     assert alone.option_accuracy is None and alone.chance is None and alone.option_rows == 0
 
 
-def test_training_keeps_its_figures(base, rows):
+def test_training_keeps_its_figures(engine, rows):
     """What goes into metrics.jsonl and checkpoints is as it was."""
-    assert evaluate(base, rows, 4).as_dict().keys() == {
+    assert evaluate(engine, rows, 4).as_dict().keys() == {
         "rows", "supervised_tokens", "loss", "token_accuracy", "option_rows", "option_accuracy", "chance", "majority",
         "perplexity",
     }  # fmt: skip
-    json.dumps(evaluate(base, rows, 4).as_dict())
+    json.dumps(evaluate(engine, rows, 4).as_dict())
 
 
 def test_answers_come_in_the_rows_order(base, rows):
@@ -154,9 +162,29 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(script, file
     assert done.stderr.startswith(f"error: --html {file}: ") and done.stderr.count("\n") == 1 and done.stdout == ""
 
 
-def test_evaluation_is_the_same_with_and_without_the_decoder(make):  # noqa: F811
-    trainer = make("run", held=6)
-    packed = trainer.evaluate()
-    plain = evaluate(trainer.base, trainer.held, 4)
-    assert_same(packed.choices.right.tolist(), plain.choices.right.tolist())
-    assert packed.choices.confidence.tolist() == pytest.approx(plain.choices.confidence.tolist(), abs=1e-4)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_evaluation_is_the_same_by_both_engines_and_leaves_no_trace(make, quantization):  # noqa: F811
+    """However many rows, or tokens, are packed together; dropout stays off, and nothing is drawn."""
+    found, sizes = {}, []
+    for name in ("modules", "fused"):
+        trainer = make(name, held=6, engine=name, quantization=quantization)
+        with torch.no_grad():
+            trainer.engine.adapter.weights.add_(0.05)  # an update that has an effect
+        trainer.backward(trainer.step_batches(0)[0], 9, 0)
+        before = torch.get_rng_state(), trainer.engine.adapter.grads.clone(), trainer.engine.adapter.weights.clone()
+        found[name] = [trainer.evaluate()]
+        for count, tokens in ((1, float("inf")), (4, float("inf")), (6, 200)):
+            found[name].append(
+                evaluate(trainer.compute, trainer.held, count, tokens=tokens, before_each=lambda: sizes.append(None))
+            )
+        after = torch.get_rng_state(), trainer.engine.adapter.grads, trainer.engine.adapter.weights
+        assert all(map(torch.equal, before, after)) and before[1].any() and not trainer.model.training
+    parts, room = 0, 0  # rows in order of length, as many as 200 tokens hold
+    for n in sorted(map(len, trainer.held)):
+        parts, room = (parts, room - n) if n <= room else (parts + 1, 200 - n)
+    assert len(sizes) == 2 * (6 + 2 + parts)
+    first = found["modules"][0]
+    for other in found["modules"] + found["fused"]:
+        assert_same(other.choices.right.tolist(), first.choices.right.tolist())
+        assert other.choices.confidence.tolist() == pytest.approx(first.choices.confidence.tolist(), abs=1e-4)
+        assert other.loss == pytest.approx(first.loss, rel=1e-5) and other.token_accuracy == first.token_accuracy

@@ -305,7 +305,7 @@ def test_an_option_changed_in_the_record_is_named(cut, option, value):
 
 
 def test_what_the_command_of_the_beginning_gave_is_no_change(cut, tmp_path):
-    resume_config(str(cut), {"output_dir": str(cut), "gradient_checkpointing": "auto"})
+    resume_config(str(cut), {"output_dir": str(cut), "gradient_checkpointing": "auto", "engine": "auto"})
     with pytest.raises(ValueError, match=r"--output-dir .*elsewhere: --resume continues in .*cut"):
         resume_config(str(cut), {"output_dir": str(tmp_path / "elsewhere")})
     moved = cut.rename(tmp_path / "moved")
@@ -320,7 +320,7 @@ def test_a_damaged_record_is_one_error(cut, part):
         Trainer(*resume_config(str(cut), {}))
 
 
-@pytest.mark.parametrize("key", ["precision", "packed", "base.revision", "base.fingerprint", "data.sha256"])
+@pytest.mark.parametrize("key", ["precision", "engine", "base.revision", "base.fingerprint", "data.sha256"])
 def test_a_record_that_lost_a_value_is_no_traceback(cut, key):
     record = json.loads((cut / "config.json").read_text())
     *path, last = key.split(".")

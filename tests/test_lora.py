@@ -10,7 +10,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qlora_min.lora import LoRALinear, inject_lora, lora_disabled, lora_layers, lora_parameters
+from qlora_min import ops
+from qlora_min.lora import (
+    Dropout,
+    FlatLoRA,
+    LoRALinear,
+    Tokens,
+    inject_lora,
+    lora_disabled,
+    lora_layers,
+    lora_parameters,
+)
 from qlora_min.model import dequantized_weight
 
 IN, OUT, RANK, ALPHA = 128, 96, 16, 24  # alpha / rank = 1.5 is no power of two: scaling rounds, so its place shows
@@ -50,13 +60,14 @@ def pair(kind: str, dropout: float = 0.0, bias: bool = True) -> tuple[LoRALinear
 def run(layer: nn.Module, A: nn.Parameter, B: nn.Parameter, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """[y, dL/dx, dL/dA, dL/dB] of one pass over fixed x and dL/dy, dropout seeded."""
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(3, 7, IN, generator=g).requires_grad_()  # (B, T, in)
+    leaf = torch.randn(3, 7, IN, generator=g).requires_grad_()  # (B, T, in)
+    x = leaf * 1  # as in a model, no leaf: autocast would cast a leaf once for both, and sum its gradients in 16 bits
     upstream = torch.randn(3, 7, OUT, generator=g)
     torch.manual_seed(2)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         y = layer(x)
     y.backward(upstream.to(y.dtype))
-    return [y.detach(), x.grad, A.grad, B.grad]
+    return [y.detach(), leaf.grad, A.grad, B.grad]
 
 
 def run_both(ours: LoRALinear, theirs: nn.Module, dtype: torch.dtype = torch.float32):
@@ -87,10 +98,17 @@ def test_under_autocast_too(kind, dtype):
         assert torch.equal(mine, reference), name
 
 
+@pytest.mark.parametrize("seeded", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "nf4"])
-def test_dropout_draws_what_pefts_draws(kind):
-    """In train mode one seed gives one mask, on the update's input alone; in eval mode there is none."""
+def test_dropout_stands_where_pefts_stands(kind, seeded):
+    """With our dropout in peft's layer: on the update's input alone, and one mask forwards and backwards.
+
+    Without keys a mask is drawn at random: it follows torch's seed. In eval mode there is none.
+    """
     ours, theirs = pair(kind, dropout=0.3)
+    theirs.lora_dropout.default = ours.dropout
+    if seeded:
+        ours.dropout.tokens.keys = ops.dropout_keys(torch.tensor(3), torch.arange(21) // 7, torch.arange(21) % 7)
     results = run_both(ours, theirs)
     for name, mine, reference in results:
         assert torch.equal(mine, reference), name
@@ -98,6 +116,20 @@ def test_dropout_draws_what_pefts_draws(kind):
     (_, mine, reference), *_ = run_both(ours, theirs)
     assert torch.equal(mine, reference)
     assert not torch.equal(mine, results[0][1]), "dropout did nothing"
+
+
+def test_dropouts_gradient_is_the_mask_of_the_gradient():
+    """Against autograd through `ops.dropout_mask`: bit for bit."""
+    keys = torch.randint(2**31, (21,)).int()
+    x, upstream = torch.randn(3, 7, 33), torch.randn(3, 7, 33)
+    mask = ops.dropout_mask(keys, 0.3, 5, 33).view(3, 7, 33)
+    dropout = Dropout(0.3, Tokens(keys), stream=5).train()
+    mine, reference = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = dropout(mine), reference * mask * (1 / (1 - 0.3))
+    y.backward(upstream), expected.backward(upstream)
+    assert torch.equal(y, expected) and torch.equal(mine.grad, reference.grad)
+    assert 0.5 < mask.float().mean() < 0.9
+    assert torch.equal(Dropout(0.0, Tokens(keys)).train()(x), x)
 
 
 @pytest.mark.parametrize("kind", ["plain", "nf4"])
@@ -259,6 +291,26 @@ def test_exactly_A_and_B_train():
     assert {n for n, p in model.named_parameters() if p.grad is not None} == expected
 
 
+def test_projections_of_one_input_share_a_mask():
+    """And no others do; all layers of a model take the keys of the same tokens."""
+    model = nn.ModuleDict()
+    parts = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    for i in "01":
+        blocks = {part: nn.ModuleDict({n: nn.Linear(8, 8) for n in names}) for part, names in parts.items()}
+        model[i] = nn.ModuleDict(blocks)
+    inject_lora(model, sum(parts.values(), ()), 4, 6, dropout=0.5)
+    layers = lora_layers(model)
+    expected = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    streams = {}
+    for name, layer in layers.items():
+        streams.setdefault(layer.dropout.stream, []).append(name.split(".")[-1])
+    assert sorted(streams) == list(range(8)) and [tuple(streams[s]) for s in range(8)] == expected * 2
+    x, keys = torch.ones(5, 8), torch.arange(5, dtype=torch.int32)
+    next(iter(layers.values())).dropout.tokens.keys = keys
+    for layer in layers.values():
+        assert torch.equal(layer.dropout.train()(x), ops.dropout(x, 0.5, keys, layer.dropout.stream))
+
+
 def test_injection_changes_nothing():
     model = Model()
     before = model(IDS)
@@ -334,3 +386,44 @@ def test_disabled_comes_back_after_an_error():
         raise RuntimeError("inside")
     assert not first.enabled
     assert all(layer.enabled for layer in rest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All in one tensor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flat_lora(rank: int) -> tuple[FlatLoRA, dict[str, nn.Parameter], dict[str, torch.Tensor]]:
+    """(all in one, the parameters, what they were before): at rank 64 the last B alone is below 4,096 elements."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(64, 128), "o_proj": nn.Linear(128, 32)})
+    inject_lora(model, list(model), rank, 24)
+    randomise_B(model)
+    before = {n: p.detach().clone() for n, p in lora_parameters(model).items()}
+    return FlatLoRA(model, torch.device("cpu")), lora_parameters(model), before
+
+
+def test_one_flat_tensor_holds_all_that_trains():
+    flat, params, before = flat_lora(rank=64)
+    assert params.keys() == before.keys() and all(torch.equal(before[n], p) for n, p in params.items())
+    assert flat.weights.numel() == flat.grads.numel() == sum(p.numel() for p in params.values())
+    assert flat.weights.dtype == torch.float32 and not flat.grads.any()
+    flat.weights.fill_(3.0), flat.grads.fill_(4.0)
+    assert all((p == 3).all() and (p.grad == 4).all() for p in params.values())
+    q_A, _, o_A, _ = params.values()
+    both = flat.view(flat.weights, q_A, 64 + 128)  # As of as many features touch; here the next is o_A, read as (n, 64)
+    q_A.data.fill_(1.0), o_A.data.fill_(2.0)
+    assert (both[:64] == 1).all() and (both[64:] == 2).all()
+
+
+def test_an_optimizer_steps_two_tensors_where_blocks_of_state_end_with_matrices():
+    flat, params, _ = flat_lora(rank=64)
+    (large,), (small,) = flat.large, flat.small
+    assert large.numel() == sum(p.numel() for p in params.values() if p.numel() >= 4096)
+    assert small.numel() == sum(p.numel() for p in params.values() if p.numel() < 4096) == 32 * 64
+    assert large.data_ptr() == flat.weights.data_ptr() and large.grad.data_ptr() == flat.grads.data_ptr()
+    assert small.data_ptr() == large.data_ptr() + 4 * large.numel()
+    assert small.grad.data_ptr() == large.grad.data_ptr() + 4 * large.numel()
+    assert all((p.data_ptr() - large.data_ptr()) % 1024 == 0 for p in params.values())
+    odd, params, _ = flat_lora(rank=70)  # 70 x 64 is no multiple of 256
+    assert {id(p) for p in [*odd.large, *odd.small]} == {id(p) for p in params.values()}
+    assert [p.numel() for p in odd.small] == [32 * 70]

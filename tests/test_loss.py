@@ -1,6 +1,7 @@
 """The masked loss against cross-entropy over all logits, and: the step does not depend on how it is cut."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,32 +13,46 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import qlora_min.train
-from qlora_min import demo
+from qlora_min import demo, loss
+from qlora_min.batches import Packed, cut, optimizer_steps, pack
 from qlora_min.config import Config
-from qlora_min.data import Batch, Row, collate, optimizer_steps
+from qlora_min.data import Row
+from qlora_min.engine import Engine, make_engine
 from qlora_min.lora import lora_parameters
-from qlora_min.loss import masked_cross_entropy, supervised_states
-from qlora_min.model import add_lora, hidden_states, load_base, output_head
+from qlora_min.loss import masked_loss
+from qlora_min.model import add_lora, load_base
 from qlora_min.optim import Stepper
 from qlora_min.train import Trainer
 
 CPU = torch.device("cpu")
-B, T, D, V = 3, 9, 16, 50
+D, V = 16, 50
+LENGTHS = (9, 4, 13)
 
 
 @pytest.fixture
-def case():
-    """(hidden, head, input_ids, supervised) at random, with a gradient for hidden."""
+def case() -> tuple[torch.Tensor, nn.Linear, list[Row]]:
+    """(hidden states of packed rows (N, D), head, rows) at random; some rows are supervised from the first token on."""
     torch.manual_seed(0)
-    hidden = torch.randn(B, T, D, requires_grad=True)
-    return hidden, nn.Linear(D, V), torch.randint(V, (B, T)), torch.rand(B, T) < 0.4
+    rows = [Row(torch.randint(V, (n,)), torch.rand(n) < 0.4, "") for n in LENGTHS]
+    rows[0].supervised[0] = rows[1].supervised[3] = True
+    return torch.randn(sum(LENGTHS), D, requires_grad=True), nn.Linear(D, V), rows
 
 
-def over_all_logits(hidden, head, input_ids, supervised) -> torch.Tensor:
+def computed(hidden, head, rows, factor=1.0, **padding) -> tuple[torch.Tensor, torch.Tensor]:
+    """`masked_loss` of packed rows, and the gradient of all hidden states."""
+    batch = pack(rows, **padding)
+    states = hidden[batch.loss_positions]
+    total, gradient = masked_loss(states, head, batch.targets, batch.loss_weights, torch.tensor(factor))
+    return total, torch.autograd.grad(states, hidden, gradient)[0]
+
+
+def over_all_logits(hidden, head, rows) -> torch.Tensor:
     """The same sum as everybody computes it: logits everywhere, shifted, labels -100 where nothing is supervised."""
-    labels = input_ids.masked_fill(~supervised, -100)
-    logits = head(hidden)[:, :-1]  # (B, T-1, V)
-    return F.cross_entropy(logits.reshape(-1, V), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum")
+    total = torch.zeros(())
+    for states, row in zip(hidden.split([len(r) for r in rows]), rows):
+        labels = row.ids.long().masked_fill(~row.supervised, -100)
+        total = total + F.cross_entropy(head(states)[:-1], labels[1:], ignore_index=-100, reduction="sum")
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,76 +60,81 @@ def over_all_logits(hidden, head, input_ids, supervised) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_sum_and_gradients_are_those_over_all_logits(case):
-    hidden, head, *_ = case
-    total, _ = masked_cross_entropy(*case)
+@pytest.mark.parametrize("at_a_time", [64, 5, 1])
+def test_sum_and_gradients_are_those_over_all_logits(case, monkeypatch, at_a_time):
+    """Times the factor, for what is below and for the head."""
+    monkeypatch.setattr(loss, "LOGIT_ROWS", at_a_time)
+    hidden, head, _ = case
     expected = over_all_logits(*case)
+    references = torch.autograd.grad(0.25 * expected, [hidden, *head.parameters()])
+    total, gradient = computed(*case, factor=0.25)
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
-    wrt = [hidden, *head.parameters()]
-    for mine, reference in zip(torch.autograd.grad(total, wrt), torch.autograd.grad(expected, wrt)):
+    for mine, reference in zip([gradient, head.weight.grad, head.bias.grad], references, strict=True):
         assert (mine - reference).norm() / reference.norm() < 1e-6
 
 
 def test_sum_by_hand():
     """Logits that are log-probabilities: the sum is minus the log of those of the supervised next tokens."""
     p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4], [0.9, 0.05, 0.05]])
-    input_ids = torch.tensor([[0, 1, 2, 0]])
-    supervised = torch.tensor([[False, True, False, True]])
-    total, count = masked_cross_entropy(p.log()[None], nn.Identity(), input_ids, supervised)
+    batch = pack([Row(torch.tensor([0, 1, 2, 0]), torch.tensor([False, True, False, True]), "")])
     # position 0 predicts token 1 (an id of 1, p = 0.25), position 2 predicts token 3 (an id of 0, p = 0.3)
+    assert (batch.loss_positions.tolist(), batch.targets.tolist(), batch.n_supervised) == ([0, 2], [1, 0], 2)
+    states, factor = p.log()[batch.loss_positions], torch.tensor(2.0)
+    total, gradient = masked_loss(states, nn.Identity(), batch.targets, batch.loss_weights, factor)
     assert total.item() == pytest.approx(-math.log(0.25) - math.log(0.3), rel=1e-6)
-    assert count.item() == 2
+    expected = 2 * torch.tensor([[0.5, 0.25 - 1, 0.25], [0.3 - 1, 0.3, 0.4]])  # factor * (p - one-hot)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-7)
+    total, gradient = masked_loss(states, nn.Identity(), batch.targets, torch.tensor([0.0, 3.0]), factor)
+    assert total.item() == pytest.approx(-3 * math.log(0.3), rel=1e-6)
+    torch.testing.assert_close(gradient, expected * torch.tensor([[0.0], [3.0]]), rtol=1e-6, atol=1e-6)
 
 
 def test_an_undecided_head_costs_log_V_a_token(case):
-    hidden, head, input_ids, supervised = case
+    hidden, head, rows = case
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    total, count = masked_cross_entropy(hidden, head, input_ids, supervised)
-    assert count == supervised[:, 1:].sum()
-    assert total.item() == pytest.approx(count.item() * math.log(V), rel=1e-6)
+    count = sum(int(r.supervised[1:].sum()) for r in rows)
+    assert computed(hidden, head, rows)[0].item() == pytest.approx(count * math.log(V), rel=1e-6)
 
 
-def test_sum_and_count_are_scalars_in_fp32(case):
-    hidden, head, input_ids, supervised = case
-    total, count = masked_cross_entropy(hidden.bfloat16(), head.bfloat16(), input_ids, supervised)
-    assert total.shape == count.shape == ()
-    assert total.dtype == torch.float32
-    assert not count.is_floating_point()
+def test_the_sum_is_a_scalar_in_fp32_and_the_gradient_like_what_it_is_of(case):
+    hidden, head, rows = case
+    total, gradient = computed(hidden.bfloat16(), head.bfloat16(), rows)
+    assert total.shape == () and total.dtype == torch.float32
+    assert gradient.dtype == torch.bfloat16
+    assert not total.requires_grad and not gradient.requires_grad
 
 
 def test_position_0_never_counts(case):
-    """Nothing predicts it, so supervising it changes nothing; and the last row's end is not taken for it."""
-    hidden, head, input_ids, supervised = case
-    outcomes = [
-        masked_cross_entropy(hidden, head, input_ids, torch.cat([first.expand(B, 1), supervised[:, 1:]], dim=1))
-        for first in (torch.tensor([[True]]), torch.tensor([[False]]))
-    ]
-    assert torch.equal(outcomes[0][0], outcomes[1][0])
-    assert torch.equal(outcomes[0][1], outcomes[1][1])
-    only_first = torch.zeros(B, T, dtype=torch.bool)
-    only_first[:, 0] = True
-    assert masked_cross_entropy(hidden, head, input_ids, only_first)[1] == 0
+    """Nothing predicts it, so supervising it changes nothing; and the row before it is not taken for what does."""
+    hidden, head, rows = case
+    outcomes = []
+    for first in (True, False):
+        for row in rows:
+            row.supervised[0] = first
+        outcomes.append((*computed(hidden, head, rows), pack(rows).n_supervised))
+    assert torch.equal(outcomes[0][0], outcomes[1][0]) and torch.equal(outcomes[0][1], outcomes[1][1])
+    assert outcomes[0][2] == outcomes[1][2] > 0
+    only_first = [Row(r.ids, torch.arange(len(r)) == 0, "") for r in rows]
+    assert pack(only_first).n_supervised == len(pack(only_first).targets) == 0
 
 
 def test_nothing_supervised_is_a_sum_of_zero_without_nan(case):
-    hidden, head, input_ids, supervised = case
-    total, count = masked_cross_entropy(hidden, head, input_ids, torch.zeros_like(supervised))
-    assert (total.item(), count.item()) == (0, 0)
-    total.backward()
-    assert not hidden.grad.any()
+    hidden, head, rows = case
+    nothing = [Row(r.ids, torch.zeros(len(r), dtype=torch.bool), "") for r in rows]
+    for padding in ({}, {"supervised": 3}):  # positions of weight 0, too
+        total, gradient = computed(hidden, head, nothing, **padding)
+        assert total.item() == 0 and not gradient.any()
 
 
 def test_the_head_sees_supervised_positions_only(case):
-    hidden, head, input_ids, supervised = case
+    hidden, head, rows = case
     seen = []
     head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
-    states, targets = supervised_states(hidden, input_ids, supervised)
-    n = int(supervised[:, 1:].sum())
-    assert states.shape == (n, hidden.shape[-1])
-    masked_cross_entropy(hidden, head, input_ids, supervised)
-    assert seen == [(n, V)]
-    assert n < B * (T - 1)
-    assert targets.tolist() == [input_ids[b, t].item() for b in range(B) for t in range(1, T) if supervised[b, t]]
+    computed(hidden, head, rows)
+    n = sum(int(r.supervised[1:].sum()) for r in rows)
+    assert seen == [(n, V)] and n < sum(LENGTHS) - len(rows)
+    targets = [row.ids[t].item() for row in rows for t in range(1, len(row)) if row.supervised[t]]
+    assert pack(rows).targets.tolist() == targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,30 +167,23 @@ def randomise_B(model) -> None:
             nn.init.normal_(p, std=0.05, generator=g)
 
 
-@pytest.fixture(scope="module")
-def model(random_base):
-    """The random base in NF4, in fp32 on the CPU, with LoRA."""
+@pytest.fixture(scope="module", params=["modules", "fused"])
+def engine(request, random_base) -> Engine:
+    """Of the random base in NF4, in fp32 on the CPU, with LoRA and dropout."""
     base = load_base(str(random_base), "nf4", "fp32", CPU)
-    add_lora(base, ("q_proj", "k_proj", "v_proj", "o_proj"), 16, 24, dropout=0.0)
+    add_lora(base, ("q_proj", "k_proj", "v_proj", "o_proj"), 16, 24, dropout=0.1)
     randomise_B(base.model)
-    return base.model.train()
+    return make_engine(base, request.param, 512)[0]
 
 
-def gradients(model, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(engine: Engine, batches: list[Packed]) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss, gradients) of one optimizer step, as the loop computes them: sums, divided by the step's count."""
     supervised = sum(b.n_supervised for b in batches)
-    step_loss, counted = 0.0, 0
-    for b in batches:
-        hidden = hidden_states(model, b.input_ids)
-        total, count = masked_cross_entropy(hidden, output_head(model), b.input_ids, b.supervised)
-        (total / supervised).backward()
-        step_loss, counted = step_loss + total.item() / supervised, counted + int(count)
-    assert counted == supervised, "the count known beforehand is not the count of the losses"
-    trained = lora_parameters(model)
-    grads = {n: p.grad.clone() for n, p in trained.items()}
-    for p in trained.values():
-        p.grad = None
-    return step_loss, grads
+    factor, seed = torch.tensor(1 / supervised), torch.tensor(5, dtype=torch.int32)
+    total = sum(engine.loss_and_gradients(b, factor, seed).item() for b in batches)
+    grads = {n: p.grad.clone() for n, p in lora_parameters(engine.base.model).items()}
+    engine.adapter.grads.zero_()
+    return total / supervised, grads
 
 
 def assert_same_gradients(mine: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], bound: float) -> None:
@@ -195,37 +208,42 @@ def ragged_rows(draw) -> list[Row]:
     return rows
 
 
-def check_cuts(model, rows: list[Row], seed: int) -> None:
-    """Steps of 8 rows as 1x8, 2x4, 4x2 and 8x1, and the last one, incomplete: one loss, one gradient."""
+def check_cuts(engine, rows: list[Row], seed: int) -> None:
+    """Steps of 8 rows as 1x8, 2x4, 4x2 and 8x1, and cut by tokens, and the last one, incomplete: one loss, gradient."""
     reference = None
-    for batch_size in (1, 2, 4, 8):
-        steps = optimizer_steps(len(rows), batch_size, 8 // batch_size, seed, epoch=0)
+    for size in (8, 4, 2, 1, 60):
+        steps = optimizer_steps(len(rows), min(size, 8), 8 // min(size, 8), seed, epoch=0)
         assert [sum(map(len, s)) for s in steps] == [8, len(rows) - 8]
-        outcome = [gradients(model, [collate([rows[i] for i in part]) for part in step]) for step in steps]
+        outcome = []
+        for step in steps:
+            mine = [rows[i] for part in step for i in part]
+            parts = [range(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
+            if size == 60:
+                parts = cut([len(r) for r in mine], 60)
+            outcome.append(gradients(engine, [pack([mine[i] for i in part], part) for part in parts]))
         reference = reference or outcome
-        for (loss, grads), (expected, expected_grads) in zip(outcome, reference, strict=True):
-            assert loss == pytest.approx(expected, rel=1e-6)
+        for (total, grads), (expected, expected_grads) in zip(outcome, reference, strict=True):
+            assert total == pytest.approx(expected, rel=1e-6)
             assert_same_gradients(grads, expected_grads, 2e-6)  # fp32's rounding was seen to reach 1.02e-6
 
 
 @settings(max_examples=20, deadline=None)
 @given(rows=ragged_rows(), seed=st.integers(0, 99))
-def test_the_step_does_not_depend_on_how_it_is_cut(model, rows, seed):
-    check_cuts(model, rows, seed)
+def test_the_step_does_not_depend_on_how_it_is_cut(engine, rows, seed):
+    check_cuts(engine, rows, seed)
 
 
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(rows=ragged_rows(), seed=st.integers(0, 99))
-def test_the_step_does_not_depend_on_how_it_is_cut_at_length(model, rows, seed):
-    check_cuts(model, rows, seed)
+def test_the_step_does_not_depend_on_how_it_is_cut_at_length(engine, rows, seed):
+    check_cuts(engine, rows, seed)
 
 
-@pytest.mark.parametrize(
-    ("packing", "cuts"), [("off", (1, 2, 4, 8)), ("auto", (60, 100, 200, 4000))], ids=["padded", "packed"]
-)
-def test_the_loops_gradients_do_not_depend_on_the_cut(random_base, tmp_path, write_rows, monkeypatch, packing, cuts):
-    """Of `Trainer.train` itself, whose steps are recorded instead of taken: 11 rows of one to three questions."""
+def test_the_loops_gradients_depend_neither_on_the_cut_nor_on_the_engine(
+    random_base, tmp_path, write_rows, monkeypatch
+):
+    """Of `Trainer.train` itself, dropout on, whose steps are recorded instead of taken: 11 rows of 1 to 3 questions."""
     questions = iter(demo.rows(demo.CONDITIONS, 33, seed=0))
     rows = []
     for i in range(11):
@@ -237,44 +255,46 @@ def test_the_loops_gradients_do_not_depend_on_the_cut(random_base, tmp_path, wri
                 ]
             }
         )
-    recorded = []
+    recorded = {}
 
     def record(stepper):
-        recorded[-1].append({str(i): p.grad.clone() for i, p in enumerate(stepper.params)})
+        recorded[at].append({n: p.grad.clone() for n, p in trainer.trained.items()})
         stepper.optimizer.zero_grad(set_to_none=False)
         return 1.0, True
 
     monkeypatch.setattr(Stepper, "step", record)
     monkeypatch.setattr(qlora_min.train, "pick_device", lambda: CPU)
-    for size in cuts:
-        batch_size = size if packing == "off" else 4
-        recorded.append([])
-        config = Config(
-            model=str(random_base), dataset=(str(write_rows(rows)),), eval_fraction=0.0, epochs=1, dropout=0.0,
-            alpha=24.0, batch_size=batch_size, grad_accum=8 // batch_size,
-            output_dir=str(tmp_path / f"run{size}"), packing=packing, micro_batch_tokens=size,
-        )  # fmt: skip
-        trainer = Trainer(config)
-        randomise_B(trainer.model)
-        trainer.train()
-    for cut in recorded:
-        assert len(cut) == 2
-        for grads, expected in zip(cut, recorded[0], strict=True):
-            assert_same_gradients(grads, expected, 1e-6)
+    for engine in ("modules", "fused"):
+        for batch_size, tokens in ((1, 60), (2, 100), (4, 200), (8, 4000)):
+            at = engine, tokens
+            recorded[at] = []
+            config = Config(
+                model=str(random_base), dataset=(str(write_rows(rows)),), eval_fraction=0.0, epochs=1, dropout=0.2,
+                alpha=24.0, batch_size=batch_size, grad_accum=8 // batch_size, engine=engine,
+                output_dir=str(tmp_path / f"{engine}{tokens}"), micro_batch_tokens=tokens,
+            )  # fmt: skip
+            trainer = Trainer(config)
+            assert trainer.record["engine"] == engine
+            randomise_B(trainer.model)
+            trainer.train()
+    for (engine, tokens), steps in recorded.items():
+        assert len(steps) == 2
+        for other, bound in (((engine, 60), 1e-6), (("modules", tokens), 1e-5)):
+            for grads, expected in zip(steps, recorded[other], strict=True):
+                assert_same_gradients(grads, expected, bound)
 
 
-def test_padding_never_counts(model):
-    """Another id at the padding: the same loss and gradients, bit for bit."""
+def test_padding_never_counts(engine):
+    """Other ids and targets at the padding: the same loss and gradients, bit for bit."""
     torch.manual_seed(1)
     rows = [Row(torch.randint(1, 500, (n,)), torch.rand(n) < 0.5, "") for n in (31, 12, 23)]
-    batch = collate(rows)
-    padding = torch.arange(31) >= batch.lengths[:, None]
-    assert padding.sum() == (31 - 12) + (31 - 23)
-    assert not batch.supervised[padding].any()
-    expected_loss, expected = gradients(model, [batch])
+    n = pack(rows).n_supervised
+    batch = pack(rows, tokens=66 + 27, supervised=n + 9, count=5)
+    expected_loss, expected = gradients(engine, [batch])
     for pad in (1, 7, 499):
-        other = Batch(batch.input_ids.masked_fill(padding, pad), batch.supervised, batch.lengths)
-        assert not torch.equal(other.input_ids, batch.input_ids)
-        loss, grads = gradients(model, [other])
-        assert loss == expected_loss
+        ids, targets = batch.input_ids.clone(), batch.targets.clone()
+        ids[66:], targets[n:] = pad, pad
+        assert not torch.equal(ids, batch.input_ids) and not torch.equal(targets, batch.targets)
+        total, grads = gradients(engine, [replace(batch, input_ids=ids, targets=targets)])
+        assert total == expected_loss
         assert_same_gradients(grads, expected, 0)

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 import qlora_min.merge
 from qlora_min import checkpoint, data, demo
 from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
+from qlora_min.engine import make_engine
 from qlora_min.generate import end_ids, generate
 from qlora_min.lora import lora_layers, lora_parameters
-from qlora_min.loss import masked_cross_entropy
 from qlora_min.merge import BOUNDS, MergeError, fold, merge
-from qlora_min.model import DTYPES, add_lora, dequantized_weight, hidden_states, load_base, output_head
+from qlora_min.model import DTYPES, add_lora, dequantized_weight, load_base
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -36,17 +36,16 @@ def trained(tmp_path_factory, demo_data) -> Path:
     torch.manual_seed(0)
     add_lora(base, TARGETS, 8, 16.0, 0.0)
     rows = data.encode_all("demo", data.read(str(demo_data[0]), 320), base.encoder, 64).rows
-    parameters = list(lora_parameters(base.model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=5e-3)
+    engine, *_ = make_engine(base, "auto", 64)
+    optimizer = torch.optim.AdamW(lora_parameters(base.model).values(), lr=5e-3)
     losses = []
     for start in range(0, 320, 16):
-        batch = data.collate(rows[start : start + 16])
-        hidden = hidden_states(base.model, batch.input_ids)
-        loss, count = masked_cross_entropy(hidden, output_head(base.model), batch.input_ids, batch.supervised)
-        (loss / count).backward()
+        batch = engine.pack(rows[start : start + 16])
+        factor = torch.tensor(1 / batch.n_supervised, device=engine.device)
+        loss = engine.loss_and_gradients(batch, factor, torch.zeros((), dtype=torch.int32, device=engine.device))
         optimizer.step()
-        optimizer.zero_grad()
-        losses.append((loss / count).item())
+        optimizer.zero_grad(set_to_none=False)
+        losses.append((loss * factor).item())
     assert losses[-1] < losses[0]
     folder = tmp_path_factory.mktemp("trained")
     config = AdapterConfig(8, 16.0, 0.0, TARGETS, base.name, None, base.fingerprint)
@@ -56,7 +55,7 @@ def trained(tmp_path_factory, demo_data) -> Path:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return output_head(model)(hidden_states(model, ids)).float()
+    return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -75,7 +75,8 @@ class Setup:
 
     def backward(self, seed: int, size: float = 1.0) -> None:
         g = torch.Generator().manual_seed(seed)
-        self.stepper.backward(size * self.model(torch.randn(8, 256, generator=g)).square().mean())
+        loss = size * self.model(torch.randn(8, 256, generator=g)).square().mean()
+        self.stepper.scaler.scale(loss).backward()
 
     def step(self, seed: int) -> tuple[float, bool]:
         self.backward(seed)

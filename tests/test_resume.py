@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 import random
 import re
@@ -98,7 +99,7 @@ def outcome(run: Path, all_of_it: bool = True) -> dict:
     }
 
 
-@pytest.fixture(params=["auto", pytest.param("off", marks=pytest.mark.slow)], ids=["packed", "padded"])
+@pytest.fixture(params=["fused", pytest.param("modules", marks=pytest.mark.slow)])
 def snapshots(make, tmp_path, monkeypatch, request):  # noqa: F811
     """(outcome of a whole run, {step: its directory as a kill just behind its checkpoint leaves it}, options)."""
     save, found = checkpoint.save_checkpoint, {}
@@ -107,7 +108,7 @@ def snapshots(make, tmp_path, monkeypatch, request):  # noqa: F811
         save(run, step, *args, **kwargs)
         found[step] = Path(shutil.copytree(run, tmp_path / f"killed-{step}"))
 
-    options = {**OPTIONS, "packing": request.param}
+    options = {**OPTIONS, "engine": request.param}
     trainer = hard(make("whole", **options))
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "save_checkpoint", keep)
@@ -274,7 +275,7 @@ def test_the_gpus_random_numbers_are_saved(monkeypatch):
 
 @pytest.mark.parametrize(("key", "value", "words"), [
     ("precision", "bf16", "it was trained in bf16, here --precision auto is fp32"),
-    ("packed", False, "it began on padded rows"),
+    ("engine", "modules", "it began with --engine 'modules', put that back"),
 ])  # fmt: skip
 def test_another_way_to_compute_is_refused(make, key, value, words):  # noqa: F811
     run = make("run", rows=8, max_steps=1).run
@@ -283,6 +284,39 @@ def test_another_way_to_compute_is_refused(make, key, value, words):  # noqa: F8
     config, run = resume_config(str(run), {})
     with pytest.raises(ValueError, match=words):
         Trainer(config, resume=run)
+
+
+@pytest.mark.parametrize(("asked", "resolved"), [("auto", "fused"), ("fused", "fused"), ("modules", "modules")])
+def test_the_engine_is_recorded_and_kept(make, asked, resolved):  # noqa: F811
+    trainer = make("run", rows=8, max_steps=1, engine=asked)
+    record = checkpoint.read_record(trainer.run)
+    assert record["engine"] == record["options"]["engine"] == resolved
+    trainer.lock.file.close()
+    other = {"modules": "fused", "fused": "modules"}[resolved]
+    with pytest.raises(ValueError, match=f"--engine was '{resolved}' when the run began, now '{other}'"):
+        resume_config(str(trainer.run), {"engine": other})
+    for given in ({}, {"engine": "auto"}, {"engine": resolved}):
+        resumed = Trainer(*resume_config(str(trainer.run), given))
+        assert type(resumed.engine) is type(trainer.engine) and resumed.config.engine == resolved
+        resumed.lock.file.close()
+
+
+def test_a_run_of_an_earlier_version_is_not_resumed_but_evaluated(make, script):  # noqa: F811
+    """Its config.json has no engine, and options that are gone."""
+    trainer = make("run", held=3, max_steps=2, eval_every=1)
+    trainer.train()
+    metrics = trainer.run / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.open() if '"end"' not in line))
+    trained = script("eval.py", "--adapter", trainer.run / "adapter", "--json").stdout
+    record = checkpoint.read_record(trainer.run)
+    del record["engine"], record["options"]["engine"]
+    record["options"]["packing"], record["packed"] = "auto", True
+    checkpoint.write_json(trainer.run / "config.json", record)
+    refused = script("train.py", "--resume", trainer.run, expect=2).stderr
+    assert refused.startswith(f"error: --resume {trainer.run}: it was begun by an earlier version of qlora_min, which ")
+    assert refused.count("\n") == 1
+    assert script("eval.py", "--adapter", trainer.run / "adapter", "--json").stdout == trained
+    assert json.loads(trained)
 
 
 def test_a_file_system_that_fails_says_nothing_about_a_checkpoint(make, monkeypatch):  # noqa: F811

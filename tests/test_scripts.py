@@ -68,7 +68,8 @@ def test_demo_start_says_what_will_happen(demo_run):
     _, out, _ = demo_run
     trained = 4 * sum(16 * (64 + n) for n in (64, 32, 32, 64))  # 4 layers; q, k, v, o; rank 16; in 64; 2 of 4 kv heads
     assert f"trained     {trained:,} parameters" in out
-    for word in ("fp32 on CPU", "200 (200 an epoch)", "forecast peak", "logits", "too long"):
+    for word in ("fp32 on CPU", "200 (200 an epoch)", "forecast peak", "(base 0.00, adapter 0.00, ", "too long",
+                 "engine      fused (the faster)", "gradient checkpointing off"):  # fmt: skip
         assert word in out, word
 
 
@@ -122,6 +123,22 @@ def test_eval_merge_chat(demo_run, process, script, tmp_path):
     said = script("chat.py", "--adapter", run / "adapter", "--prompt", one_line).stdout
     talk = script("chat.py", "--adapter", run / "adapter", input=f"{one_line}\n\n").stdout
     assert said.strip() and talk.replace("you> ", "").strip() == said.strip()
+
+
+def test_a_run_of_an_earlier_version_is_merged_chatted_with_and_reported_on(demo_run, script, tmp_path):
+    """Its config.json names an option that is gone, and no engine."""
+    run = tmp_path / "runs" / "old"
+    shutil.copytree(demo_run[0], run)
+    record = json.loads((run / "config.json").read_text())
+    del record["engine"], record["options"]["engine"]
+    record["options"]["packing"] = "off"
+    (run / "config.json").write_text(json.dumps(record))
+    adapter = ["--adapter", run / "adapter"]
+    said = [script("chat.py", "--adapter", folder / "adapter", "--prompt", "Which?", "--max-new-tokens", 2).stdout
+            for folder in (run, demo_run[0])]  # fmt: skip
+    assert said[0] == said[1] != ""
+    assert "read back" in script("merge.py", *adapter, "--output-dir", "merged", "--dtype", "fp32").stdout
+    assert "wrote r.html" in script("eval.py", *adapter, "--limit", 4, "--html", "r.html").stdout
 
 
 def test_compare_merges(demo_run, script):

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -15,11 +16,14 @@ from safetensors.torch import load_file
 
 import qlora_min.model
 import qlora_min.train
-from qlora_min import checkpoint, demo
+from qlora_min import checkpoint, demo, ops
+from qlora_min.batches import cut, dropout_seed
 from qlora_min.config import Config
 from qlora_min.data import Row
+from qlora_min.decoder import Layer
+from qlora_min.engine import PACKED
 from qlora_min.evaluate import Evaluation
-from qlora_min.lora import inject_lora, lora_layers, lora_parameters
+from qlora_min.lora import Dropout, Tokens, inject_lora, lora_layers, lora_parameters
 from qlora_min.model import add_lora, load_base
 from qlora_min.optim import TrainingError
 from qlora_min.train import Trainer
@@ -92,37 +96,42 @@ def relative(mine: torch.Tensor, reference: torch.Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 STEPS = 30
-PACKED_OR_PADDED = pytest.mark.parametrize("packing", ["auto", "off"], ids=["packed", "padded"])
-BOUND = {"adamw": 1e-5, "paged_adamw8bit": 1e-3}  # 8-bit state amplifies rounding
+ENGINES = pytest.mark.parametrize("engine", ["modules", "fused"])
+BOUND = {"adamw": 1e-5, "paged_adamw8bit": 3e-3}  # 8-bit state amplifies rounding
 
 
-def train_ours(trainer: Trainer) -> list[float]:
-    """30 optimizer steps as the loop takes them; the losses."""
+def train_ours(trainer: Trainer, steps: int = STEPS) -> list[float]:
+    """Optimizer steps as the loop takes them; the losses."""
     losses = []
-    for step in range(STEPS):
-        batches, _ = trainer.step_batches(step)
-        supervised = sum(b.n_supervised for b in batches)
-        total = 0.0
-        for i, batch in enumerate(batches):
-            total += trainer.backward(batch, supervised, step, i).item()
+    for step in range(steps):
+        supervised, _ = trainer.step_totals(step)
+        losses.append(
+            sum(trainer.backward(b, supervised, step).item() for b in trainer.step_batches(step)) / supervised
+        )
         assert trainer.stepper.step()[1]
-        losses.append(total / supervised)
     return losses
 
 
-def peft_model(trainer: Trainer) -> nn.Module:
-    """peft's model around a second load of the base, with our initial adapter."""
+def peft_model(trainer: Trainer) -> tuple[nn.Module, Tokens]:
+    """peft's model around a second load of the base, with our initial adapter; and what decides its dropouts' masks.
+
+    peft's layers have our dropout: each draws the mask of our layer of the same name.
+    """
     c = trainer.config
     base = load_base(c.model, c.quantization, "fp32", CPU).model
     base.is_loaded_in_4bit = True  # what transformers' own loading sets, and what peft asks for
-    config = peft.LoraConfig(r=c.rank, lora_alpha=c.alpha, lora_dropout=0.0, target_modules=list(c.targets))
-    model = peft.get_peft_model(base, config).train()
-    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    assert {type(m) for m in layers} == {peft.tuners.lora.Linear4bit}
+    config = peft.LoraConfig(r=c.rank, lora_alpha=c.alpha, lora_dropout=c.dropout, target_modules=list(c.targets))
+    model, tokens = peft.get_peft_model(base, config), Tokens()
+    named = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert {type(m) for m in named.values()} == {peft.tuners.lora.Linear4bit}
+    for name, layer in named.items():
+        stream = trainer.model.get_submodule(name.removeprefix("base_model.model.")).dropout.stream
+        assert isinstance(layer.lora_dropout["default"], nn.Dropout)
+        layer.lora_dropout["default"] = Dropout(c.dropout, tokens, stream)
     with torch.no_grad():
         for name, p in peft_weights(model).items():
             p.copy_(trainer.trained[name])
-    return model
+    return model.train(), tokens
 
 
 def peft_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -131,31 +140,42 @@ def peft_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n.removeprefix("base_model.model.").replace(".default.weight", ""): p for n, p in named}
 
 
-def full_logits_loss(model: nn.Module, rows: list[Row]) -> torch.Tensor:
+def full_logits_loss(model: nn.Module, rows: list[Row], places: list[int], tokens: Tokens, seed: torch.Tensor):
     """As everybody does it: padding and an attention mask, logits everywhere, labels -100 where nothing is learned."""
     longest = max(map(len, rows))
     ids, labels, mask = (torch.full((len(rows), longest), fill) for fill in (3, -100, 0))
     for i, r in enumerate(rows):
         ids[i, : len(r)], mask[i, : len(r)] = r.ids, 1
         labels[i, : len(r)] = torch.where(r.supervised, r.ids, -100)
+    row_ids, position_ids = torch.tensor(places).repeat_interleave(longest), torch.arange(longest).repeat(len(rows))
+    tokens.keys = ops.dropout_keys(seed, row_ids, position_ids)
     logits = model(input_ids=ids, attention_mask=mask).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
-def same_order_loss(model: nn.Module, rows: list[Row]) -> torch.Tensor:
-    """The same number by our order of operations: padding with 0, no mask, logits at the supervised positions."""
-    ids = nn.utils.rnn.pad_sequence([r.ids.long() for r in rows], batch_first=True)
-    learned = nn.utils.rnn.pad_sequence([r.supervised for r in rows], batch_first=True)[:, 1:]
-    inner = model.get_base_model()
-    hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][learned]
-    return F.cross_entropy(inner.lm_head(hidden), ids[:, 1:][learned], reduction="sum")
+def same_order_loss(model: nn.Module, rows: list[Row], places: list[int], tokens: Tokens, seed: torch.Tensor):
+    """The same number by our order of operations: rows packed, logits at the supervised positions, 64 at a time."""
+    inner, lengths = model.get_base_model(), torch.tensor([len(r) for r in rows])
+    ids, position_ids = torch.cat([r.ids for r in rows]).long(), torch.cat([torch.arange(len(r)) for r in rows])
+    learned = torch.cat([r.supervised for r in rows])[1:] & (position_ids[1:] > 0)
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+    tokens.keys = ops.dropout_keys(seed, torch.tensor(places).repeat_interleave(lengths), position_ids)
+    inner.config._attn_implementation = PACKED
+    states = inner.model(
+        input_ids=ids[None], position_ids=position_ids[None], use_cache=False, cu_seq_lens_q=ends, cu_seq_lens_k=ends,
+        max_length_q=max(lengths), max_length_k=max(lengths),
+    ).last_hidden_state[0]  # fmt: skip
+    parts = zip(states[:-1][learned].split(64), ids[1:][learned].split(64))
+    return sum(F.cross_entropy(inner.lm_head(h), targets, reduction="none").sum() for h, targets in parts)
 
 
-def train_peft(model: nn.Module, trainer: Trainer, loss_of) -> list[float]:
-    """A plain training loop around peft's model. From the trainer: options, and which rows make up a step."""
-    c, params = trainer.config, list(peft_weights(model).values())
+def train_peft(model: nn.Module, tokens: Tokens, trainer: Trainer, same_order: bool) -> list[float]:
+    """A plain training loop around peft's model. From the trainer: options, which rows make up a step, seeds; and, in
+    the same order, how these are cut, and which gradients' squares are summed together."""
+    c, params = trainer.config, peft_weights(model)
     kind = {"adamw": torch.optim.AdamW, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}[c.optimizer]
-    optimizer = kind(params, lr=c.learning_rate, weight_decay=0.0)
+    optimizer = kind(params.values(), lr=c.learning_rate, weight_decay=0.0)
+    flat = sorted(params, key=lambda name: trainer.trained[name].data_ptr())
     warmup = math.ceil(c.warmup_ratio * STEPS)
     n, size = len(trainer.rows), c.batch_size * c.grad_accum
     per_epoch = -(-n // size)
@@ -166,26 +186,32 @@ def train_peft(model: nn.Module, trainer: Trainer, loss_of) -> list[float]:
         random.Random(f"{c.seed}/{epoch}").shuffle(order)
         rows = [trainer.rows[i] for i in order[index * size : (index + 1) * size]]
         count = sum(int(r.supervised.sum()) for r in rows)
+        parts = [list(range(len(rows)))[i : i + c.batch_size] for i in range(0, len(rows), c.batch_size)]
+        if same_order:
+            parts = cut([len(r) for r in rows], trainer.tokens)
         total = 0.0
-        for i in range(0, len(rows), c.batch_size):
-            loss = loss_of(model, rows[i : i + c.batch_size])
+        for part in parts:
+            loss_of = same_order_loss if same_order else full_logits_loss
+            loss = loss_of(model, [rows[i] for i in part], part, tokens, dropout_seed(c.seed, step))
             (loss / count).backward()
             total += loss.item()
         done = (step - warmup) / (STEPS - warmup)
         factor = (step + 1) / (warmup + 1) if step < warmup else 0.5 * (1 + math.cos(math.pi * done))
         optimizer.param_groups[0]["lr"] = c.learning_rate * factor
-        nn.utils.clip_grad_norm_(params, c.max_grad_norm)
+        grads = torch.cat([params[name].grad.flatten() for name in flat])
+        grads = grads.split([p.numel() for p in trainer.stepper.params] if same_order else len(grads))
+        nn.utils.clip_grads_with_norm_(params.values(), c.max_grad_norm, nn.utils.get_total_norm(grads))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total / count)
     return losses
 
 
-def compare_with_peft(trainer: Trainer, loss_of, bound: float) -> None:
+def compare_with_peft(trainer: Trainer, bound: float) -> None:
     """30 steps of both: losses and every tensor of the adapters within `bound`, or equal where it is 0."""
     start = weights(trainer)
-    model = peft_model(trainer)
-    reference = train_peft(model, trainer, loss_of)
+    model, tokens = peft_model(trainer)
+    reference = train_peft(model, tokens, trainer, same_order=not bound)
     losses = train_ours(trainer)
     theirs = peft_weights(model)
     assert losses[-1] < 0.9 * losses[0], "nothing was learned: the comparison shows nothing"
@@ -200,11 +226,11 @@ def compare_with_peft(trainer: Trainer, loss_of, bound: float) -> None:
 
 
 def options_of_the_comparison(optimizer: str) -> dict:
-    """Ragged rows, the last step of each epoch incomplete (10 rows, 4 a step), no dropout, alpha / rank = 24 / 16."""
+    """Ragged rows, the last step of each epoch incomplete (10 rows, 4 a step), dropout, alpha / rank = 24 / 16."""
     rank = {"adamw": 16, "paged_adamw8bit": 64}[optimizer]  # at 64 the larger tensors have 4,096 elements: 8-bit state
     return {
-        "optimizer": optimizer, "rank": rank, "alpha": 1.5 * rank, "dropout": 0.0, "learning_rate": 2e-4,
-        "epochs": 100, "max_steps": STEPS, "warmup_ratio": 0.1,
+        "optimizer": optimizer, "rank": rank, "alpha": 1.5 * rank, "dropout": 0.1, "learning_rate": 2e-4,
+        "epochs": 100, "max_steps": STEPS, "warmup_ratio": 0.1, "micro_batch_tokens": 300,
     }  # fmt: skip
 
 
@@ -213,16 +239,14 @@ OPTIMIZERS = ["paged_adamw8bit", pytest.param("adamw", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_trains_as_peft_bit_for_bit_in_the_same_order(make, optimizer):
-    compare_with_peft(make(**options_of_the_comparison(optimizer), packing="off"), same_order_loss, 0.0)
+    compare_with_peft(make(**options_of_the_comparison(optimizer), engine="modules"), 0.0)
 
 
-@PACKED_OR_PADDED
+@ENGINES
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_trains_as_peft_in_a_plain_loop(make, optimizer, packing):
-    """With an attention mask and all logits, whose sums run in another order."""
-    trainer = make(**options_of_the_comparison(optimizer), packing=packing, micro_batch_tokens=300)
-    assert (trainer.decoder is None) == (packing == "off")
-    compare_with_peft(trainer, full_logits_loss, BOUND[optimizer])
+def test_trains_as_peft_in_a_plain_loop(make, optimizer, engine):
+    """With padding, an attention mask and all logits, whose sums run in another order."""
+    compare_with_peft(make(**options_of_the_comparison(optimizer), engine=engine), BOUND[optimizer])
 
 
 def smollm2_options(optimizer: str, smollm2: Path, write_rows) -> dict:
@@ -245,22 +269,44 @@ def smollm2_options(optimizer: str, smollm2: Path, write_rows) -> dict:
 @pytest.mark.real
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
 def test_trains_as_peft_on_smollm2_bit_for_bit_in_the_same_order(make, smollm2, write_rows, optimizer):
-    """Steps of a padded batch of two and of one row."""
-    trainer = make(**smollm2_options(optimizer, smollm2, write_rows) | {"grad_accum": 1, "packing": "off"})
-    compare_with_peft(trainer, same_order_loss, 0.0)
+    """Steps of a packed batch of two and of one row."""
+    options = smollm2_options(optimizer, smollm2, write_rows) | {"grad_accum": 1, "engine": "modules"}
+    compare_with_peft(make(**options), 0.0)
 
 
 @pytest.mark.real
-@PACKED_OR_PADDED
-def test_trains_as_peft_on_smollm2_in_a_plain_loop(make, smollm2, write_rows, packing):
+@ENGINES
+def test_trains_as_peft_on_smollm2_in_a_plain_loop(make, smollm2, write_rows, engine):
     """Steps of two micro-batches and of one, a row each.
 
     The bound is what peft keeps to itself when its own sums run in another order. Adam's first steps take the sign of
     each gradient; among 1.8 million elements some gradients are as small as rounding, and one sign that flips moves its
     tensor by about 1 / sqrt(9216).
     """
-    trainer = make(**smollm2_options("adamw", smollm2, write_rows) | {"batch_size": 1, "packing": packing})
-    compare_with_peft(trainer, full_logits_loss, 1e-2)
+    trainer = make(**smollm2_options("adamw", smollm2, write_rows) | {"batch_size": 1, "engine": engine})
+    compare_with_peft(trainer, 1e-2)
+
+
+def compare_engines(make, **options) -> None:
+    """20 steps, dropout on, cut into micro-batches in two ways."""
+    options = {"optimizer": "adamw", "dropout": 0.1, "epochs": 100} | options | {"max_steps": 20}
+    cuts = (("modules", 1), ("fused", 300))
+    trainers = [make(name, **options | {"engine": name, "micro_batch_tokens": n}) for name, n in cuts]
+    assert len(trainers[0].step_batches(0)) > len(trainers[1].step_batches(0))
+    before = weights(trainers[0])
+    mine, theirs = (train_ours(t, 20) for t in trainers)
+    assert mine[-1] < 0.9 * mine[0] and mine == pytest.approx(theirs, rel=1e-4)
+    flat = [torch.cat([w.flatten() for w in x.values()]) for x in (before, *map(weights, trainers))]
+    assert relative(flat[1], flat[0]) > 0.02 and relative(flat[1], flat[2]) < 1e-4
+
+
+def test_both_engines_train_the_same(make):
+    compare_engines(make)
+
+
+@pytest.mark.real
+def test_both_engines_train_the_same_on_smollm2(make, smollm2, write_rows):
+    compare_engines(make, **smollm2_options("adamw", smollm2, write_rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,34 +314,35 @@ def test_trains_as_peft_on_smollm2_in_a_plain_loop(make, smollm2, write_rows, pa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@ENGINES
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_gradient_checkpointing_changes_no_gradient(make, precision):
+def test_gradient_checkpointing_changes_no_gradient(make, monkeypatch, precision, engine):
     """With dropout, whose mask the second forward has to draw again: equal bit for bit."""
-    results = {}
+    results, calls, until_gate = {}, [], Layer.until_gate
+    monkeypatch.setattr(Layer, "until_gate", lambda *args: calls.append(1) or until_gate(*args))
     for setting in ("off", "on"):
-        trainer = make(setting, gradient_checkpointing=setting, precision=precision, dropout=0.1, packing="off")
+        options = {"precision": precision, "engine": engine, "micro_batch_tokens": 200}
+        trainer = make(setting, gradient_checkpointing=setting, dropout=0.1, **options)
         for layer in lora_layers(trainer.model).values():
             nn.init.normal_(layer.lora_B, std=0.05, generator=torch.Generator().manual_seed(3))
-        calls = []
-        trainer.model.get_decoder().layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        batches, _ = trainer.step_batches(0)
-        torch.manual_seed(4)
-        losses = []
-        for batch in batches:
-            losses.append(trainer.loss(batch))
-            losses[-1].backward()
-        assert len(calls) == {"off": 1, "on": 2}[setting] * len(batches)  # it is off, and it is on
+        layers = trainer.model.get_decoder().layers
+        for layer in layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        batches = trainer.step_batches(0)
+        calls.clear()
+        losses = [trainer.backward(batch, 100, 0) for batch in batches]
+        assert len(calls) == {"off": 1, "on": 2}[setting] * len(batches) * len(layers)  # it is off, and it is on
         results[setting] = (losses, {n: p.grad for n, p in trainer.trained.items()})
     assert all(g.any() for g in results["off"][1].values())
     assert_same(results["on"], results["off"])
 
 
-@PACKED_OR_PADDED
-def test_evaluation_changes_nothing(make, packing):
+@ENGINES
+def test_evaluation_changes_nothing(make, engine):
     """Adapter, optimizer, random state and logged losses after 7 steps, with 7 evaluations and with none."""
     states, losses = [], []
     for name, held in (("with", 6), ("without", 0)):
-        trainer = make(name, held=held, epochs=3, max_steps=7, eval_every=1, patience=100, packing=packing)
+        trainer = make(name, held=held, epochs=3, max_steps=7, eval_every=1, patience=100, engine=engine)
         trainer.train()
         states.append(last_checkpoint(trainer.run))
         events = checkpoint.read_metrics(trainer.run)
@@ -374,7 +421,7 @@ def test_fp16_trains_on_the_cpu(make):
     """Autocast in fp16 and a loss scale: the loss begins as in fp32 and falls, and all stays finite."""
     losses = {}
     for precision in ("fp16", "fp32"):
-        trainer = make(precision, precision=precision, dropout=0.0, epochs=4)
+        trainer = make(precision, precision=precision, epochs=4)
         assert trainer.stepper.scaler.is_enabled() == (precision == "fp16")
         trainer.train()
         events = checkpoint.read_metrics(trainer.run)
@@ -426,13 +473,85 @@ def test_twenty_skips_name_step_rows_and_checkpoint(make):
     break_gradients(trainer, set(range(2, 100)))
     with pytest.raises(TrainingError) as error:
         trainer.train()
-    _, where = trainer.step_batches(21)  # steps 3 to 22 were skipped, the last with the one row of an epoch's end
+    where = [
+        r.where for r in trainer.step_rows(21)
+    ]  # steps 3 to 22 were skipped, the last with the one row of an epoch's end
     assert len(where) == 1
     message = str(error.value)
     assert "20 optimizer steps in a row" in message
     assert "step 22 " in message
     assert f"with rows {where[0]};" in message
     assert str(trainer.run / "checkpoints" / "step-20") in message
+
+
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def limit_memory(trainer: Trainer, tokens: int) -> list[int]:
+    """Let memory run out above so many tokens, when gradients have been added; the tokens of each micro-batch tried."""
+    inner, tried = trainer.engine.loss_and_gradients, []
+
+    def limited(batch, factor, seed):
+        tried.append(batch.n_tokens)
+        assert len(tried) < 100, "it tries for ever"
+        loss = inner(batch, factor, seed)
+        if batch.n_tokens > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    trainer.engine.loss_and_gradients = limited
+    return tried
+
+
+@ENGINES
+def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_micro_batches(make, capsys, engine):
+    """The whole step in one micro-batch, then halves until they fit: the same run, dropout on."""
+    options = {"epochs": 2, "optimizer": "adamw", "learning_rate": 1e-3, "micro_batch_tokens": 800, "engine": engine}
+    whole, limited = (make(name, **options) for name in ("whole", "limited"))
+    whole.train()
+    tried = limit_memory(limited, 250)
+    capsys.readouterr()
+    limited.train()
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [n.rpartition(" of up to ")[2] for n in notes] == [
+        f"{n} tokens, or one row, from now on" for n in (400, 200)
+    ]
+    assert all(
+        re.match(r"note: step \d: out of memory; its gradients are computed again, in micro-b", n) for n in notes
+    )
+    assert limited.tokens == 200 and max(tried[-10:]) <= 200 < max(tried)
+    losses = [[e["loss"] for e in checkpoint.read_metrics(t.run) if e["event"] == "train"] for t in (whole, limited)]
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for name, w in weights(limited).items():
+        assert relative(w, weights(whole)[name]) < 1e-5, name
+    assert checkpoint.read_record(limited.run)["options"]["micro_batch_tokens"] == 800
+
+
+def test_rows_that_together_are_shorter_than_the_longest_are_taken_apart_too(make):
+    """Where two of the shortest rows do not fit: a step of such rows is taken, before any longer row comes."""
+    trainer = make()
+    short = trainer.rows[int(trainer.rows.lengths.argmin())]
+    assert 2 * len(short) < trainer.rows.lengths.max()
+    trainer.step_rows = lambda step: [short] * 2
+    limit_memory(trainer, len(short))
+    trainer.take_step()
+    assert trainer.progress.step == 1
+
+
+def test_a_row_that_does_not_fit_ends_the_run_with_advice(make, capsys):
+    trainer = make(dropout=0.0, epochs=2)
+    longest = int(trainer.rows.lengths.max())
+    limit_memory(trainer, longest - 1)
+    with pytest.raises(TrainingError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert re.match(
+        rf"out of memory at step \d+, in a micro-batch of {longest:,} tokens, \d+ supervised; peak", message
+    )
+    for words in (f"this micro-batch: .* {longest:,} tokens", "what would take less, in order of effect:",
+                  "--max-length", r"last good checkpoint: .*step-\d", f"--resume {trainer.run}"):  # fmt: skip
+        assert re.search(words, message), words
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -449,10 +568,10 @@ def saved_adapter(run: Path) -> dict[str, torch.Tensor]:
     return {n.removeprefix("base_model.model.").removesuffix(".weight"): t for n, t in stored.items()}
 
 
-@PACKED_OR_PADDED
-def test_a_layer_that_does_not_train_is_named(make, packing):
+@ENGINES
+def test_a_layer_that_does_not_train_is_named(make, engine):
     """Is it really training? A layer whose update takes no part in the output ends the run after three steps."""
-    trainer = make(rows=16, packing=packing)
+    trainer = make(rows=16, engine=engine)
     name = trainer.wrapped[5]
     trainer.model.get_submodule(name).enabled = False
     with pytest.raises(TrainingError, match=rf"2 of 32 trained matrices did not move: {name}\.lora_A, {name}\.lora_B"):
