@@ -10,8 +10,6 @@ by name: ignoring it would load another adapter than was saved. The files may co
 is checked before it is used, and nothing that they name is imported or run.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,8 +21,9 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from .config import clipped, refuse_secrets, shown
+from .files import check_links, read_json, read_tensors, sha256, tensor_shapes, write_json
 from .lora import lora_parameters
-from .model import Base, add_lora, check_links, load_base, read_json, read_tensors, tensor_shapes
+from .model import Base, add_lora, load_base
 
 WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "qlora_min.json"
 
@@ -33,7 +32,10 @@ READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or
         "megatron_core"}  # fmt: skip
 HARMLESS = {"peft_type", "task_type", "inference_mode", "peft_version",
             "loftq_config", "corda_config", "eva_config", "runtime_config", "qalora_group_size"}  # fmt: skip
-INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # others (PiSSA, OLoRA, ...) change W as well
+ALLOWED = {
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),  # others change W as well
+    "megatron_core": (None, "megatron.core"),  # a module that PEFT would import
+}
 PEFT_PREFIX = "base_model.model."
 
 
@@ -78,14 +80,14 @@ def save_adapter(
     }
     from . import __version__
 
-    origin = {k: asdict(config)[k] for k in ("base", "revision", "fingerprint", "quantization", "alpha")}
-    (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n")
+    write_json(folder / CONFIG, peft)
     tokenizer.save_pretrained(folder)
     weights = weights or lora_parameters(model)
     tensors = {f"{PEFT_PREFIX}{n}.weight": p.detach().cpu().contiguous() for n, p in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    origin = {"qlora_min": __version__, **origin, "weights_sha256": _sha256(folder / WEIGHTS)}
-    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+    origin = {k: asdict(config)[k] for k in ("base", "revision", "fingerprint", "quantization", "alpha")}
+    sums = {"weights_sha256": sha256(folder / WEIGHTS)}
+    write_json(folder / ORIGIN, {"qlora_min": __version__, **origin, **sums})
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -105,34 +107,33 @@ def read_config(folder: Path) -> AdapterConfig:
     if peft.get("peft_type") != "LORA":
         raise ValueError(f"adapter '{folder}': peft_type {shown(peft.get('peft_type'))}, expected 'LORA'")
     asked = {k: v for k, v in peft.items() if k not in READ | HARMLESS and not _is_unset(v)}
-    if peft.get("init_lora_weights") not in INITS:
-        asked["init_lora_weights"] = peft["init_lora_weights"]
-    if peft.get("megatron_core") not in (None, "megatron.core"):  # a module that PEFT would import
-        asked["megatron_core"] = peft["megatron_core"]
+    asked |= {k: peft[k] for k, allowed in ALLOWED.items() if peft.get(k) not in allowed}
     if asked:
         fields = ", ".join(f"{k}={shown(v)}" for k, v in sorted(asked.items()))
         raise ValueError(
             f"adapter '{folder}': {CONFIG} asks for {clipped(fields, 200)}, which qlora_min does not implement"
         )
 
-    def field(values: dict[str, Any], name: str, default: Any, good: Callable[[Any], bool], expected: str) -> Any:
-        value = default if values.get(name) is None else values[name]
+    def field(values: dict, name: str, good: Callable[[Any], bool], expected: str, default: Any = ...) -> Any:
+        value = values.get(name)
+        if value is None and default is not ...:
+            return default
         if not good(value):
             raise ValueError(f"adapter '{folder}': {name} {shown(value)}, expected {expected}")
         return value
 
-    targets = field(peft, "target_modules", None, _is_targets, "a list of at most 1,000 names of layers")
-    base = field(peft, "base_model_name_or_path", None, _is_name, "the base's hub id or full path, without '..'")
+    targets = field(peft, "target_modules", _is_targets, "a list of at most 1,000 names of layers")
+    base = field(peft, "base_model_name_or_path", _is_name, "the base's hub id or full path, without '..'")
     refuse_secrets(base, f"adapter '{folder}': base_model_name_or_path")
     config = AdapterConfig(
-        rank=field(peft, "r", None, lambda v: type(v) is int and 1 <= v < 2**63, "an integer of at least 1"),
-        alpha=float(field(peft, "lora_alpha", None, lambda v: _is_number(v) and v > 0, "a number above 0")),
-        dropout=float(field(peft, "lora_dropout", 0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")),
+        rank=field(peft, "r", lambda v: type(v) is int and 1 <= v < 2**63, "an integer of at least 1"),
+        alpha=float(field(peft, "lora_alpha", lambda v: _is_number(v) and v > 0, "a number above 0")),
+        dropout=float(field(peft, "lora_dropout", lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)", 0.0)),
         targets=tuple(targets),
         base=base,
-        revision=field(peft, "revision", None, lambda v: v is None or _is_revision(v), "a commit or branch"),
-        fingerprint=field(origin, "fingerprint", None, lambda v: v is None or _is_sha256(v), "a sha256"),
-        quantization=field(origin, "quantization", "nf4", lambda v: v in ("nf4", "fp4", "none"), "nf4, fp4 or none"),
+        revision=field(peft, "revision", lambda v: _is_text(v, REVISION), "a commit or branch", None),
+        fingerprint=field(origin, "fingerprint", lambda v: _is_text(v, "[0-9a-f]{64}"), "a sha256", None),
+        quantization=field(origin, "quantization", lambda v: v in ("nf4", "fp4", "none"), "nf4, fp4 or none", "nf4"),
     )
     if origin.get("alpha", config.alpha) != config.alpha:  # a rank or targets that were edited do not fit the weights
         raise ValueError(
@@ -166,7 +167,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         more = f"; and {len(wrong) - 8:,} more" if len(wrong) > 8 else ""
         raise ValueError(f"adapter '{folder}' does not fit the model: {'; '.join(sorted(wrong)[:8])}{more}")
     saved = _read_origin(folder).get("weights_sha256")
-    if saved is not None and saved != _sha256(folder / WEIGHTS):
+    if saved is not None and saved != sha256(folder / WEIGHTS):
         raise ValueError(
             f"adapter '{folder}': {WEIGHTS} is not as it was saved (its sha256 differs from the one in {ORIGIN}): "
             "damaged or exchanged; copy the adapter again"
@@ -225,26 +226,21 @@ def _read_origin(folder: Path) -> dict[str, Any]:
     return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # What each field of the files may hold. The values come from anyone, so a check must hold for any JSON.
+
+REVISION = r"\w[\w-]*([./]\w[\w-]*)*"  # a commit, a branch or "refs/pr/1"
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30  # NaN and infinity (1e999) are not
 
 
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+def _is_text(value: Any, pattern: str) -> bool:
+    return isinstance(value, str) and len(value) <= 200 and bool(re.fullmatch(pattern, value))
 
 
 def _is_targets(value: Any) -> bool:
-    return isinstance(value, list) and 1 <= len(value) <= 1000 and all(
-        isinstance(t, str) and len(t) <= 200 and re.fullmatch(r"\w+(\.\w+)*", t) for t in value
-    )  # fmt: skip
+    return isinstance(value, list) and 1 <= len(value) <= 1000 and all(_is_text(t, r"\w+(\.\w+)*") for t in value)
 
 
 def _is_name(value: Any) -> bool:
@@ -253,8 +249,3 @@ def _is_name(value: Any) -> bool:
         isinstance(value, str) and 1 <= len(value) <= 1000 and value.isprintable()
         and all(part != ".." and len(part) <= 255 for part in re.split(r"[/\\]", value))
     )  # fmt: skip
-
-
-def _is_revision(value: Any) -> bool:
-    """A commit, a branch or "refs/pr/1"."""
-    return isinstance(value, str) and len(value) <= 200 and bool(re.fullmatch(r"\w[\w-]*([./]\w[\w-]*)*", value))

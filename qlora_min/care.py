@@ -5,14 +5,14 @@ without options and answer, is the set of its runs of 5 words, its shingles. Two
 
     J(A, B) = |A and B| / |A or B|        = P(the least hash of A's shingles is the least of B's), over random hashes
 
-64 such hashes are kept of each question, in 16 bands of 4. Questions that agree in a whole band are candidates, which
-for J = 0.7 happens with probability 1 - (1 - 0.7^4)^16 = 98.8%, and for J = 0.3 with 12%; of each candidate J itself is
-then computed, so whatever is reported is alike by at least 0.7. In a question of 50 words that is one word changed in
-the middle (J = 0.80), of 100 words two to three. Shingles that more than 5% of the questions share ("please answer with
-one of the option in ...") are no sign of likeness, and are left out; so a question that more rows almost repeat is not
-found.
+64 such hashes are kept of each question, in 16 bands of 4, by rensa (the extra `care`). Questions that agree in a whole
+band are candidates, which for J = 0.7 happens with probability 1 - (1 - 0.7^4)^16 = 98.8%, and for J = 0.3 with 12%; J
+itself is then computed of the 8 that share most hashes, so whatever is reported is alike by at least 0.7. In a question
+of 50 words that is one word changed in the middle (J = 0.80), of 100 words two to three. Shingles that more than 5% of
+the questions share ("please answer with one of the option in ...") are no sign of likeness, and are left out; so a
+question that more rows almost repeat is not found.
 
-Cost: time grows with the words, about a second for 1,000 questions of 110 words; memory with the questions, about 1 KB
+Cost: time grows with the words, about a second for 1,000 questions of 110 words; memory with the questions, about 2 KB
 each. Places are reported, never a text, which may be a patient's.
 """
 
@@ -20,25 +20,24 @@ import functools
 import itertools
 import re
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from . import report
 from .batches import shuffle_options
 from .config import Config
-from .data import ChatEncoder, Encoded, Rows, preview, table
-from .reading import Example, MultipleChoice, permute_options
+from .data import ChatEncoder, Encoded, Rows, preview, read_data, table
+from .reading import Example, permute_options
 from .scores import between, wilson
 
 ALIKE = 0.7  # J from which two questions are near-duplicates
 WORDS = 5  # in a shingle
-BANDS, IN_A_BAND = 16, 4
-COMMON = 0.05  # shingles that more questions share are left out, if these are at least
-AT_LEAST = 10
+HASHES, BANDS, TRIED = 64, 16, 8  # of a question; of them; candidates whose J is computed
+COMMON, AT_LEAST = 0.05, 10  # shingles that a larger share of the questions has are left out, if 10 have them
 SHOWN = 10  # pairs that are shown of each kind; the rest is counted
 BINS = 12  # of the histogram, at most
 
@@ -56,34 +55,31 @@ class Care:
     options: dict[str, dict[int, int]]  # side -> number of options -> multiple-choice rows
     can_shuffle: int  # training rows whose options --shuffle-options can put into another order
     repeated: int  # training rows that repeat an earlier one's question, options and answer
-    repeated_pairs: list[Pair] = field(default_factory=list)
-    conflicts: int = 0  # training rows that answer an earlier one's question, of the same options, in another way
-    conflict_pairs: list[Pair] = field(default_factory=list)
-    alike: int = 0  # training questions that are near-duplicates of an earlier one
-    alike_pairs: list[Pair] = field(default_factory=list)
-    leaks: int = 0  # training questions that are near-duplicates of a held-out one
-    leak_pairs: list[Pair] = field(default_factory=list)
+    repeated_pairs: Sequence[Pair]
+    conflicts: int  # training rows that answer an earlier one's question, of the same options, in another way
+    conflict_pairs: Sequence[Pair]
+    alike: int | None = None  # training questions that are near-duplicates of an earlier one; None without rensa
+    alike_pairs: Sequence[Pair] = ()
+    leaks: int | None = None  # training questions that are near-duplicates of a held-out one; None without rensa
+    leak_pairs: Sequence[Pair] = ()
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    as_dict = asdict
 
     def __str__(self) -> str:
         lines = ["tokens       " + "".join(f"{side:>10}" for side in self.lengths)]
         most = max(1, *self.lengths["training"])
-        for i, (low, high) in enumerate(itertools.pairwise(self.edges)):
-            counts = [n[i] for n in self.lengths.values()]
+        for (low, high), *counts in zip(itertools.pairwise(self.edges), *self.lengths.values()):
             bar = "█" * round(40 * counts[0] / most) or "▏" * (counts[0] > 0)
             lines.append(f"{f'{low:,}-{high - 1:,}':<13}{''.join(f'{n:>10,}' for n in counts)}  {bar}".rstrip())
         lines.append("")
         for side, letters in self.letters.items():
             if total := sum(letters.values()):
-                most_often, count = max(letters.items(), key=lambda item: item[1])
+                ((most_often, count),) = Counter(letters).most_common(1)
                 shares = "  ".join(f"{letter} {n / total:.1%}" for letter, n in letters.items())
                 lines.append(f"right letters of {total:,} {side} rows: {shares}")
                 counts = ", ".join(f"{rows:,} with {n}" for n, rows in self.options[side].items())
-                lines.append(f"  by number of options: {counts}")
-                sure = between(wilson(count, total))
-                lines.append(f"  always {most_often} would be right in {count / total:.1%} (95% interval {sure})")
+                sure = f"{count / total:.1%} (95% interval {between(wilson(count, total))})"
+                lines += [f"  by number of options: {counts}", f"  always {most_often} would be right in {sure}"]
         if total := sum(self.letters["training"].values()):
             lines.append(f"--shuffle-options can move the options of {self.can_shuffle:,} of {total:,} training rows")
         lines.append("")
@@ -94,10 +90,12 @@ class Care:
             (f"training questions almost like another: {alike}", self.alike, self.alike_pairs),
             (f"training questions almost like a held-out one: {alike}", self.leaks, self.leak_pairs),
         ):
-            lines.append(f"{count:>6,}  {what}")
-            lines += [f"        {a}  {b}" + (f"  {likeness:.2f}" if likeness < 1 else "") for a, b, likeness in pairs]
-            if count > len(pairs):
-                lines.append(f"        ... and {count - len(pairs):,} more")
+            if count is not None:
+                lines.append(f"{count:>6,}  {what}")
+                lines += [f"        {a}  {b}" + (f"  {j:.2f}" if j < 1 else "") for a, b, j in pairs]
+                lines += [f"        ... and {count - len(pairs):,} more"] * (count > len(pairs))
+        if self.alike is None:
+            lines.append("near-duplicates were not looked for: that needs rensa, pip install 'qlora_min[care]'")
         return "\n".join(lines)
 
 
@@ -108,74 +106,42 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
     """
     rows, apart = (Rows.join(part.rows for part in side) for side in (train, held))
     sides = {"training": rows} | ({"held out": apart} if len(apart) else {})
-    first: dict[int, dict[tuple, int]] = defaultdict(dict)  # question -> (options, answer) -> the first row of them
-    letters: dict[str, Counter] = {side: Counter() for side in sides}
-    options: dict[str, Counter] = {side: Counter() for side in sides}
+    choices = {k: [(c.correct, len(c.letters)) for r in part if (c := r.example.choice)] for k, part in sides.items()}
+    letters = {side: dict(sorted(Counter(letter for letter, _ in found).items())) for side, found in choices.items()}
+    options = {side: dict(sorted(Counter(n for _, n in found).items())) for side, found in choices.items()}
 
-    def count(side: str, choice: MultipleChoice) -> None:
-        letters[side][choice.correct] += 1
-        options[side][len(choice.letters)] += 1
+    pairs, can_shuffle = {"repeated": [], "conflicts": []}, 0
+    seen: dict[tuple, int] = {}  # a question, and with its options, and with its answer -> its first training row
+    for i, row in enumerate(report.bar(len(rows), "answers", "row", iterable=rows)):
+        example = row.example
+        can_shuffle += bool(example.choice and permute_options(example, range(len(example.choice.letters))))
+        key = (example.question_hash, *_options_and_answer(example))
+        if key in seen:
+            pairs["repeated"].append((row.where, rows[seen[key]].where, 1.0))
+        elif key[:2] in seen:
+            pairs["conflicts"].append((row.where, rows[seen[key[:2]]].where, 1.0))
+        for n in (1, 2, 3):
+            seen.setdefault(key[:n], i)
+    with suppress(ImportError):
+        asked = np.array([i for key, i in seen.items() if len(key) == 1], int)  # one row for each question
+        pairs["alike"], pairs["leaks"] = near_duplicates(rows[asked], apart)
+    found = {what: len(some) for what, some in pairs.items()}
+    found |= {f"{what.removesuffix('s')}_pairs": some[:SHOWN] for what, some in pairs.items()}
 
-    repeated, conflicts, can_shuffle = [], [], 0
-    for i, example in enumerate(_examples(rows, "answers")):
-        if example.choice:
-            count("training", example.choice)
-            can_shuffle += permute_options(example, range(len(example.choice.letters))) is not None
-        known, key = first[example.question_hash], _options_and_answer(example)
-        same_options = next((j for (options, _), j in known.items() if options == key[0]), None)
-        if key in known:
-            repeated.append((i, known[key], 1.0))
-        elif same_options is not None:
-            conflicts.append((i, same_options, 1.0))
-        known.setdefault(key, i)
-    for row in apart:
-        if choice := row.example.choice:
-            count("held out", choice)
-    asked = np.array([min(known.values()) for known in first.values()], int)  # one row for each question
-    alike, leaks = near_duplicates(rows[asked], apart)
-
-    def places(pairs: list[tuple[int, int, float]], mine: Rows, other: Rows) -> list[Pair]:
-        return [(mine[i].where, other[j].where, round(likeness, 3)) for i, j, likeness in pairs[:SHOWN]]
-
-    lengths = np.concatenate([r.lengths for r in sides.values()])
-    low, high = int(lengths.min(initial=lengths.max(initial=0))), int(lengths.max(initial=0))
+    tokens = [*rows.lengths.tolist(), *apart.lengths.tolist()] or [0]
+    low, high = min(tokens), max(tokens)
     width = next(w for k in itertools.count() for w in (10**k, 2 * 10**k, 5 * 10**k) if high // w - low // w < BINS)
     edges = [width * i for i in range(low // width, high // width + 2)]
-    return Care(
-        rows={side: len(r) for side, r in sides.items()},
-        lengths={side: np.histogram(r.lengths, edges)[0].tolist() for side, r in sides.items()},
-        edges=edges,
-        letters={side: dict(sorted(counts.items())) for side, counts in letters.items()},
-        options={side: dict(sorted(counts.items())) for side, counts in options.items()},
-        can_shuffle=can_shuffle,
-        repeated=len(repeated),
-        repeated_pairs=places(repeated, rows, rows),
-        conflicts=len(conflicts),
-        conflict_pairs=places(conflicts, rows, rows),
-        alike=len(alike),
-        alike_pairs=places(alike, rows[asked], rows[asked]),
-        leaks=len(leaks),
-        leak_pairs=places(leaks, rows[asked], apart),
-    )
-
-
-def _examples(rows: Rows, label: str) -> Iterator[Example]:
-    with report.bar(len(rows), label, "row") as bar:
-        for row in rows:
-            yield row.example
-            bar.update()
+    lengths = {side: np.histogram(part.lengths, edges)[0].tolist() for side, part in sides.items()}
+    return Care({side: len(r) for side, r in sides.items()}, lengths, edges, letters, options, can_shuffle, **found)
 
 
 def _options_and_answer(example: Example) -> tuple[frozenset[str] | None, str]:
     """What an answer chooses from, and what it says, without letters, case and spacing."""
-
-    def plain(text: object) -> str:
-        return " ".join(str(text).casefold().split())
-
-    if example.choice is None:
-        return None, plain(example.messages[-1]["content"])
-    options = example.choice.options
-    return frozenset(map(plain, options.values())), plain(options[example.choice.correct])
+    choice = example.choice
+    texts = choice.options if choice else {"": example.messages[-1]["content"]}
+    plain = {letter: " ".join(str(text).casefold().split()) for letter, text in texts.items()}
+    return choice and frozenset(plain.values()), plain[choice.correct if choice else ""]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,101 +149,52 @@ def _options_and_answer(example: Example) -> tuple[frozenset[str] | None, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def near_duplicates(train: Rows, held: Rows) -> tuple[list[tuple[int, int, float]], list[tuple[int, int, float]]]:
+def near_duplicates(train: Rows, held: Rows) -> tuple[list[Pair], list[Pair]]:
     """Training questions that are almost like another one.
 
     Returns:
-        (among themselves, with held-out ones): a list of (training row, the other row, J), each training row once, with
-        the other that is likest it among the candidates; of two training rows, the later one counts.
+        (like an earlier one, like a held-out one): (where the training row stands, where the other, J), each training
+        row once, with the other that is likest it among the candidates.
+
+    Raises:
+        ImportError: rensa is missing.
     """
-    n_held = len(held)
+    from rensa import RMinHash, RMinHashLSH  # an extra
+
+    both = Rows.join([held, train])
+    counts = np.zeros(2**22, np.int32)  # of shingles, by their first 22 bits: of memory that does not grow
+    for row in both:
+        counts[shingles(row.example.question) >> 10] += 1
 
     @functools.lru_cache(maxsize=2**14)
-    def shingles_of(i: int) -> np.ndarray:
-        return shingles((held[i] if i < n_held else train[i - n_held]).example.question)
-
-    total = n_held + len(train)
-    counts = np.zeros(2**22, np.int32)  # of shingles, by their last 22 bits: of memory that does not grow
-    for i in range(total):
-        counts[shingles_of(i) % len(counts)] += 1
-    common = max(AT_LEAST, COMMON * total)
-
     def rare(i: int) -> np.ndarray:
-        mine = shingles_of(i)
-        return mine[counts[mine % len(counts)] < common]
+        mine = shingles(both[i].example.question)
+        return mine[counts[mine >> 10] < max(AT_LEAST, COMMON * len(both))]
 
-    minima = np.zeros((total, BANDS * IN_A_BAND), np.uint32)
-    known = np.zeros(total, bool)
-    with report.bar(total, "near-duplicates", "row") as bar:
-        for i in range(total):
-            mine = rare(i)
-            known[i] = len(mine) > 0
-            if known[i]:
-                minima[i] = minhash(mine)
-            bar.update()
-    best: tuple[dict[int, tuple[int, float]], ...] = ({}, {})
-    for i, j in candidates(minima, np.flatnonzero(known)):
-        if j < n_held:
-            continue  # both are held out
-        a, b = rare(i), rare(j)
-        both = len(np.intersect1d(a, b, assume_unique=True))
-        likeness = both / (len(a) + len(b) - both)
-        found = best[i < n_held]
-        if likeness >= ALIKE and likeness > found.get(j, (0, 0.0))[1]:
-            found[j] = i, likeness
-    among, leaked = best
-    return (
-        [(j - n_held, i - n_held, likeness) for j, (i, likeness) in sorted(among.items())],
-        [(j - n_held, i, likeness) for j, (i, likeness) in sorted(leaked.items())],
-    )
+    indices, found, sketches = [RMinHashLSH(ALIKE, HASHES, BANDS) for _ in range(2)], ([], []), {}
+    for i in report.bar(len(both), "near-duplicates", "row", iterable=range(len(both))):
+        if not len(rare(i)):
+            continue
+        mine = sketches[i] = RMinHash(HASHES, 0)
+        mine.update(map(str, rare(i).tolist()))
+        for index, pairs in zip(indices, found) if i >= len(held) else ():
+            nearest = sorted((-mine.jaccard(sketches[j]), j) for j in index.query(mine))[:TRIED]
+            likeness, j = max(((jaccard(rare(i), rare(j)), -j) for _, j in nearest), default=(0, 0))
+            if likeness >= ALIKE:
+                pairs.append((both[i].where, both[-j].where, round(likeness, 3)))
+        indices[i < len(held)].insert(i, mine)
+    return found
 
 
-@functools.lru_cache(maxsize=2**16)
-def _word(word: str) -> int:
-    return zlib.crc32(word.encode("utf-8", "replace"))
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64 whose bits all depend on all of x's (the end of splitmix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def jaccard(one: np.ndarray, two: np.ndarray) -> float:
+    return len(np.intersect1d(one, two)) / len(np.union1d(one, two))
 
 
 def shingles(text: str) -> np.ndarray:
-    """The different hashes, uint64, of a text's runs of 5 words; of all its words, if it has fewer."""
-    words = np.array([_word(w) for w in re.findall(r"\w+", text)], np.uint64)
-    if not len(words):
-        return words
-    runs = np.lib.stride_tricks.sliding_window_view(words, min(WORDS, len(words)))  # (n - 4, 5)
-    powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, runs.shape[1] + 1, dtype=np.uint64)
-    return np.unique(_mixed((runs * powers).sum(axis=1, dtype=np.uint64)))
-
-
-_FACTORS = _mixed(np.arange(1, BANDS * IN_A_BAND + 1, dtype=np.uint64))[:, None] | np.uint64(1)  # (64, 1)
-
-
-def minhash(mine: np.ndarray) -> np.ndarray:
-    """(64,) uint32: the least of each of 64 hashes of the shingles, a product's upper bits each."""
-    return ((_FACTORS * mine) >> np.uint64(32)).min(axis=1).astype(np.uint32)  # (64, n) -> (64,)
-
-
-def candidates(minima: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs i < j of rows that agree in a band: each row with the first that does, and with the one before it.
-
-    Not each with each: a thousand copies make 2,000 pairs and not half a million.
-    """
-    pairs = set()
-    for band in np.split(minima[rows], BANDS, axis=1):  # (n, 4)
-        _, group = np.unique(band, axis=0, return_inverse=True)
-        order = np.argsort(group.ravel(), kind="stable")
-        group = group.ravel()[order]
-        starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
-        head = np.repeat(starts, np.diff(np.r_[starts, len(group)])) if len(group) else starts
-        for at in np.flatnonzero(head != np.arange(len(group))):
-            j = int(rows[order[at]])
-            pairs |= {(int(rows[order[head[at]]]), j), (int(rows[order[at - 1]]), j)}
-    return sorted(pairs)
+    """The different hashes, uint32, of a text's runs of 5 words; of all its words, if it has fewer."""
+    words = re.findall(r"\w+", text)
+    runs = {" ".join(words[i : i + WORDS]) for i in range(max(0, len(words) - WORDS) + 1)} - {""}
+    return np.unique(np.array([zlib.crc32(run.encode()) for run in runs], np.uint32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,14 +204,12 @@ def candidates(minima: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
 
 def look_at(config: Config, previews: int = 0, colour: bool = True) -> Care:
     """Read the data that the options name, and print what `qlora-min data` prints; writes nothing."""
-    from .data import read_data
-    from .model import load_encoder  # these two take seconds to import
+    from .model import load_encoder  # takes seconds to import
 
     encoder = load_encoder(config.model)
     train, held = read_data(config, encoder, texts=True)
     print(table([*train, *held]) + "\n")
-    found = look(train, held)
-    print(found)
+    print(found := look(train, held))
     show_rows(config, encoder, train, previews, colour)
     return found
 

@@ -13,7 +13,6 @@ which went bad later is noticed and the one before it used. Tensors are stored a
 either runs no code. Whatever the disk refuses is an OSError; what it held before is still there then.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -24,93 +23,25 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import lock_descriptor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+
+from .files import UNSUPPORTED, atomic_folder, sha256, write_json, write_jsonl  # noqa: F401 (two for train.py)
 
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 LOCK = ".lock"
 RECORDED = ("options", "base", "files", "data", "versions")  # the parts of config.json that resuming compares
 BEFORE_A_RUN = {LOCK, ".config.json.new"}  # all that a start which failed can leave
-# What a file system answers that has no locks, or no flush of a folder.
-UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Atomic folders
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno not in UNSUPPORTED or not path.is_dir():  # some file systems can't flush a folder; a file must be
-            raise
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` to write into; when the block ends without an error, it becomes `path`.
-
-    A folder that stood there before is moved aside first and removed last; `clean` puts it back after a kill between.
-
-    Raises:
-        OSError: also where a library reports the disk's error as one of its own (safetensors, tokenizers).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        yield new
-        for file in sorted(new.rglob("*")):
-            _fsync(file)
-        _fsync(new)
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-        _fsync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as e:
-        reported = re.search(r"\(os error (\d+)\)", str(e))  # as Rust writes it
-        if isinstance(e, OSError) or not reported:
-            raise
-        raise OSError(int(reported[1]), os.strerror(int(reported[1])), str(path)) from e
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a file so that a reader sees all of it or what was there before."""
-    _write_file(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_jsonl(path: Path, values: Iterable[Any]) -> None:
-    """Write a JSON value a line, as `write_json` does."""
-    _write_file(path, "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values))
-
-
-def _write_file(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    _fsync(new)
-    new.replace(path)
-    _fsync(path.parent)
+# What reading a bad checkpoint raises.
+DAMAGED = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 def clean(run: Path) -> None:
@@ -129,10 +60,9 @@ def clean(run: Path) -> None:
 
 def _names(folder: Path) -> list[str]:
     """What a folder holds; unlike `glob`, a folder that can't be read does not pass for an empty one."""
-    try:
+    with suppress(FileNotFoundError):
         return os.listdir(folder)
-    except FileNotFoundError:
-        return []
+    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,15 +85,8 @@ def flatten(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any
 
 def unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The reverse of `flatten`."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, inner),) = value.items()
-    if kind == "__tensor__":
-        return tensors[inner]
-    if kind == "__dict__":
-        return {k: unflatten(v, tensors) for k, v in inner}
-    items = [unflatten(v, tensors) for v in inner]
-    return tuple(items) if kind == "__tuple__" else items
+    kinds = {"__tensor__": tensors.__getitem__, "__dict__": dict, "__list__": list, "__tuple__": tuple}
+    return json.loads(json.dumps(value), object_pairs_hook=lambda pairs: kinds[pairs[0][0]](pairs[0][1]))
 
 
 def rng_state() -> dict[str, Any]:
@@ -200,8 +123,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: set[int])
     """
     folder = run / "checkpoints" / f"step-{step}"
     tensors: dict[str, torch.Tensor] = {}
-    plain = flatten(state, tensors)
-    files = {STATE: json.dumps(plain).encode(), TENSORS: save(tensors)}
+    files = {STATE: json.dumps(flatten(state, tensors)).encode(), TENSORS: save(tensors)}
     with atomic_folder(folder) as new:
         for name, content in files.items():
             (new / name).write_bytes(content)
@@ -218,8 +140,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: set[int])
 
 def checkpoint_steps(run: Path) -> list[int]:
     """The steps of the checkpoints of a run, ascending."""
-    names = (n.removeprefix("step-") for n in _names(run / "checkpoints") if n.startswith("step-"))
-    return sorted(int(n) for n in names if n.isdigit())
+    return sorted(int(n[5:]) for n in _names(run / "checkpoints") if re.fullmatch(r"step-\d+", n))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -230,19 +151,11 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         OSError: the file system fails, which says nothing about the checkpoint.
     """
     try:
-        sums = {name: _sha256(folder / name) for name in (STATE, TENSORS)}
+        sums = {name: sha256(folder / name) for name in (STATE, TENSORS)}
         manifest = (folder / MANIFEST).read_bytes()
         if manifest == _manifest(sums):
             return unflatten(json.loads((folder / STATE).read_text(encoding="utf-8")), load_file(folder / TENSORS))
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        ValueError,
-        KeyError,
-        TypeError,
-        SafetensorError,
-    ) as e:
+    except DAMAGED as e:
         raise ValueError(f"checkpoint '{folder}' can't be read ({e})") from None
     changed = [name for name in sums if sums[name].encode() not in manifest] or [MANIFEST]
     raise ValueError(f"checkpoint '{folder}': {', '.join(changed)} not as it was saved (sha256 differs)")
@@ -273,11 +186,6 @@ def _manifest(sums: dict[str, str]) -> bytes:
     return (json.dumps(sums, indent=2) + "\n").encode()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,58 +199,44 @@ def read_record(run: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        if isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in RECORDED):
+            return record
+        why = " is damaged or another program's"
     except (OSError, ValueError) as e:
-        why = e.strerror if isinstance(e, OSError) else e
-        raise ValueError(f"'{run}' holds no run (its config.json: {why}); give a run's directory") from None
-    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in RECORDED):
-        raise ValueError(
-            f"'{run}' holds no run (its config.json is damaged or another program's); give a run's directory"
-        )
-    return record
+        why = f": {getattr(e, 'strerror', e)}"
+    raise ValueError(f"'{run}' holds no run (its config.json{why}); give a run's directory")
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's directory, finished or not."""
-    try:
+    with suppress(ValueError):
         return bool(read_record(folder))
-    except ValueError:
-        return False
+    return False
 
 
-class Lock:
+class Lock(closing):
     """A run's directory is one process's: an advisory lock that ends with its owner, however that ends.
 
-    Where the file system or the platform has no locks there is a warning, and no protection.
+    Where the file system or the platform has no locks there is a warning, and no protection: filelock's `FileLock`
+    would put a marker there, which outlives a process that is killed.
 
     Raises:
         ValueError: another process holds it.
     """
 
     def __init__(self, run: Path):
-        self.file = (run / LOCK).open("a+", encoding="utf-8")  # not inherited by programs that we start
+        self.file = (run / LOCK).open("a", encoding="utf-8")  # not inherited by programs that we start
+        super().__init__(self.file)
         try:
-            import fcntl
-
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            owner = self.file.read().strip() or "another process"
-            self.file.close()
-            raise ValueError(f"'{run}': {owner} is training there; wait until it ends, or stop it") from None
-        except (ImportError, OSError) as e:
-            if isinstance(e, OSError) and e.errno not in UNSUPPORTED:
+            if not lock_descriptor(self.file.fileno(), blocking=False):
+                self.file.close()
+                owner = (run / LOCK).read_text(encoding="utf-8").strip() or "another process"
+                raise ValueError(f"'{run}': {owner} is training there; wait until it ends, or stop it")
+        except OSError as e:
+            if e.errno not in UNSUPPORTED:
                 raise
             print(f"warning: no locks here ({e}): let no other process train in '{run}'", file=sys.stderr)
-            return
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
-
-    def __enter__(self) -> "Lock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+        (run / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
 
 
 class Metrics:
@@ -353,9 +247,8 @@ class Metrics:
         echo: is told each event too, as soon as there is one.
     """
 
-    echo: Callable[[dict[str, Any]], None] | None = None
-
     def __init__(self, run: Path):
+        self.echo: Callable[[dict[str, Any]], object] = lambda event: None
         self.path = run / "metrics.jsonl"
         self.waiting: list[bytes] = []
         self.size = self.path.stat().st_size if self.path.exists() else 0
@@ -364,8 +257,7 @@ class Metrics:
         """Add an event; a number that is not finite, for which JSON has no word, becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.waiting.append((json.dumps({"event": event, **values}) + "\n").encode())
-        if self.echo:
-            self.echo({"event": event, **values})
+        self.echo({"event": event, **values})
 
     def flush(self) -> None:
         """Write what waits.
@@ -403,12 +295,9 @@ def events_in(lines: bytes) -> list[dict[str, Any]]:
     """The events of some lines; those that hold none, cut short by a crash or damaged, are left out."""
     events = []
     for line in lines.splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
+        with suppress(ValueError, RecursionError):
+            if isinstance(event := json.loads(line), dict) and "event" in event:
+                events.append(event)
     return events
 
 

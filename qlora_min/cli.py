@@ -11,7 +11,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +37,8 @@ GROUPS = {
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr, with the nearest known option, and exit code 2."""
 
+    removed: Mapping[str, str] = REMOVED  # options of earlier versions -> what there is instead
+
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
 
@@ -45,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [s for a in self._actions for s in a.option_strings]
             name = unknown[0].split("=")[0]
-            if instead := REMOVED.get(name.removeprefix("--")):
+            if instead := self.removed.get(name.removeprefix("--")):
                 self.error(f"{name}: removed: {instead}")
             self.error(f"unknown option '{name}'{nearest(name, known) if name.startswith('-') else ''}")
         return parsed
@@ -264,7 +266,7 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     if args.generate:
         need_libraries()
     if args.html:
-        page.check_writable(args.html)
+        page.check(args.html)
     adapter = Path(args.adapter)
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length)
     names = [part.name for part in parts]
@@ -484,11 +486,19 @@ def _push(folder: Path, repo: str | None, args: argparse.Namespace, emit: Emit) 
         emit({"event": "push", "url": url, "public": args.public})
 
 
-def _bench_options(parser: Parser) -> None:
+def bench_options(parser: Parser) -> None:
+    """What every benchmark is asked, those of scripts/ too."""
     from .bench import add_arguments
 
     add_arguments(parser)
+    add_options(parser, ("max_length", "batch_size", "grad_accum", "rank", "precision", "engine", "shard"))
     _json_option(parser)
+
+
+def _bench_options(parser: Parser) -> None:
+    bench_options(parser)
+    parser.add_argument("--families", action="store_true", help="four families' shapes by each engine, instead")
+    parser.removed = {"peers": "python scripts/bench_peers.py", "sweep": "python scripts/bench_sweep.py"}
 
 
 def _bench(args: argparse.Namespace, emit: Emit) -> None:
@@ -548,11 +558,12 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None], Callable[[argparse
         chat,
     ),
     "bench": (
-        "Measure how fast qlora_min trains, and in how much memory; beside other trainers, where they are installed.",
+        "Measure how fast qlora_min trains, and in how much memory.",
         """
-  bench                         Qwen2-0.5B's shape, random weights, MedQA's real lengths
-  bench --peers trl,unsloth     the same work by peft + trl and by unsloth
-  bench --sweep costs.png       how time and memory grow with row length, rows and rank""",
+  bench                                             Qwen2-0.5B's shape in fp16, random weights, MedQA's real lengths
+  bench --families                                  other families' shapes, by each engine
+  python scripts/bench_peers.py trl unsloth         the same work by peft + trl and by unsloth
+  python scripts/bench_sweep.py costs.png           how time and memory grow with row length, rows and rank""",
         _bench_options,
         _bench,
     ),
@@ -575,11 +586,15 @@ def make_parser(name: str, prog: str | None = None) -> Parser:
 
 def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
     """Run a command to the process's end; `argv` is the process's own if not given."""
-    args = make_parser(name, prog).parse_args(argv)
+    run_parsed(make_parser(name, prog).parse_args(argv), COMMANDS[name][3])
+
+
+def run_parsed(args: argparse.Namespace, function: Callable[[argparse.Namespace, Emit], int | None]) -> NoReturn:
+    """Run what a command does, with its options, to the process's end."""
 
     def main() -> int | None:
         with _output(args) as emit:
-            return COMMANDS[name][3](args, emit)
+            return function(args, emit)
 
     run_script(main)
 

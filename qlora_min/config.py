@@ -72,6 +72,11 @@ def _positive(default: int | None, help: str):
     return option(default, help, check=lambda v: v is None or v >= 1, expected="an integer of at least 1")
 
 
+ABOVE_0 = {"check": lambda v: v > 0, "expected": "a number above 0"}
+AT_LEAST_0 = {"check": lambda v: v >= 0, "expected": "a number of at least 0"}
+SHARE = {"check": lambda v: 0 <= v < 1, "expected": "a number in [0, 1)"}
+
+
 @dataclass(frozen=True)
 class Config:
     """The options of one training run. Without arguments: the reference configuration.
@@ -88,9 +93,7 @@ class Config:
         expected="at least one data set",
     )
     eval_dataset: tuple[str, ...] = option((), "held-out data; without it, a share of --dataset is held out")
-    eval_fraction: float = option(
-        0.1, "share of --dataset held out (0: no evaluation)", check=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
-    )
+    eval_fraction: float = option(0.1, "share of --dataset held out (0: no evaluation)", **SHARE)
     max_length: int = _positive(512, "longest row in tokens; longer rows are left out whole")
     limit: int | None = _positive(None, "use at most the first N rows of each training data set")
     eval_limit: int | None = _positive(None, "use at most the first N held-out rows (of each held-out data set)")
@@ -105,7 +108,7 @@ class Config:
         expected="numbers above 0",
     )
 
-    epochs: float = option(3.0, "passes over the data", check=lambda v: v > 0, expected="a number above 0")
+    epochs: float = option(3.0, "passes over the data", **ABOVE_0)
     max_steps: int | None = _positive(None, "end after N optimizer steps, whatever the epochs")
     batch_size: int = _positive(4, "rows in a micro-batch; with --grad-accum, the rows of an optimizer step")
     grad_accum: int = _positive(4, "micro-batches in an optimizer step")
@@ -113,18 +116,11 @@ class Config:
         None, "tokens of a micro-batch; a step's result does not depend on it (default: what fits)"
     )
     learning_rate: float = option(
-        2e-4,
-        "peak learning rate, QLoRA's for models up to 13B (its table 9); cosine to 0 after the warm-up",
-        check=lambda v: v > 0,
-        expected="a number above 0",
+        2e-4, "peak learning rate, QLoRA's for models up to 13B (its table 9); cosine to 0 after the warm-up", **ABOVE_0
     )
-    warmup_ratio: float = option(
-        0.03, "share of the steps that warm up", check=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
-    )
-    weight_decay: float = option(0.0, "AdamW's weight decay", check=lambda v: v >= 0, expected="a number of at least 0")
-    max_grad_norm: float = option(
-        1.0, "clip the gradients to this global norm", check=lambda v: v > 0, expected="a number above 0"
-    )
+    warmup_ratio: float = option(0.03, "share of the steps that warm up", **SHARE)
+    weight_decay: float = option(0.0, "AdamW's weight decay", **AT_LEAST_0)
+    max_grad_norm: float = option(1.0, "clip the gradients to this global norm", **ABOVE_0)
     optimizer: str = _choice(
         "paged_adamw8bit", ("paged_adamw8bit", "adamw"), "bitsandbytes' paged 8-bit AdamW, or torch's AdamW"
     )
@@ -135,15 +131,9 @@ class Config:
     alpha: float = option(
         32.0,
         "the update is scaled by alpha / rank, so that another rank needs no other learning rate (LoRA, section 4.1)",
-        check=lambda v: v > 0,
-        expected="a number above 0",
+        **ABOVE_0,
     )
-    dropout: float = option(
-        0.05,
-        "dropout on the update's input; QLoRA took 0.1 up to 13B, 0.05 above",
-        check=lambda v: 0 <= v < 1,
-        expected="a number in [0, 1)",
-    )
+    dropout: float = option(0.05, "dropout on the update's input; QLoRA took 0.1 up to 13B, 0.05 above", **SHARE)
     targets: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj", "o_proj"),
         "the linear layers that get an update; QLoRA needed all seven to match full fine-tuning (section 4)",
@@ -178,12 +168,7 @@ class Config:
     log_every: int = _positive(10, "steps between lines in metrics.jsonl")
     tensorboard: bool = option(False, "write what metrics.jsonl says to RUN/tensorboard too (extra `tensorboard`)")
     save_every: int | None = _positive(None, "steps between checkpoints (besides those at evaluations)")
-    save_minutes: float = option(
-        5.0,
-        "minutes after which a checkpoint is due (0: none by time)",
-        check=lambda v: v >= 0,
-        expected="a number of at least 0",
-    )
+    save_minutes: float = option(5.0, "minutes after which a checkpoint is due (0: none by time)", **AT_LEAST_0)
     output_dir: str | None = option(None, "the run directory (default: runs/MODEL-DATASET-TIME)")
     seed: int = option(
         42,
@@ -239,32 +224,19 @@ def kinds_of(f: dataclasses.Field) -> set[type]:
     return set(typing.get_args(f.type)) or {f.type}
 
 
-def _convert(f: dataclasses.Field, value: Any) -> Any:
-    """A value from a TOML or JSON file as the field's type; raises TypeError where it is of another."""
-    kinds = kinds_of(f)
-    if value is None and type(None) in kinds:
-        return None
-    if f.type == tuple[str, ...]:
-        items = value if isinstance(value, list | tuple) else str(value).split(",")
-        if not all(isinstance(i, str) for i in items):
-            raise TypeError
-        return tuple(i.strip() for i in items if i.strip())
-    if f.type == tuple[float, ...]:
-        items = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(i, int | float) and not isinstance(i, bool) for i in items):
-            raise TypeError
-        return tuple(map(float, items))
-    if bool in kinds and isinstance(value, bool):
+def _convert(kinds: set[type], value: Any) -> Any:
+    """A value from a TOML or JSON file as one of these types; raises TypeError where it is of another."""
+    if Ellipsis in kinds:
+        items = value if isinstance(value, list | tuple) else str(value).split(",") if str in kinds else [value]
+        items = [_convert(kinds - {Ellipsis}, i) for i in items]
+        return tuple(i.strip() for i in items if i.strip()) if str in kinds else tuple(items)
+    if type(value) in kinds:
         return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = type(value) in (int, float)
     if int in kinds and number and value == int(value):
         return int(value)
     if float in kinds and number:
         return float(value)
-    if str in kinds and isinstance(value, str):
-        return value
-    if "choices" in f.metadata and isinstance(value, bool):  # gradient-checkpointing = true
-        return "on" if value else "off"
     raise TypeError
 
 
@@ -281,16 +253,14 @@ def parse_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise ValueError(f"{source}: option '{key}' was removed: {REMOVED[name]}")
         if name not in FIELDS:
             raise ValueError(f"{source}: unknown option '{key}'{nearest(name, list(FIELDS)).replace('_', '-')}")
+        f = FIELDS[name]
+        if "choices" in f.metadata and isinstance(value, bool):  # gradient-checkpointing = true
+            value = "on" if value else "off"
         try:
-            out[name] = _convert(FIELDS[name], value)
+            out[name] = _convert(kinds_of(f), value)
         except (TypeError, ValueError, OverflowError):
-            kinds = (
-                "list"
-                if FIELDS[name].type == tuple[str, ...]
-                else "list of numbers"
-                if FIELDS[name].type == tuple[float, ...]
-                else "/".join(k.__name__ for k in kinds_of(FIELDS[name]) - {type(None)})
-            )
+            lists = {tuple[str, ...]: "list", tuple[float, ...]: "list of numbers"}
+            kinds = lists.get(f.type) or "/".join(k.__name__ for k in kinds_of(f) - {type(None)})
             raise ValueError(f"{source}: option '{key}': got {value!r}, expected {kinds}") from None
     return out
 

@@ -18,12 +18,10 @@ Nothing grows with the data but a few numbers a row: examples come as a stream, 
 memory-mapped, about 5 bytes a token.
 """
 
-import bisect
 import functools
 import hashlib
 import itertools
 import json
-import math
 import mmap
 import re
 import tempfile
@@ -37,14 +35,7 @@ import pyarrow as pa  # comes with datasets
 import torch
 
 from .config import Config
-from .reading import (  # noqa: F401 (read and to_example for our users)
-    BadRow,
-    BadRows,
-    Example,
-    Message,
-    read,
-    to_example,
-)
+from .reading import BadRow, BadRows, Example, Message, read, to_example  # noqa: F401 (for our users)
 from .report import aligned
 
 
@@ -149,10 +140,6 @@ class ChatEncoder:
             raise ValueError("a text turns into a control token of the tokenizer even when cut")
         return ids
 
-    def encode_text(self, text: str) -> list[int]:
-        """As `encode_texts`, for one."""
-        return self.encode_texts([text])[0]
-
     def encode_all(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
         """Conversations that end with an answer -> (ids, supervised) of each, equally long.
 
@@ -200,14 +187,7 @@ class ChatEncoder:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def _first_token(self, letter: str) -> int:
-        return self.encode_text(f"{letter}:")[0]
-
-    def encode_example(self, example: Example) -> Row:
-        """As `encode_examples`, for one; raises BadRow."""
-        (row,) = self.encode_examples([example])
-        if isinstance(row, BadRow):
-            raise row
-        return row
+        return self.encode_texts([f"{letter}:"])[0][0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,18 +207,16 @@ ROWS_A_BATCH = 1024
 
 
 def _record_batch(rows: Sequence[Row]) -> pa.RecordBatch:
-    def lists(items: Sequence[Any], dtype: type) -> pa.ListArray:
-        offsets = np.cumsum([0, *map(len, items)], dtype=np.int32)
-        return pa.ListArray.from_arrays(offsets, np.concatenate([np.asarray(i, dtype) for i in items]))
-
-    columns = [
-        lists([r.ids.numpy() for r in rows], np.int32),
-        lists([r.supervised.numpy() for r in rows], np.uint8),
-        pa.array([r.where.encode("utf-8", "surrogateescape") for r in rows], pa.binary()),
-        lists([(*r.choices[0], r.choices[1]) if r.choices else () for r in rows], np.int32),
-        pa.array([r.text.encode("utf-8") for r in rows], pa.binary()),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
+    return pa.RecordBatch.from_pylist(
+        [{
+            "ids": r.ids.numpy(),
+            "supervised": r.supervised.numpy().view(np.uint8),
+            "where": r.where.encode("utf-8", "surrogateescape"),
+            "choices": (*r.choices[0], r.choices[1]) if r.choices else (),
+            "text": r.text.encode("utf-8"),
+        } for r in rows],
+        schema=SCHEMA,
+    )  # fmt: skip
 
 
 class Rows(Sequence[Row]):
@@ -248,10 +226,9 @@ class Rows(Sequence[Row]):
     sum by: lengths (n,), the rows' tokens, and supervised (n,), how many of them count in the loss; int32 both.
     """
 
-    def __init__(self, batches: list[pa.RecordBatch], index: np.ndarray, lengths: np.ndarray, supervised: np.ndarray):
-        self._batches, self._index, self.lengths, self.supervised = batches, index, lengths, supervised
-        self._starts = [0, *itertools.accumulate(map(len, batches))]
-        self._views: dict[int, tuple] = {}
+    def __init__(self, table: pa.Table, index: np.ndarray, lengths: np.ndarray, supervised: np.ndarray):
+        self._table, self._index, self.lengths, self.supervised = table, index, lengths, supervised
+        self._columns = table.columns
 
     @classmethod
     def write(cls, rows: Iterable[Row]) -> "Rows":
@@ -277,18 +254,18 @@ class Rows(Sequence[Row]):
                 f"the encoded rows can't be written to {tempfile.gettempdir()} ({e.strerror or e}); set TMPDIR to a "
                 "folder with space, about 5 bytes a token"
             ) from None
-        batches = list(pa.ipc.open_stream(pa.py_buffer(mapped)))
+        table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
         if hasattr(mmap, "MADV_DONTNEED"):  # opening has brought in a page or more of each batch
             mapped.madvise(mmap.MADV_DONTNEED)
-        return cls(batches, np.arange(len(lengths)), np.array(lengths, np.int32), np.array(supervised, np.int32))
+        return cls(table, np.arange(len(lengths)), np.array(lengths, np.int32), np.array(supervised, np.int32))
 
     @classmethod
     def join(cls, parts: Iterable["Rows"]) -> "Rows":
         """The rows of all parts, in order; nothing is copied but the numbers in memory."""
         parts = list(parts) or [cls.write(())]
-        starts = itertools.accumulate((p._starts[-1] for p in parts), initial=0)
+        starts = itertools.accumulate((len(p._table) for p in parts), initial=0)
         return cls(
-            [b for p in parts for b in p._batches],
+            pa.concat_tables(p._table for p in parts),
             np.concatenate([p._index + start for p, start in zip(parts, starts)]),
             np.concatenate([p.lengths for p in parts]),
             np.concatenate([p.supervised for p in parts]),
@@ -299,35 +276,17 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, i):
         if isinstance(i, slice | np.ndarray):
-            rows = Rows(self._batches, self._index[i], self.lengths[i], self.supervised[i])
-            rows._views = self._views
-            return rows
-        ids, supervised, where, choices, text = self._arrays(self._index[i])
-        *letters, correct = choices.tolist() or [None]
+            return Rows(self._table, self._index[i], self.lengths[i], self.supervised[i])
+        at = int(self._index[i])
+        ids, supervised, where, choices, text = (column[at] for column in self._columns)
+        *letters, correct = choices.as_py() or [None]
         return Row(
-            torch.from_numpy(ids.copy()),
-            torch.from_numpy(supervised.astype(bool)),
-            where.tobytes().decode("utf-8", "surrogateescape"),
+            torch.from_numpy(ids.values.to_numpy().copy()),
+            torch.from_numpy(supervised.values.to_numpy().astype(bool)),
+            where.as_py().decode("utf-8", "surrogateescape"),
             (tuple(letters), correct) if letters else None,
-            text.tobytes().decode("utf-8"),
+            text.as_py().decode("utf-8"),
         )
-
-    def _arrays(self, at: int) -> list[np.ndarray]:
-        """The columns of a row of the files, as views."""
-        number = bisect.bisect_right(self._starts, at) - 1
-        views = self._views.get(number)
-        if views is None:
-            views = self._views[number] = tuple(_flat(column) for column in self._batches[number].columns)
-        i = int(at) - self._starts[number]
-        return [values[offsets[i] : offsets[i + 1]] for offsets, values in views]
-
-
-def _flat(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists or bytes -> (offsets (n + 1,), values): row i is values[offsets[i] : offsets[i + 1]]."""
-    _, offsets, *rest = column.buffers()
-    kind = column.type.value_type.to_pandas_dtype() if pa.types.is_list(column.type) else np.uint8
-    values = np.frombuffer(rest[-1], kind) if rest[-1] is not None and rest[-1].size else np.empty(0, kind)
-    return np.frombuffer(offsets, np.int32), values
 
 
 @dataclass(frozen=True)
@@ -379,10 +338,9 @@ def encode_all(
         ValueError: none fits, or all are bad.
     """
     mine = bad or BadRows()
-    before, questions, fits, shortest = mine.count, array("Q"), array("B"), math.inf
+    before, questions, lengths = mine.count, array("Q"), array("i")
 
     def kept() -> Iterator[Row]:
-        nonlocal shortest
         for part in _parts(examples):
             if mine.fatal:
                 nothing = torch.zeros(0, dtype=torch.int32)
@@ -393,25 +351,23 @@ def encode_all(
                 if isinstance(row, BadRow):
                     mine.add(row)
                     continue
-                length = len(row)
                 questions.append(example.question_hash)
-                fits.append(length <= max_length)
-                shortest = min(shortest, length)
-                if fits[-1]:
+                lengths.append(len(row))
+                if len(row) <= max_length:
                     yield replace(row, text=json.dumps(example.messages)) if texts else row
 
     rows = Rows.write(kept())
     count = mine.count - before
     if bad is None:
         mine.check()
-    if fits and not rows:
+    if lengths and not rows:
         raise ValueError(
-            f"{name}: all {len(fits):,} rows are too long; the shortest has {shortest} tokens, "
+            f"{name}: all {len(lengths):,} rows are too long; the shortest has {min(lengths)} tokens, "
             f"--max-length is {max_length}"
         )
-    if count and not fits and mine.skip:
+    if count and not lengths and mine.skip:
         raise ValueError(f"{name}: all {count:,} rows are bad; leave out --skip-bad-rows to see why")
-    return Encoded(name, rows, np.array(questions, np.uint64), np.array(fits, bool), count)
+    return Encoded(name, rows, np.array(questions, np.uint64), np.array(lengths, np.int32) <= max_length, count)
 
 
 def _parts(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -433,13 +389,12 @@ def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
     A question is compared without its answer, options, case and spacing (`Example.question`).
     """
     questions, known = train.questions[train.fits], held.questions[held.fits]
-    known, first = np.unique(known, return_index=True)
-    at = np.minimum(np.searchsorted(known, questions), max(0, len(known) - 1))
-    shared = np.flatnonzero(known[at] == questions) if len(known) else np.empty(0, int)
+    shared = np.flatnonzero(np.isin(questions, known))
     if not len(shared):
         return train
+    first = dict(zip(known[::-1].tolist(), reversed(range(len(known)))))
     for i in shared:
-        there = held.rows[first[at[i]]].where
+        there = held.rows[first[questions[i]]].where
         bad.add(BadRow(f"{train.rows[i].where}: the same question stands in {there}, which is held out"))
     chosen = np.ones(len(train.fits), dtype=bool)
     chosen[np.flatnonzero(train.fits)[shared]] = False

@@ -9,6 +9,7 @@ option's probability is the softmax over the row's options of those logits. Chan
 options. What a model writes itself is another pass (`generated`), a forward a token, and scored in scores.py.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,17 +21,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import checkpoint, memory, report
+from . import checkpoint, report
 from .adapter import read_config
 from .config import Config
 from .data import Encoded, Row, Rows, data_hash, encode_all, read_data
 from .engine import Captured, Engine
-from .generate import generate
+from .generate import generate, unless_out_of_memory
 from .loss import LOGIT_ROWS
 from .model import Base, load_encoder
 from .reading import BadRows, read
 from .scores import Choices, TextScores, between, text_scores, wilson
-from .sharding import is_sharded
 
 MEASURES = (  # what is shown of an Evaluation: label, field, format
     ("loss", "loss", "{:.4f}"),
@@ -148,53 +148,39 @@ def evaluate(
     Raises:
         MemoryError: there is too little for a single row.
     """
-    base, device = engine.base, engine.device
+    base = engine.base
     lengths = rows.lengths if isinstance(rows, Rows) else [len(r) for r in rows]
     order = sorted(range(len(rows)), key=lambda i: lengths[i])  # rows of a length together: little padding
-    most = batch_size
-    loss, right, count = 0.0, 0, 0
-    options, options_right, chance = 0, 0, 0.0
+    start, most = 0, batch_size
+    loss, right, count, options_right, chance = 0.0, 0, 0, 0, 0.0
     choices: list[tuple[str, str, float]] = []
-    bar = report.bar(len(rows), progress, "row", show=progress is not None)
-    try:
-        start = 0
+    with report.bar(len(rows), progress, "row", show=progress is not None) as bar:
         while start < len(order):
             if before_each:
                 before_each()
             here = order[start : start + batch_size]
             fit = np.searchsorted(np.cumsum([lengths[i] for i in here]), tokens, side="right")
             part = [rows[i] for i in here[: max(1, int(fit))]]
-            try:
-                batch_loss, batch_right, batch_count, chosen = _measure(engine, part, most)
-            except (RuntimeError, MemoryError) as e:
-                if not memory.is_out_of_memory(e):
-                    raise
-                if is_sharded(base.model):
-                    raise MemoryError(f"evaluating {len(part)} rows {memory.ALONE}") from None
-                batch_count = None
-            if batch_count is None:
-                memory.release()
-                if len(part) == 1:
-                    raise MemoryError(
-                        f"evaluating one row of {len(part[0])} tokens takes more memory than there is "
-                        f"({memory.taken(device)}); lower --max-length, or free the device of other programs"
-                    )
+            measured = unless_out_of_memory(
+                functools.partial(_measure, engine, part, most), base, len(part), f"evaluating {len(part)} rows",
+                f"evaluating one row of {len(part[0])} tokens", "lower --max-length",
+            )  # fmt: skip
+            if measured is None:
                 batch_size = len(part) // 2
                 report.say(f"note: out of memory: evaluation goes on with batches of {batch_size}", sys.stderr)
                 continue
-            start += len(part)
+            batch_loss, batch_right, batch_count, chosen = measured
             loss, right, count = loss + batch_loss, right + batch_right, count + batch_count
             for row, choice in zip(part, chosen):
                 if row.choices and choice:
                     (at, probability), (firsts, correct) = choice, row.choices
-                    options += 1
                     options_right += at == correct
                     chance += 1 / len(firsts)
                     letters = option_letters(base, row)
                     choices.append((letters[correct], letters[int(at)], probability))
+            start += len(part)
             bar.update(len(part))
-    finally:
-        bar.close()
+    options = len(choices)
     return Evaluation(
         rows=len(rows),
         supervised_tokens=count,
@@ -266,8 +252,6 @@ class Answers:
     @classmethod
     def join(cls, parts: Sequence["Answers"]) -> "Answers":
         """Of all parts' rows together."""
-        if len(parts) == 1:
-            return parts[0]
         return cls(*([x for p in parts for x in getattr(p, f.name)] for f in fields(cls)))
 
 
@@ -321,9 +305,7 @@ def beside(result: dict[str, Any]) -> str:
 def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[str, str]]:
     """What there is to show of a side, in words: (label, value)."""
     lines = [("rows", f"{result.rows:,}"), ("supervised tokens", f"{result.supervised_tokens:,}")]
-    for label, key, form in MEASURES:
-        if getattr(result, key) is not None:
-            lines.append((label, form.format(getattr(result, key))))
+    lines += _known(result, MEASURES)
     if result.option_accuracy is not None:
         if result.option_rows < result.rows:
             lines.append(("  rows with options", f"{result.option_rows:,}"))
@@ -336,10 +318,19 @@ def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[
         ]
     if texts:
         lines.append(("answers generated", f"{texts.rows:,}"))
-        for label, key, form in GENERATED:
-            if getattr(texts, key) is not None:
-                lines.append((f"  {label}", form.format(getattr(texts, key))))
+        lines += [(f"  {label}", value) for label, value in _known(texts, GENERATED)]
     return lines
+
+
+def _known(side: Evaluation | TextScores, shown: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """(label, value) of those of MEASURES or GENERATED that there are."""
+    return [(label, form.format(getattr(side, key))) for label, key, form in shown if getattr(side, key) is not None]
+
+
+def _change(pair: Sequence[Evaluation | TextScores], key: str, form: str) -> str:
+    """base -> adapter."""
+    values = [getattr(side, key) for side in pair]
+    return "-" if None in values else " → ".join(map(form.format, values))
 
 
 def side_by_side(
@@ -360,13 +351,10 @@ def by_data_set(
     """
     lines = [("data", "rows", "loss", "token accuracy", "option accuracy", "95% interval", "chance", "majority")]
     for name, b, a in zip(names, before, after):
-        line = [name, f"{a.rows:,}"]
-        for key, form in (("loss", "{:.4f}"), ("token_accuracy", "{:.1%}"), ("option_accuracy", "{:.1%}")):
-            values = [getattr(side, key) for side in (b, a)]
-            line.append("-" if None in values else " → ".join(map(form.format, values)))
+        changes = [_change((b, a), key, form) for _, key, form in MEASURES if key != "perplexity"]
         majority = "{} {:.1%}".format(*a.choices.majority)
-        line += ["-"] * 3 if a.chance is None else [between(a.choices.interval), f"{a.chance:.1%}", majority]
-        lines.append(tuple(line))
+        known = ["-"] * 3 if a.chance is None else [between(a.choices.interval), f"{a.chance:.1%}", majority]
+        lines.append((name, f"{a.rows:,}", *changes, *known))
     return lines
 
 
@@ -376,11 +364,7 @@ def texts_by_data_set(
     """As `by_data_set`, of generated answers."""
     lines = [("data", "answers", *(label for label, _, _ in GENERATED))]
     for name, *pair in zip(names, before, after):
-        line = [name, f"{pair[1].rows:,}"]
-        for _, key, form in GENERATED:
-            values = [getattr(side, key) for side in pair]
-            line.append("-" if None in values else " → ".join(map(form.format, values)))
-        lines.append(tuple(line))
+        lines.append((name, f"{pair[1].rows:,}", *(_change(pair, key, form) for _, key, form in GENERATED)))
     return lines
 
 

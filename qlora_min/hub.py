@@ -143,9 +143,8 @@ def is_hub_id(name: str) -> bool:
 
 def named(name: str) -> str:
     """A hub id as it is, a local file or folder without where it lies; what stands behind, " (held out)", stays."""
-    where, _, rest = name.partition(" (held out)")
-    rest = " (held out)" if rest or name.endswith(" (held out)") else ""
-    return (where if is_hub_id(where) else re.split(r"[/\\]", where.rstrip("/\\"))[-1]) + rest
+    where, held_out, _ = name.partition(" (held out)")
+    return (where if is_hub_id(where) else re.split(r"[/\\]", where.rstrip("/\\"))[-1]) + held_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,29 +168,23 @@ def check_push(repo: str, public: bool, base: str | None = None) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(repo)
-        possible = repo.count("/") == 1
+        validate_repo_id(repo if repo.count("/") == 1 else "")
     except HFValidationError:
-        possible = False
-    if not possible:
         raise ValueError(
             f"--push-to-hub: got '{clipped(repo)}', expected OWNER/NAME, of letters, digits, '-', '_' and '.'"
-        )
+        ) from None
     with _reaching(repo, "nothing has been done yet; check network and token, or leave the option out"):
         me = HfApi().whoami()
         owners = [me["name"], *(org["name"] for org in me.get("orgs", []))]
         if repo.split("/")[0] not in owners:
-            raise ValueError(
-                f"--push-to-hub {repo}: the token is of {', '.join(owners)}; expected one of these as OWNER"
-            )
+            raise _refusal(repo, f"the token is of {', '.join(owners)}; expected one of these as OWNER")
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise ValueError(f"--push-to-hub {repo}: the token may only read; make one that may write")
+            raise _refusal(repo, "the token may only read; make one that may write")
         with suppress(RepositoryNotFoundError):  # or else it will be made
             _refuse_public(repo, HfApi().model_info(repo).private, public)
     if base and Path(base).is_dir():
-        print(
-            f"note: the adapter will name its base as '{Path(base).resolve()}', and those who load it must give theirs"
-        )
+        where = Path(base).resolve()
+        print(f"note: the adapter will name its base as '{where}', and those who load it must give theirs")
 
 
 def push(folder: Path, repo: str, public: bool) -> str:
@@ -211,19 +204,19 @@ def push(folder: Path, repo: str, public: bool) -> str:
         api.create_repo(repo, private=not public, exist_ok=True)
         info = api.model_info(repo)
         _refuse_public(repo, info.private, public)
-        held = {f.rfilename for f in info.siblings or ()} - {".gitattributes"}
+        held = len({f.rfilename for f in info.siblings or ()} - {".gitattributes"})
         if held:
-            print(
-                f"{repo} holds {len(held)} files: this push is a new commit on top, what they were stays in its history"
-            )
+            print(f"{repo} holds {held} files: this push is a new commit on top, what they were stays in its history")
         return api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Pushed by qlora_min").repo_url.url
 
 
 def _refuse_public(repo: str, private: bool | None, public: bool) -> None:
     if not private and not public:
-        raise ValueError(
-            f"--push-to-hub {repo}: that repository is public; add --public to push there, or choose another"
-        )
+        raise _refusal(repo, "that repository is public; add --public to push there, or choose another")
+
+
+def _refusal(repo: str, why: str) -> ValueError:
+    return ValueError(f"--push-to-hub {repo}: {why}")
 
 
 @contextmanager
@@ -233,17 +226,13 @@ def _reaching(repo: str, advice: str) -> Iterator[None]:
 
     try:
         yield
+        return
     except LocalTokenNotFoundError:
-        raise ValueError(
-            f"--push-to-hub {repo}: there is no token; log in with `hf auth login` or set HF_TOKEN; {advice}"
-        ) from None
+        why = "there is no token; log in with `hf auth login` or set HF_TOKEN"
     except HfHubHTTPError as e:
-        raise ValueError(
-            f"--push-to-hub {repo}: the hub refuses ({clipped(e.server_message or e)}); {advice}"
-        ) from None
+        why = f"the hub refuses ({clipped(e.server_message or e)})"
     except ValueError:
         raise
     except Exception as e:  # of whichever HTTP library it uses
-        raise ValueError(
-            f"--push-to-hub {repo}: the Hugging Face hub can't be reached ({clipped(e)}); {advice}"
-        ) from None
+        why = f"the Hugging Face hub can't be reached ({clipped(e)})"
+    raise _refusal(repo, f"{why}; {advice}")

@@ -21,10 +21,10 @@ import torch.nn as nn
 from transformers import AutoModelForCausalLM
 
 from .adapter import load_adapter, read_config
-from .checkpoint import atomic_folder
 from .data import Row
 from .engine import Modules
 from .evaluate import Evaluation, evaluate
+from .files import atomic_folder, write_text
 from .hub import CARD, merged_card
 from .lora import LoRALinear, lora_disabled
 from .model import DTYPES, decoder_prefix, dequantized_weight, pick_device, quantize_linear
@@ -108,7 +108,7 @@ def merge(
             f"onto its {'dequantised' if base == 'dequantized' else 'original'} weights, in {dtype}; read back, its "
             f"logits differ from the adapter's on that base by {result.difference:.1e} of their norm"
         )
-        (new / CARD).write_text(merged_card(read_config(adapter), adapter, how), encoding="utf-8")
+        write_text(new / CARD, merged_card(read_config(adapter), adapter, how))
     return result
 
 
@@ -133,8 +133,7 @@ def compare_merges(
     fold(loaded.model)
     measure(f"merged onto the dequantised {bits} weights")
     for name, linear in _decoder_linears(loaded.model):
-        parent, _, child = name.rpartition(".")
-        setattr(loaded.model.get_submodule(parent), child, quantize_linear(linear, quantization, loaded.dtype))
+        loaded.model.set_submodule(name, quantize_linear(linear, quantization, loaded.dtype))
     measure(f"merged, then quantised to {bits} again")
     loaded = load_adapter(adapter, model, precision, device, quantization="none")
     fold(loaded.model)
@@ -166,8 +165,7 @@ def fold(model: nn.Module) -> None:
         plain.weight = nn.Parameter(weight, requires_grad=False)
         if linear.bias is not None:
             plain.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
+        model.set_submodule(name, plain)
 
 
 @torch.no_grad()

@@ -21,26 +21,23 @@ switch that kernel off. And on CPUs with AVX512 a matrix whose rows are no multi
 with the wrong scales: such a model is refused on a CPU.
 """
 
-import hashlib
-import json
 import os
 import re
-import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .bits import bnb
 from .config import clipped, refuse_secrets, shown
 from .data import ChatEncoder
+from .files import Fingerprint, check_links, read_json, read_weights, weight_shapes
 from .lora import inject_lora, lora_parameters
 from .sharding import shard
 
@@ -99,7 +96,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Finding and reading the weights
+# Finding a model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -162,165 +159,6 @@ def _check_folder(folder: Path, name: str) -> None:
         )
 
 
-def check_links(folder: Path) -> None:
-    """A model's or an adapter's folder may be a link; its files may not lead out of it.
-
-    The hub's cache is the exception: there a file of models--A--B/snapshots/REVISION is a link into models--A--B/blobs.
-
-    Raises:
-        ValueError: a file whose real path lies elsewhere.
-    """
-    root = folder.resolve()
-    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    for path in [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]:
-        if path.is_file() and not any(path.resolve().is_relative_to(a) for a in allowed):
-            raise ValueError(
-                f"'{folder}': {shown(path.name)} is a link to a file outside of the folder; "
-                "put the file itself there if you trust it"
-            )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that may be hostile.
-
-    Raises:
-        ValueError: it can't be read, is no JSON object, is larger than 64 MiB, names a key twice or holds NaN.
-    """
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
-    try:
-        if path.stat().st_size > 2**26:
-            raise ValueError("larger than 64 MiB")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=no_constant)
-    except RecursionError:
-        raise ValueError(f"{path}: not readable JSON (nested too deeply)") from None
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: not readable JSON ({clipped(e)})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: an object whose keys are all different; which of two counts, each reader decides for itself."""
-    value: dict[str, Any] = {}
-    for key, v in pairs:
-        if key in value:
-            raise ValueError(f"the key {shown(key)} stands there twice")
-        value[key] = v
-    return value
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order.
-
-    Raises:
-        ValueError: there are none, or the index names one that is missing or lies elsewhere.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            elsewhere = [n for n in names if Path(n).name != n or "\0" in n or not 1 <= len(n) <= 255]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index}: no readable index of weights; copy or download the model again") from None
-        if elsewhere:
-            raise ValueError(f"{index}: names {shown(elsewhere[0])}; expected files beside the index")
-        lost = [n for n in names if not (folder / n).is_file()]
-        if lost:
-            raise ValueError(
-                f"model '{folder}': {clipped(', '.join(lost))} is missing; copy or download the model again"
-            )
-        return [folder / n for n in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    raise ValueError(f"model '{folder}': no model.safetensors; expected weights in the safetensors format")
-
-
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a safetensors file, from its header: no tensor is read.
-
-    safetensors itself sees to it that the header is no longer than the file, that its JSON is sound, and that the
-    tensors fill the file exactly, without a gap or an overlap.
-
-    Raises:
-        ValueError: a damaged header, a name that stands there twice, or a tensor that is not fp16, bf16, fp32 or fp64.
-    """
-    shapes = {}
-    try:
-        with safe_open(path, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 (it is no dict)
-                part = f.get_slice(name)
-                if part.get_dtype() not in ("F16", "BF16", "F32", "F64"):
-                    raise ValueError(f"{shown(name)} is stored as {part.get_dtype()}, expected fp16, bf16 or fp32")
-                shapes[name] = tuple(part.get_shape())
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            json.loads(file.read(length), object_pairs_hook=_once)
-    except (OSError, SafetensorError, ValueError) as e:
-        raise _unreadable(path, e) from None
-    return shapes
-
-
-def read_tensors(path: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a safetensors file, memory-mapped; only those in `names`, if given."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            for name in sorted(f.keys()):
-                if names is None or name in names:
-                    yield name, f.get_tensor(name)
-    except (OSError, SafetensorError) as e:
-        raise _unreadable(path, e) from None
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: damaged or missing weights ({clipped(error)}); copy or download the file again")
-
-
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of a model folder.
-
-    Raises:
-        ValueError: as `weight_files` and `tensor_shapes`; or two files have a weight of one name.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        new = tensor_shapes(path)
-        if twice := shapes.keys() & new.keys():
-            raise ValueError(f"{path}: weight {shown(min(twice))} is in another file too; copy the model again")
-        shapes |= new
-    return shapes
-
-
-def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every weight of a model folder: one is in memory at a time."""
-    for path in weight_files(folder):
-        yield from read_tensors(path)
-
-
-class Fingerprint:
-    """sha256 over a model's architecture and its weights as stored on disk, fed tensor by tensor."""
-
-    # Plain numbers and names: what is derived from them differs between versions of transformers.
-    KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "vocab_size", "rms_norm_eps", "hidden_act", "sliding_window", "tie_word_embeddings")  # fmt: skip
-
-    def __init__(self, config):
-        values = config.to_dict()
-        rope = values.get("rope_parameters") or {}
-        known = {k: values.get(k) for k in self.KEYS} | {"rope_theta": rope.get("rope_theta", values.get("rope_theta"))}
-        self.digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        self.digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-    def hexdigest(self) -> str:
-        return self.digest.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Building the model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,14 +167,18 @@ class Fingerprint:
 def load_encoder(name: str, revision: str | None = None) -> ChatEncoder:
     """The encoder of a model, without its weights; arguments and errors as for `load_base`."""
     folder, _ = find_model(name, revision)
-    try:
+    with _refusing(f"model '{name}': no usable tokenizer"):
         return ChatEncoder(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    except Exception as e:  # tokenizers raises bare Exceptions for a damaged tokenizer.json
-        raise ValueError(f"model '{name}': no usable tokenizer ({clipped(_first_line(e))})") from None
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """A ValueError of one line, whatever a library raises: damaged files end in errors of every kind."""
+    try:
+        yield
+    except Exception as e:
+        first = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise ValueError(f"{what} ({clipped(first)})") from None
 
 
 def load_base(
@@ -365,18 +207,13 @@ def load_base(
     dtype = DTYPES[precision]
     folder, revision = find_model(name, revision)
     encoder = encoder or load_encoder(str(folder))
-    try:
+    with _refusing(f"model '{name}': no usable config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         has_settings = (folder / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(folder) if has_settings else None
-    except Exception as e:  # values of other types end in errors of every kind
-        raise ValueError(f"model '{name}': no usable config.json ({clipped(_first_line(e))})") from None
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    with _refusing(f"model '{name}': config.json makes no model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         decoder = decoder_prefix(model)
-    except Exception as e:  # numbers that make no model do so, too
-        raise ValueError(f"model '{name}': config.json makes no model ({clipped(_first_line(e))})") from None
 
     # Names and shapes first, from the files' headers: what does not fit is found before anything is allocated for it.
     weights = model.state_dict()
@@ -459,8 +296,7 @@ def _place(
     if four_bit:
         if not isinstance(module, bnb.nn.Linear4bit):
             module = _linear4bit(module, quantization, dtype)
-            parent, _, child = owner.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
+            model.set_submodule(owner, module)
         if leaf == "weight":
             if device.type == "cpu" and module.in_features % 64:
                 raise ValueError(

@@ -19,7 +19,7 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class MultipleChoice:
     @property
     def options(self) -> dict[str, Any]:
         """letter -> what it stands for"""
-        return _literal(self.literal)
+        return ast.literal_eval(_parsed(self.literal))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,13 +118,12 @@ class BadRows:
 
     def check(self, instead: str = "") -> None:
         """Raise BadData if there are any, and they are not skipped; `instead`: what else than correcting would help."""
-        if not self.fatal:
-            return
-        if self.count == 1:
-            raise BadData([f"{self.messages[0]}; correct it{instead}"])
         more = self.count - len(self.messages)
         total = f"... and {more:,} more bad rows" if more else f"{self.count} bad rows"
-        raise BadData([*self.messages, f"{total}; correct them{instead}"])
+        if self.fatal and self.count == 1:
+            raise BadData([f"{self.messages[0]}; correct it{instead}"])
+        if self.fatal:
+            raise BadData([*self.messages, f"{total}; correct them{instead}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,20 +164,14 @@ def read(source: str, limit: int | None = None, bad: BadRows | None = None) -> I
 def _examples(source: str, raw: Iterator[tuple[Any, str]], limit: int | None, bad: BadRows | None) -> Iterator[Example]:
     mine, seen = bad or BadRows(), 0
     with contextlib.closing(raw):  # the file, and its bar
-        while limit is None or seen < limit:
-            try:
-                row, where = next(raw)
-            except StopIteration:
-                break
-            except OSError as e:
-                raise ValueError(f"{source}: can't be read ({e.strerror or e})") from None
-            seen += 1
-            try:
-                example = to_example(row, where)
-            except BadRow as e:
-                mine.add(e)
-            else:
-                yield example
+        try:
+            for seen, (row, where) in enumerate(itertools.islice(raw, limit), 1):  # noqa: B007 (used below)
+                try:
+                    yield to_example(row, where)
+                except BadRow as e:
+                    mine.add(e)
+        except OSError as e:
+            raise ValueError(f"{source}: can't be read ({e.strerror or e})") from None
     if not seen:
         raise ValueError(f"{source}: no rows; expected at least one in a layout of {LAYOUTS}")
     if bad is None:
@@ -201,85 +194,87 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
-def _decode(line: bytes) -> str:
-    """A line as text; raises ValueError with the reason alone."""
+def _decode(content: bytes) -> str:
+    """Bytes as text; raises ValueError(reason, the index of the byte that is wrong)."""
+    if b"\0" in content:
+        reason = "NUL bytes, expected UTF-8 text; the file is damaged, or was saved as UTF-16"
+        raise ValueError(reason, content.index(b"\0"))
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as e:
+        cut = e.reason == "unexpected end of data" and not content.endswith((b"\r", b"\n"))
+        reason = "not UTF-8 text" + (", cut short in a character" if cut else "; save the file as UTF-8")
+        raise ValueError(reason, e.start) from None
+
+
+def _decode_line(line: bytes) -> str:
+    """As `_decode`, for a line of `_lines`."""
     if len(line.rstrip(b"\r\n")) > MAX_LINE:
         raise ValueError(f"longer than {MAX_LINE // 10**6} MB; expected one row a line")
-    if b"\0" in line:
-        raise ValueError("NUL bytes, expected UTF-8 text; the file is damaged, or was saved as UTF-16")
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as e:
-        cut = e.reason == "unexpected end of data" and line.rstrip(b"\r\n") == line
-        raise ValueError(
-            "not UTF-8 text" + (", cut short in a character" if cut else "; save the file as UTF-8")
-        ) from None
+    return _decode(line)
 
 
 class _Json:
     """json's decoder, which also finds what Python lets pass and JSON doesn't: NaN and Infinity, a name that stands
-    twice in an object; and integers of a length that Python refuses. `odd` holds what it found since it was cleared."""
+    twice in an object; and integers of a length that Python refuses. `odd`: the first that it found since it was
+    cleared, as ":FIELD: what is wrong", or ": what is wrong" where the field is none of ours."""
 
     def __init__(self):
-        self.odd: list[str] = []
+        self.odd = ""
         self.decoder = json.JSONDecoder(
-            object_pairs_hook=self._object, parse_constant=self._constant, parse_int=self._int
+            object_pairs_hook=self._object,
+            parse_constant=lambda name: self._mark(f": {name}, which is not JSON; expected null or text"),
+            parse_int=lambda n: int(n) if len(n) <= 4300 else self._mark(f": an integer of {len(n):,} digits"),
         )
 
-    def _constant(self, name: str) -> "_Json":
-        self.odd.append(f": {name}, which is not JSON; expected null or text")
-        return self  # marks the value
-
-    def _int(self, digits: str) -> Any:
-        try:
-            return int(digits)
-        except ValueError:
-            self.odd.append(f": an integer of {len(digits):,} digits")
-            return self
+    def _mark(self, what: str) -> "_Json":
+        """Remember what is wrong; what this returns marks the value, so that its object can name the field."""
+        self.odd = self.odd or what
+        return self
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
-        if self.odd and self.odd[0].startswith(": "):
-            name = next((k for k, v in pairs if v is self and k in COLUMNS), None)
-            self.odd[0] = f":{name}{self.odd[0]}" if name else self.odd[0]
+        if self.odd.startswith(": "):
+            self.odd = _field(k for k, v in pairs if v is self) + self.odd
         if len(row) < len(pairs):
-            name, _ = Counter(k for k, _ in pairs).most_common(1)[0]
-            self.odd.append(f"{f':{name}' if name in COLUMNS else ''}: the same name stands twice in an object")
+            twice = (k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
+            self._mark(f"{_field(twice)}: the same name stands twice in an object")
         return row
 
 
-def _syntax(e: json.JSONDecodeError) -> str:
+def _field(names: Iterable[str]) -> str:
+    """ ":NAME" of the first that is a column of ours; other names may be a row's text."""
+    return next((f":{name}" for name in names if name in COLUMNS), "")
+
+
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+_BEGUN = "|".join(word[:n] for word in _WORDS for n in range(1, len(word) + 1))
+_CUT = rf"Unterminated string|Invalid \\u[^;]*;.;.{{0,11}}$|[^;]*;.;({_BEGUN}|\.|[eE][-+]?)?$"
+# What is wrong with a text that is not JSON: the first pattern that fits "MESSAGE;BEFORE;REST". MESSAGE is json's, with
+# a brace if the text is an object; BEFORE is the last character before the place, and REST what follows.
+_SYNTAX = {
+    r"Illegal trailing comma|[^;]*;,;[}\]]": "a comma before a closing bracket; remove it",
+    _CUT: "cut short, or a closing quote is missing",
+    r"Extra data\{;.;\{": "more than one object; expected one a line, in a .jsonl file",
+    r"Extra data": "text after the JSON",
+    r"[^;]*;.;'": "single quotes; expected double quotes",
+    r"[^;]*;.;(None|True|False)": "Python's None, True or False; expected null, true or false",
+    r"[^;]*property name": "a name without double quotes",
+    r"[^;]*':'": "a colon is missing after a name",
+    r"[^;]*','": 'a comma is missing, or a quote inside a text is not written as \\"',
+    r"[^;]*control character": "a control character, such as a tab, inside a text; write a tab as \\t",
+    r"[^;]*escape": "a backslash that begins no escape; write a backslash as \\\\",
+    r"": "a value is missing, or is not written as JSON",
+}
+
+
+def _syntax(e: json.JSONDecodeError | RecursionError) -> str:
     """What is wrong with a text that is not JSON, in a user's words, without quoting it."""
+    if isinstance(e, RecursionError):
+        return "nested too deeply"
     before, rest = e.doc[max(0, e.pos - 100) : e.pos].rstrip(), e.doc[e.pos : e.pos + 100].strip()
-    if e.msg.startswith("Illegal trailing comma") or (rest[:1] in ("}", "]") and before.endswith(",")):
-        what = "a comma before a closing bracket; remove it"
-    elif (
-        not rest
-        or e.msg.startswith("Unterminated string")
-        or any(word.startswith(rest) for word in ("true", "false", "null", "NaN", "-Infinity", "Infinity"))
-        or re.fullmatch(r"\.|[eE][-+]?", rest)  # a number
-        or (e.msg.startswith("Invalid \\u") and len(e.doc.rstrip()) - e.pos < 12)
-    ):
-        what = "cut short, or a closing quote is missing"
-    elif e.msg.startswith("Extra data"):
-        two = e.doc.lstrip()[:1] == rest[:1] == "{"
-        what = "more than one object; expected one a line, in a .jsonl file" if two else "text after the JSON"
-    elif rest[0] == "'":
-        what = "single quotes; expected double quotes"
-    elif rest.startswith(("None", "True", "False")):
-        what = "Python's None, True or False; expected null, true or false"
-    elif "property name" in e.msg:
-        what = "a name without double quotes"
-    elif "':'" in e.msg:
-        what = "a colon is missing after a name"
-    elif "','" in e.msg:
-        what = 'a comma is missing, or a quote inside a text is not written as \\"'
-    elif "control character" in e.msg:
-        what = "a control character, such as a tab, inside a text; write a tab as \\t"
-    elif "escape" in e.msg:
-        what = "a backslash that begins no escape; write a backslash as \\\\"
-    else:
-        what = "a value is missing, or is not written as JSON"
+    found = f"{e.msg}{'{' * e.doc.lstrip().startswith('{')};{before[-1:]:1};{rest}"
+    what = next(words for pattern, words in _SYNTAX.items() if re.match(pattern, found, re.DOTALL))
     return f"{what} (at character {e.colno:,})"
 
 
@@ -289,62 +284,50 @@ def _read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
         where = f"{path}:{number}"
         if not line.strip() and len(line) <= MAX_LINE:
             continue
-        parser.odd.clear()
+        parser.odd = ""
         try:
-            row = parser.decoder.decode(_decode(line))
-        except json.JSONDecodeError as e:
+            row = parser.decoder.decode(_decode_line(line))
+        except (json.JSONDecodeError, RecursionError) as e:
             row = BadRow(f"{where}: not a JSON object: {_syntax(e)}")
-        except RecursionError:
-            row = BadRow(f"{where}: not a JSON object: nested too deeply")
         except ValueError as e:
-            row = BadRow(f"{where}: {e}")
-        yield BadRow(where + parser.odd[0]) if parser.odd else row, where
+            row = BadRow(f"{where}: {e.args[0]}")
+        yield BadRow(where + parser.odd) if parser.odd else row, where
 
 
 def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
     """A file that is one list, whose text is held in memory whole; larger data belong into the other kinds."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as e:
-        line = content.count(b"\n", 0, e.start) + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{path}:{line}: NUL bytes, expected UTF-8 text; the file is damaged, or was saved as UTF-16")
+        text = _decode(content)
+    except ValueError as e:
+        reason, at = e.args
+        raise ValueError(f"{path}:{content[:at].count(10) + 1}: {reason}") from None
     del content
+
+    def skip(at: int) -> int:
+        return space.match(text, at).end()
+
     parser, space = _Json(), re.compile(r"[ \t\r\n]*")
-    at = space.match(text).end()
-    if at == len(text):
-        return
-    if text[at] != "[":
+    at, number = skip(0), 0
+    if text and not text.startswith("[", at):
         raise ValueError(f"{path}: expected a list of objects, in [ ]; a file of one object a line is called .jsonl")
-    at = space.match(text, at + 1).end()
-    with report.bar(len(text), path.name, "B") as bar:
-        for number in itertools.count(1):
-            if number == 1 and text[at : at + 1] == "]":
-                break
-            parser.odd.clear()
-            try:
-                row, end = parser.decoder.raw_decode(text, at)
-                end = space.match(text, end).end()
-                if text[end : end + 1] not in (",", "]"):
-                    raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}:{e.lineno}: not JSON: {_syntax(e)}") from None
-            except RecursionError:
-                raise ValueError(f"{path}:row {number}: not JSON: nested too deeply") from None
-            where = f"{path}:row {number}"
-            bar.update(end - at)
-            yield BadRow(where + parser.odd[0]) if parser.odd else row, where
-            at = end
-            if text[at] == "]":
-                break
-            at = space.match(text, at + 1).end()
-    end = space.match(text, at + 1).end()
-    if end < len(text):
-        error = json.JSONDecodeError("Extra data", text, end)
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {_syntax(error)}")
+    if text.startswith("]", end := skip(at + 1)):
+        at = end  # no rows
+    try:
+        with report.bar(len(text), path.name, "B") as bar:
+            while text.startswith(("[", ","), at):
+                parser.odd, number = "", number + 1
+                where, start = f"{path}:row {number}", skip(at + 1)
+                row, end = parser.decoder.raw_decode(text, start)
+                at = skip(end)
+                if not text.startswith((",", "]"), at):
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+                bar.update(at - start)
+                yield BadRow(where + parser.odd) if parser.odd else row, where
+        if (end := skip(at + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{path}:{getattr(e, 'lineno', f'row {number}')}: not JSON: {_syntax(e)}") from None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[Any, str]]:
@@ -353,9 +336,9 @@ def _read_csv(path: Path) -> Iterator[tuple[Any, str]]:
     def lines() -> Iterator[str]:
         for _, line in _lines(path):
             try:
-                yield _decode(line)
+                yield _decode_line(line)
             except ValueError as e:
-                broken.append(str(e))
+                broken.append(e.args[0])
                 yield line.decode("utf-8", "replace") if len(line) <= MAX_LINE else "\n"  # its quotes still count
 
     csv.field_size_limit(MAX_LINE)
@@ -374,13 +357,12 @@ def _read_csv(path: Path) -> Iterator[tuple[Any, str]]:
             broken.clear()
         if not fields:  # an empty line
             continue
-        if header is None:
-            if isinstance(fields, BadRow):
-                raise ValueError(str(fields))
-            # Only names that we know are shown: without a header, this is a row's text.
-            header = _check_columns(fields, where, COLUMNS.__contains__)
-        elif isinstance(fields, BadRow):
+        if isinstance(fields, BadRow):
+            if header is None:
+                raise fields
             yield fields, where
+        elif header is None:  # only names that we know are shown: without a header, this is a row's text
+            header = _check_columns(fields, where, COLUMNS.__contains__)
         elif len(fields) > len(header):
             yield BadRow(f"{where}: more fields than the header names"), where
         else:
@@ -392,30 +374,33 @@ def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
 
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
-            columns = [c for c in _check_columns(file.schema_arrow.names, str(path)) if c in COLUMNS]
-            number = itertools.count(1)
-            with report.bar(file.metadata.num_rows, path.name, "row") as bar:
-                for batch in file.iter_batches(batch_size=256, columns=columns):
-                    for row in _batch_rows(batch):
-                        bar.update()
-                        where = f"{path}:row {next(number)}"
-                        yield BadRow(f"{where}: {row}") if isinstance(row, ValueError) else row, where
+            columns = _columns_of(file.schema_arrow.names, str(path))
+            batches = file.iter_batches(batch_size=256, columns=columns)
+            rows = itertools.chain.from_iterable(map(_batch_rows, batches))
+            yield from _numbered(rows, str(path), file.metadata.num_rows, path.name)
     except (pa.ArrowException, OSError):
         raise ValueError(f"{path}: not a readable Parquet file (damaged, cut short, or of another kind)") from None
+
+
+def _numbered(rows: Iterable[Any], name: str, total: int, label: str) -> Iterator[tuple[Any, str]]:
+    """The rows of a table, with their places."""
+    with report.bar(total, label, "row") as bar:
+        for number, row in enumerate(rows, 1):
+            bar.update()
+            where = f"{name}:row {number}"
+            yield BadRow(f"{where}: {row}") if isinstance(row, ValueError) else row, where
 
 
 def _batch_rows(batch: pa.RecordBatch) -> Iterator[Any]:
     """The rows as Python objects; a ValueError for one that has none, such as text that is not UTF-8."""
     try:
         yield from batch.to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException):
-        for i in range(len(batch)):
-            try:
-                yield from batch.slice(i, 1).to_pylist()
-            except UnicodeDecodeError:
-                yield ValueError("not UTF-8 text")
-            except (ValueError, OverflowError, pa.ArrowException):
-                yield ValueError("a value that can't be read, expected text")
+    except (ValueError, OverflowError, pa.ArrowException) as e:
+        if len(batch) == 1:
+            text = isinstance(e, UnicodeDecodeError)
+            yield ValueError("not UTF-8 text" if text else "a value that can't be read, expected text")
+        else:
+            yield from itertools.chain.from_iterable(_batch_rows(batch.slice(i, 1)) for i in range(len(batch)))
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -435,11 +420,8 @@ def _read_hub(name: str) -> Iterator[tuple[Any, str]]:
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as e:
         raise ValueError(f"data set '{name}': can't be loaded ({str(e).strip().splitlines()[0]})") from None
-    columns = [c for c in _check_columns(data.column_names, name) if c in COLUMNS]
-    with report.bar(len(data), name, "row") as bar:
-        for number, row in enumerate(data.select_columns(columns), 1):
-            bar.update()
-            yield row, f"{name}:row {number}"
+    rows = data.select_columns(_columns_of(data.column_names, name))
+    yield from _numbered(rows, name, len(data), name)
 
 
 def _check_columns(
@@ -454,6 +436,11 @@ def _check_columns(
         shown = ", ".join(repr(c) if may_show(str(c)) else "..." for c in itertools.islice(columns, 20)) or "none"
         raise BadRow(f"{where}: unknown layout with columns {shown[:200]}; expected {LAYOUTS}")
     return columns
+
+
+def _columns_of(names: Sequence[str], where: str) -> list[str]:
+    """Those columns of a table that are read; raises ValueError where they make no layout."""
+    return [c for c in _check_columns(names, where) if c in COLUMNS]
 
 
 def to_example(row: Any, where: str) -> Example:
@@ -487,7 +474,7 @@ def to_example(row: Any, where: str) -> Example:
 def _kind(value: Any) -> str:
     """A value's type in JSON's words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
 
 
 def _text(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
@@ -497,18 +484,15 @@ def _text(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
         raise BadRow(f"{place}: {'missing' if value is ... else _kind(value)}, expected text")
     if not value.strip() and not may_be_empty:
         raise BadRow(f"{place}: {'nothing but whitespace' if value else 'empty'}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow(f"{place}: half a surrogate pair, expected text in Unicode") from None
+    if re.search(r"[\ud800-\udfff]", value):
+        raise BadRow(f"{place}: half a surrogate pair, expected text in Unicode")
     return value
 
 
 def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
-    if not isinstance(messages, list):
-        raise BadRow(f"{where}: {_kind(messages)}, expected a list of objects with role and content")
-    if not messages:
-        raise BadRow(f"{where}: empty, expected a list of objects with role and content")
+    if not isinstance(messages, list) or not messages:
+        what = "empty" if messages == [] else _kind(messages)
+        raise BadRow(f"{where}: {what}, expected a list of objects with role and content")
     for i, m in enumerate(messages):
         if not isinstance(m, dict):
             raise BadRow(f"{where}[{i}]: {_kind(m)}, expected an object with role and content")
@@ -523,11 +507,11 @@ def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
-def _literal(text: str) -> Any:
-    """A Python literal's value, without a warning of a backslash that is no escape, which would show the text."""
+def _parsed(text: str) -> Any:
+    """A Python expression, without a warning of a backslash that is no escape, which would show the text."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ast.literal_eval(text)
+        return ast.parse(text, mode="eval").body
 
 
 def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
@@ -537,7 +521,7 @@ def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
     if not answer or not literal:
         return None
     try:
-        options = _literal(literal[0])
+        options = ast.literal_eval(_parsed(literal[0]))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     if not isinstance(options, dict) or answer[1] not in options or not all(isinstance(k, str) for k in options):
@@ -566,10 +550,7 @@ def permute_options(example: Example, order: Sequence[int]) -> Example | None:
     if choice is None:
         return None
     *before, user, assistant = example.messages
-    source = choice.literal.encode("utf-8")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        nodes = ast.parse(source.decode(), mode="eval").body.values
+    source, nodes = choice.literal.encode("utf-8"), _parsed(choice.literal).values
     texts = [n.value if isinstance(n, ast.Constant) else None for n in nodes]
     right = choice.letters.index(choice.correct)
     if len(nodes) != len(choice.letters) or not all(isinstance(t, str) and not _REFERS.search(t) for t in texts):
@@ -582,8 +563,6 @@ def permute_options(example: Example, order: Sequence[int]) -> Example | None:
     new, end = b"", 0
     for i, (start, stop) in enumerate(spans):
         new, end = new + source[end:start] + source[slice(*spans[order[i]])], stop
-    literal = (new + source[end:]).decode("utf-8")
-    at = user["content"].rindex(choice.literal)
-    content = user["content"][:at] + literal + user["content"][at + len(choice.literal) :]
+    content = (new + source[end:]).decode("utf-8").join(user["content"].rsplit(choice.literal, 1))
     answer = choice.letters[list(order).index(right)] + said[1:]
     return Example((*before, {**user, "content": content}, {**assistant, "content": answer}), example.where)

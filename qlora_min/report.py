@@ -5,7 +5,6 @@ matplotlib is an extra: without it there is a note, and no picture. TensorBoard 
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -53,21 +52,15 @@ def draw_curves(runs: Mapping[str, Events], path: Path) -> str | None:
         None, or the reason why there is no picture.
     """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         return f"no {path.name}: matplotlib is not installed (pip install 'qlora_min[plot]')"
 
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(8, 6), sharex=True, gridspec_kw={"height_ratios": [3, 1]}, layout="constrained"
-    )
+    figure, one = Figure(figsize=(8, 6), layout="constrained"), len(runs) == 1
+    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     for i, (label, events) in enumerate(runs.items()):
-        one = len(runs) == 1
         blue, orange, green = ("tab:blue", "tab:orange", "tab:green") if one else [f"C{i % 10}"] * 3
-        train = [e for e in events if e["event"] == "train"]
-        held = _evaluations(events)
+        train, held = [e for e in events if e["event"] == "train"], _evaluations(events)
         top.plot([e["step"] for e in train], [e["loss"] for e in train], color=blue, alpha=0.7 if one else 0.3,
                  label="training" if one else None)  # fmt: skip
         top.plot([e["step"] for e in held], [e["eval_loss"] for e in held], "o-", color=orange,
@@ -75,29 +68,19 @@ def draw_curves(runs: Mapping[str, Events], path: Path) -> str | None:
         if held and one:
             best = min(held, key=lambda e: e["eval_loss"])
             right = best["step"] > held[-1]["step"] / 2  # keep the words inside the picture
-            top.annotate(
-                f"best {best['eval_loss']:.3f}",
-                (best["step"], best["eval_loss"]),
-                xytext=(0, 12),
-                textcoords="offset points",
-                ha="right" if right else "left",
-                color=orange,
-            )
+            top.annotate(f"best {best['eval_loss']:.3f}", (best["step"], best["eval_loss"]), xytext=(0, 12),
+                         textcoords="offset points", ha="right" if right else "left", color=orange)  # fmt: skip
         bottom.plot([e["step"] for e in train], [e["lr"] for e in train], color=green)
-    if len(runs) == 1:
-        top.set_ylabel("loss per supervised token")
-        top.set_ylim(bottom=0)
+    if one:
+        top.set(ylabel="loss per supervised token", ylim=(0, None))
     else:
-        top.set_ylabel("loss per supervised token, log scale")  # or the start hides how they differ
-        top.set_yscale("log")
+        top.set(ylabel="loss per supervised token, log scale", yscale="log")  # or the start hides how they differ
     top.grid(alpha=0.3)
-    top.legend(title=None if len(runs) == 1 else "dots: held out; faint: training")
-    bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("optimizer step")
+    top.legend(title=None if one else "dots: held out; faint: training")
+    bottom.set(xlabel="optimizer step", ylabel="learning rate")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     bottom.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return None
 
 
@@ -105,70 +88,48 @@ def _evaluations(events: Events) -> list[dict[str, Any]]:
     return [e for e in events if e["event"] == "eval" and e["eval_loss"] is not None]  # null: it was not finite
 
 
-def require_tensorboard() -> None:
-    """Raises ValueError where TensorBoard is not installed."""
-    try:
-        import tensorboard.compat.proto.event_pb2  # noqa: F401
-    except ImportError:
-        raise ValueError("--tensorboard: TensorBoard is not installed (pip install 'qlora_min[tensorboard]')") from None
-
-
 class Board:
     """RUN/tensorboard, which follows metrics.jsonl: each line that is safe on disk becomes scalars, and nothing else.
 
-    A process begins with a file of its own and all lines there are; the file's first event tells TensorBoard to forget
-    those before it. So a resumed run, whose last lines were cut, and a disk that failed and came back are one case.
+    A process begins with a file of its own and all lines there are; `purge_step=0` tells TensorBoard to forget those
+    before it. So a resumed run, whose last lines were cut, and a disk that failed and came back are one case.
     Scalars are `train/NAME` and `eval/NAME` over optimizer steps; the wall time is the run's start plus its training
     time, so that pauses do not show.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
     """
 
     def __init__(self, run: Path):
-        self.run = run
-        self.file: Any = None  # tensorboard's RecordWriter
-        self.read, self.seconds, self.failed = 0, 0.0, False
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            hint = "pip install 'qlora_min[tensorboard]'"
+            raise ValueError(f"--tensorboard: TensorBoard is not installed ({hint})") from None
+        self.begin = lambda: SummaryWriter(run / "tensorboard", purge_step=0)
+        self.run, self.writer, self.failed = run, None, False
 
     def update(self) -> None:
         """Add what is new in metrics.jsonl. A disk that fails is a warning, once; the next update begins anew."""
-        try:
-            self._update()
-            self.failed = False
-        except OSError as e:
-            if not self.failed:
-                say(f"warning: no TensorBoard for now ({e}); metrics.jsonl has it all")
-            self.file, self.read, self.seconds, self.failed = None, 0, 0.0, True
-
-    def _update(self) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
         from .checkpoint import events_in  # not above: it imports torch
 
-        if not (self.run / "metrics.jsonl").exists():
-            return
-        began = (self.run / "config.json").stat().st_mtime
-        if self.file is None:
-            folder = self.run / "tensorboard"
-            folder.mkdir(exist_ok=True)
-            self.file = RecordWriter((folder / f"events.out.tfevents.{time.time_ns()}").open("ab"))
-            start = SessionLog(status=SessionLog.START)  # at step 0: what older files say from there on is void
-            for event in (Event(file_version="brain.Event:2"), Event(step=0, session_log=start)):
-                event.wall_time = began
-                self.file.write(event.SerializeToString())
-        with (self.run / "metrics.jsonl").open("rb") as f:
-            f.seek(self.read)
-            lines = f.read()
-        for line in events_in(lines):
-            if line["event"] not in ("train", "eval"):
-                continue
-            self.seconds = line.get("seconds", self.seconds)
-            numbers = {k: v for k, v in line.items() if type(v) in (int, float) and k not in ("step", "seconds")}
-            values = [Summary.Value(tag=f"{line['event']}/{k.removeprefix('eval_')}", simple_value=v)
-                      for k, v in numbers.items()]  # fmt: skip
-            event = Event(wall_time=began + self.seconds, step=line["step"], summary=Summary(value=values))
-            self.file.write(event.SerializeToString())
-        self.file.flush()
-        self.read += len(lines)
+        try:
+            began, path = (self.run / "config.json").stat().st_mtime, self.run / "metrics.jsonl"
+            if self.writer is None:
+                self.writer, self.read, self.seconds = self.begin(), 0, 0.0
+            lines = path.read_bytes()[self.read :] if path.exists() else b""
+            for line in events_in(lines):
+                self.seconds = line.get("seconds", self.seconds)
+                for key, value in line.items() if line["event"] in ("train", "eval") else ():
+                    if type(value) in (int, float) and key not in ("step", "seconds"):
+                        tag = f"{line['event']}/{key.removeprefix('eval_')}"
+                        self.writer.add_scalar(tag, value, line.get("step"), began + self.seconds)
+            self.writer.flush()
+            self.read, self.failed = self.read + len(lines), False
+        except Exception as e:  # of the disk; as tensorflow has it, where that is installed, it is no OSError
+            if not self.failed:
+                say(f"warning: no TensorBoard for now ({e}); metrics.jsonl has it all")
+            self.writer, self.failed = None, True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,17 +199,12 @@ def compare(runs: Sequence[Path], output: Path) -> list[dict[str, Any]]:
     named = labels(runs, records)
     rows = [{"run": str(run), "label": n, **summary(e)} for run, n, e in zip(runs, named, events)]
 
-    def form(value: float | None, text: str) -> str:
-        return "-" if value is None else text.format(value)
-
     table = [["", "best loss", "at step", "option accuracy", "tokens/s", "peak GiB"]]
+    forms = {"best_loss": "{:.4f}", "best_step": "{:,}", "option_accuracy": "{:.1%}", "tokens_per_second": "{:,.0f}",
+             "peak_memory_gib": "{:.2f}"}  # fmt: skip
     for r in rows:
         unfinished = "" if r["finished"] else f" (unfinished, step {r['steps']:,})"
-        table.append([
-            r["label"] + unfinished, form(r["best_loss"], "{:.4f}"), form(r["best_step"], "{:,}"),
-            form(r["option_accuracy"], "{:.1%}"), form(r["tokens_per_second"], "{:,.0f}"),
-            form(r["peak_memory_gib"], "{:.2f}"),
-        ])  # fmt: skip
+        table.append([r["label"] + unfinished, *("-" if r[k] is None else f.format(r[k]) for k, f in forms.items())])
     print(aligned(table))
     if any(_held_out(r) != _held_out(records[0]) for r in records):
         print("note: they were evaluated on different rows, so their losses do not compare")
@@ -260,9 +216,8 @@ def compare(runs: Sequence[Path], output: Path) -> list[dict[str, Any]]:
 def main() -> None:
     from .cli import Parser, run_script
 
-    parser = Parser(
-        prog="python -m qlora_min.report", description="Draw runs over each other, and print their results."
-    )
+    parser = Parser(prog="python -m qlora_min.report",
+                    description="Draw runs over each other, and print their results.")  # fmt: skip
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, such as runs/NAME")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="FILE.png",
                         help="where to draw; never overwritten [comparison.png]")  # fmt: skip

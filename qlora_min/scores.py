@@ -10,7 +10,7 @@ rouge-score and sacrebleu are an extra, `eval`; the rest needs numpy.
 """
 
 import math
-import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,7 +53,7 @@ class Choices:
 
     @classmethod
     def join(cls, parts: Sequence["Choices"]) -> "Choices":
-        return cls(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("right", "chosen", "confidence")))
+        return cls(*map(np.concatenate, zip(*(vars(part).values() for part in parts))))
 
     def __len__(self) -> int:
         return len(self.right)
@@ -80,25 +80,15 @@ class Choices:
     @property
     def confusion(self) -> np.ndarray:
         """(L, L) rows by right letter and chosen letter, in the order of `letters`."""
-        index = {letter: i for i, letter in enumerate(self.letters)}
-        table = np.zeros((len(index), len(index)), int)
-        np.add.at(table, ([index[r] for r in self.right], [index[c] for c in self.chosen]), 1)
-        return table
+        pairs = Counter(zip(self.right.tolist(), self.chosen.tolist()))
+        return np.array([[pairs[right, chosen] for chosen in self.letters] for right in self.letters], int)
 
     @property
     def bins(self) -> list[tuple[int, float, float]]:
         """Ten bins of equal width by confidence: (rows, mean confidence, accuracy); (0, nan, nan) for an empty one."""
         at = np.minimum((np.nan_to_num(self.confidence) * BINS).astype(int), BINS - 1)
-        out = []
-        for i in range(BINS):
-            here = at == i
-            n = int(here.sum())
-            out.append(
-                (n, self.confidence[here].mean().item(), self.hits[here].mean().item())
-                if n
-                else (0, math.nan, math.nan)
-            )
-        return out
+        parts = [(self.confidence[at == i], self.hits[at == i]) for i in range(BINS)]
+        return [(len(c), c.mean().item(), h.mean().item()) if len(c) else (0, math.nan, math.nan) for c, h in parts]
 
     @property
     def calibration_error(self) -> float:
@@ -131,8 +121,7 @@ class TextScores:
     rouge_l: float
     bleu: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    as_dict = asdict
 
 
 def need_libraries() -> None:
@@ -171,4 +160,4 @@ def text_scores(
 
 def valid_format(answer: str, letters: Sequence[str]) -> bool:
     """ "B: ..." is, for a row whose options include B; "B" and "F: ..." are not."""
-    return re.match("(?:" + "|".join(map(re.escape, letters)) + "):", answer) is not None
+    return answer.startswith(tuple(f"{letter}:" for letter in letters))

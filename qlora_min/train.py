@@ -140,11 +140,10 @@ class Trainer:
         if resume:
             from_main(lambda: refuse_finished(resume))
             revision = from_main(lambda: checkpoint.read_record(resume))["base"].get("revision")
-        if config.tensorboard:
-            report.require_tensorboard()
         self.device = pick_device()
         self.precision = resolve_precision(config.precision, self.device)
         self.run = from_main(lambda: resume or output_directory(config))
+        self.board = report.Board(self.run) if config.tensorboard else None
         encoder = load_encoder(config.model, revision)
         train, held = data or read_data(config, encoder)
         say(table([*train, *held]))
@@ -201,7 +200,6 @@ class Trainer:
         self._order: tuple[int, list, np.ndarray] = (-1, [], np.arange(0))  # of one epoch, and the rows it visits
         self._ready: dict[int, tuple] = {}  # steps' micro-batches
         self.metrics = checkpoint.Metrics(self.run)
-        self.board = report.Board(self.run) if config.tensorboard else None
         self.advice = f"continue with: {launcher()} scripts/train.py --resume {shlex.quote(str(self.run))}"
         self.signals = Signals(self.advice, among=rank() if size() > 1 else None)
         self.record = {

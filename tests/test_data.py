@@ -65,6 +65,14 @@ def pieces(encoder: ChatEncoder, ids: list[int], supervised: list[bool]) -> list
     return [(decode(encoder, ids[a:b]), supervised[a]) for a, b in itertools.pairwise(cuts)]
 
 
+def encode_example(encoder: ChatEncoder, example: Example) -> Row:
+    """`encode_examples` of one; raises why it can't be encoded."""
+    (row,) = encoder.encode_examples([example])
+    if isinstance(row, ValueError):
+        raise row
+    return row
+
+
 def says(*turns: tuple[str, str]) -> list[reading.Message]:
     return [{"role": role, "content": text} for role, text in turns]
 
@@ -122,7 +130,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_mask_by_hand(name):
     row, expected = LAYOUTS[name]
-    encoded = plain().encode_example(data.to_example(row, "here:1"))
+    encoded = encode_example(plain(), data.to_example(row, "here:1"))
     assert pieces(plain(), encoded.ids.tolist(), encoded.supervised.tolist()) == expected
     assert encoded.where == "here:1"
     assert len(encoded) == len(encoded.ids) == len(encoded.supervised)
@@ -217,7 +225,7 @@ def test_supervised_are_exactly_the_answers_and_their_end_tokens(encoder, messag
 @settings(deadline=None, max_examples=150)
 @given(text=texts)
 def test_no_text_becomes_a_control_token(text):
-    ids = plain().encode_text(text)
+    ids = plain().encode_texts([text])[0]
     assert plain().special_ids.isdisjoint(ids)
     assert decode(plain(), ids) == plain().tokenizer.backend_tokenizer.normalizer.normalize_str(text)
 
@@ -264,7 +272,7 @@ def test_a_template_that_refuses_a_system_message():
     encoder = with_template(refuses)
     example = Example(tuple(says(("system", "s"), ("user", "q"), ("assistant", "a"))), "f.jsonl:7")
     with pytest.raises(ValueError, match=r"f.jsonl:7: the chat template refuses the roles system, user, assistant: no"):
-        encoder.encode_example(example)
+        encode_example(encoder, example)
 
 
 def sentencepiece_encoder() -> ChatEncoder:
@@ -368,7 +376,7 @@ def test_the_hub_out_of_reach_names_the_demo_and_local_files():
 
 def test_rows_too_long_are_left_out_whole_and_counted():
     examples = [data.to_example({"prompt": "p", "completion": "x " * n}, f"f:{n}") for n in (1, 5, 50)]
-    lengths = [len(plain().encode_example(e)) for e in examples]
+    lengths = [len(encode_example(plain(), e)) for e in examples]
     kept = data.encode_all("f", examples, plain(), lengths[1])  # exactly max_length is kept
     assert [r.where for r in kept.rows] == ["f:1", "f:5"]
     assert (kept.read, kept.too_long) == (3, 1)
@@ -379,7 +387,7 @@ def test_rows_too_long_are_left_out_whole_and_counted():
 
 def test_all_rows_too_long():
     examples = [data.to_example({"prompt": "p", "completion": "x " * n}, "f") for n in (5, 6)]
-    shortest = len(plain().encode_example(examples[0]))
+    shortest = len(encode_example(plain(), examples[0]))
     expected = f"f.csv: all 2 rows are too long; the shortest has {shortest} tokens, --max-length is 4"
     with pytest.raises(ValueError, match=re.escape(expected)):
         data.encode_all("f.csv", examples, plain(), 4)
@@ -455,19 +463,19 @@ def test_hostile_text_is_read_in_reasonable_time():
 
 def test_option_tokens_are_the_letters_own():
     row = {"instruction": "i", "input": "Q? {'A': 'one', 'B': 'two', 'C': 'three'},", "output": "C: three"}
-    encoded = plain().encode_example(data.to_example(row, "f:1"))
+    encoded = encode_example(plain(), data.to_example(row, "f:1"))
     firsts, correct = encoded.choices
     assert [decode(plain(), [i]) for i in firsts] == ["A", "B", "C"]
     assert correct == 2
     assert encoded.ids[encoded.answer_start] == firsts[correct]  # where evaluation compares the letters
-    assert plain().encode_example(data.to_example({"prompt": "p", "completion": "A"}, "f:1")).choices is None
+    assert encode_example(plain(), data.to_example({"prompt": "p", "completion": "A"}, "f:1")).choices is None
 
 
 def test_options_of_a_conversation_belong_to_its_last_answer():
     messages = says(
         ("user", "Hi"), ("assistant", "Hello"), ("user", "Q? {'A': 'one', 'B': 'two'}"), ("assistant", "B: two")
     )
-    row = plain().encode_example(Example(tuple(messages), "f:1"))
+    row = encode_example(plain(), Example(tuple(messages), "f:1"))
     assert row.choices is None or row.answer_start == len(plain().prompt(messages[:-1]))
 
 
@@ -648,7 +656,7 @@ def test_data_hash_changes_with_anything():
 
 
 def test_preview():
-    row = plain().encode_example(data.to_example({"prompt": "One?", "completion": "1."}, "w"))
+    row = encode_example(plain(), data.to_example({"prompt": "One?", "completion": "1."}, "w"))
     tokenizer = plain().tokenizer
     assert data.preview(row, tokenizer, colour=False) == f"{USER}One?{BOT}⟦1.<|im_end|>⟧"
     assert data.preview(row, tokenizer, colour=True) == f"{USER}One?{BOT}\x1b[1;32m1.<|im_end|>\x1b[0m"

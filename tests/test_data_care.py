@@ -4,6 +4,7 @@ import ast
 import json
 import random
 import re
+import sys
 import time
 from collections import Counter
 from functools import cache
@@ -349,7 +350,7 @@ def test_many_copies_cost_no_square(monkeypatch):
     rows = [question([*words[:i], "other", *words[i + 1 :]]) for i in range(45)]
     (part,), _ = parts([*rows, *(question(vignette(seed)) for seed in range(2, 1000))])
     seen = []
-    monkeypatch.setattr(care, "candidates", lambda *args, real=care.candidates: seen.extend(real(*args)) or seen)
+    monkeypatch.setattr(care, "jaccard", lambda *args, real=care.jaccard: seen.append(real(*args)) or seen[-1])
     assert look([part]).alike == 44
     assert len(seen) <= 8 * 44 < 44 * 45 / 2
 
@@ -411,6 +412,20 @@ def test_the_data_command(script, write_rows):
     for text in ("secretword", words[0] + " " + words[1]):  # places, never a text
         assert text not in result.stdout + script("data.py", *options, "--max-length", 4096).stdout
     assert "unknown option '--rank'" in script("data.py", *options, "--rank", 3, expect=2).stderr
+
+
+def test_without_rensa_all_the_rest_is_looked_at(script, write_rows, monkeypatch):
+    train = write_rows([question(vignette(i)) for i in (1, 1, 2)] + [question(vignette(2), right="C")])
+    options = ["data.py", "--model", demo.MODEL_DIR, "--dataset", train, "--eval-fraction", 0, "--max-length", 4096]
+    whole, found = script(*options).stdout, json.loads(script(*options, "--json").stdout)
+    assert "'qlora_min[care]'" not in whole and found["alike"] == found["leaks"] == 0
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    rest = script(*options).stdout
+    *same, last = rest.splitlines()
+    assert last.startswith("near-duplicates were not looked for") and last.endswith("pip install 'qlora_min[care]'")
+    assert same == [line for line in whole.splitlines() if "almost like" not in line]
+    assert json.loads(script(*options, "--json").stdout) == {**found, "alike": None, "leaks": None}
+    assert found["repeated"] == found["conflicts"] == 1
 
 
 @pytest.mark.real

@@ -204,7 +204,7 @@ def rank_0_alone_writes(rank: int) -> None:
         raise AssertionError(f"rank {rank} writes")
 
     if rank:
-        for name in ("Lock", "save_checkpoint", "atomic_folder", "clean", "_write_file"):
+        for name in ("Lock", "save_checkpoint", "atomic_folder", "clean", "write_json", "write_jsonl"):
             setattr(checkpoint, name, refuse)
         checkpoint.Metrics.write = checkpoint.Metrics.flush = checkpoint.Metrics.cut = refuse
 

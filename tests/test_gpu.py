@@ -385,7 +385,7 @@ def test_the_peak_is_within_10_percent_of_what_was_measured_before(tmp_path, fam
         for _ in range(3):
             trainer.take_step()
         expected = trainer.footprint.total(tokens)
-        assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected, rel=0.1)
+        assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected, rel=0.1, abs=24 * 2**20)
         del trainer
         memory.release()
 

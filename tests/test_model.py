@@ -22,6 +22,7 @@ from qlora_min import data, demo
 from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
 from qlora_min.batches import pack
 from qlora_min.engine import Modules, make_engine
+from qlora_min.files import weight_files
 from qlora_min.generate import generate
 from qlora_min.lora import lora_parameters
 from qlora_min.merge import merge
@@ -36,7 +37,6 @@ from qlora_min.model import (
     load_encoder,
     parameter_count,
     resolve_precision,
-    weight_files,
 )
 
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -21,9 +22,9 @@ ATTACKS = [
     "]]><svg onload=alert(1)>",
     "\x00\x1b[31m\u202e \ud800",
 ]
-VOID = {"meta", "circle", "path"}
+VOID = {"meta"}
 KNOWN = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "small", "b", "span", "div", "table", "tr",
-         "th", "td", "i", "figure", "figcaption", "svg", "path", "text", "g", "circle", "pre"}  # fmt: skip
+         "th", "td", "i", "figure", "svg", "defs", "use", "path", "text", "g", "pre"}  # fmt: skip
 
 
 class Reader(HTMLParser):
@@ -81,7 +82,7 @@ def adapter(tmp_path):
     run = tmp_path / "run <b>bold"
     folder = run / "adapter"
     folder.mkdir(parents=True)
-    described = {"peft_type": "LORA", "base_model_name_or_path": "<i>base</i>", "r": 4, "lora_alpha": 8.0,
+    described = {"peft_type": "LORA", "base_model_name_or_path": "/home/alice/<i>base", "r": 4, "lora_alpha": 8.0,
                  "target_modules": ["q_proj"], "lora_dropout": 0.0}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(described))
     record = {part: {} for part in checkpoint.RECORDED}
@@ -113,7 +114,7 @@ def test_no_text_becomes_anything_else(adapter, answers, tmp_path):
         assert read.pre.count(attack) >= 2, attack  # all of it, as text
     assert list(tmp_path.glob(".r.html*")) == []
     everything = "".join(read.text)
-    for part in ("<script>x.jsonl", "run <b>bold", "<i>base</i>", "Calibration", "How training went"):
+    for part in ("<script>x.jsonl", "run <b>bold", "<i>base", "Calibration", "How training went"):
         assert part in everything, part
     assert "held-out loss: least 0.8000 at step 4" in everything
     assert ("✓" in everything) and (("valid format" in everything) == bool(answers))
@@ -126,7 +127,7 @@ def test_figures_of_the_page_are_those_of_the_evaluation(adapter):
     assert between(result(0.5, 15).choices.interval) in text
     assert "Each data set" not in text
     assert made.count('<td class="heat of-adapter"') == 16
-    points = re.findall(r"<g class=adapter><path d='M(\S+) (\S+) L(\S+) (\S+)'", made)[0]
+    points = re.findall(r'<path d="M (\S+) (\S+) \nL (\S+) (\S+) \n" style="fill: none; stroke: #ff7f0e', made)[0]
     assert float(points[1]) < float(points[3])  # a lower loss is lower in the picture
 
 
@@ -146,15 +147,44 @@ def test_rows_without_options_and_no_run(tmp_path, adapter):
     assert not any(word in text for word in ("Calibration", "Option accuracy", "How training went", "Side by side"))
 
 
-@pytest.mark.parametrize("between", [(0, 1), (0, 6.7), (0, 218), (0, 4e-3), (0, 1e-9), (0, 123456)])
-def test_ticks_are_round_and_inside(between):
-    ticks = page._ticks(between)
-    assert 3 <= len(ticks) <= 7 and between[0] <= min(ticks) and max(ticks) <= between[1] * (1 + 1e-9)
-    assert all(len(f"{t:g}") <= 6 for t in ticks)
+def test_no_place_of_this_machine_is_told_and_nothing_is_fetched(adapter):
+    (adapter.parent / "samples.jsonl").write_text('{"where": "/home/alice/x.jsonl:7", "prompt": "Which?"}\n')
+    names = ["OWNER/NAME", "/home/alice/held.jsonl (held out)"]
+    made = page.evaluation(adapter, names, [[result(3.0, 5)] * 2, [result(0.5, 15)] * 2], [], "fp32")
+    text = "".join(check(made).text)
+    assert not re.search(r"alice|://", made) and str(adapter.parent.parent) not in made
+    for part in ("OWNER/NAME", "held.jsonl (held out)", "x.jsonl:7", "run <b>bold/adapter"):
+        assert part in text, part
 
 
-def test_check_writable(tmp_path):
-    page.check_writable(str(tmp_path / "r.html"))
+def test_accuracy_is_shown_beside_the_majority(adapter):
+    made = page.evaluation(adapter, ["one"], [[result(3.0, 5)], [result(0.5, 15)]], [], "fp32")
+    assert "always A" in "".join(check(made).text)
+    assert made.count('<i class=majority style="left:25.00%">') == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"event": "train", "step": 1%s, "loss": 1, "lr": 1}' % ("0" * 400), '{"event": []}', '{"event": "eval"}'],
+    ids=["too large", "no name", "no values"],
+)  # fmt: skip
+def test_events_that_cannot_be_drawn_are_left_out(adapter, line):
+    results = [[result(3.0, 5)], [result(0.5, 15)]]
+    whole = page.evaluation(adapter, ["one"], results, [], "fp32")
+    with (adapter.parent / "metrics.jsonl").open("a") as f:
+        f.write(line + "\n")
+    assert page.evaluation(adapter, ["one"], results, [], "fp32") == whole
+
+
+def test_a_missing_matplotlib_is_said_before_any_work(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = script("eval.py", "--adapter", "nowhere", "--html", "r.html", expect=2)
+    assert done.stderr == "error: --html: matplotlib is not installed (pip install 'qlora_min[plot]')\n"
+    assert done.stdout == ""
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    page.check(str(tmp_path / "r.html"))
     for bad in (tmp_path, tmp_path / "nowhere" / "r.html"):
         with pytest.raises(ValueError, match=f"^--html {re.escape(str(bad))}: can't be written; expected"):
-            page.check_writable(str(bad))
+            page.check(str(bad))

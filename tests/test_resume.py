@@ -328,7 +328,7 @@ def test_a_file_system_that_fails_says_nothing_about_a_checkpoint(make, monkeypa
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as m, pytest.raises(OSError, match="Input/output"):
-        m.setattr(checkpoint, "_sha256", fail)
+        m.setattr(checkpoint, "sha256", fail)
         checkpoint.newest_checkpoint(trainer.run)
     assert checkpoint.newest_checkpoint(trainer.run)[0] == 1
 

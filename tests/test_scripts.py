@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import runpy
 import shutil
 import sys
 import time
@@ -318,14 +319,40 @@ def test_adapter_of_another_base(demo_run, script, tmp_path):
 BENCH = ["--model", demo.MODEL_DIR, "--device", "cpu", "--precision", "fp32", "--steps", 1, "--repeats", 1]
 
 
-def test_bench_on_a_cpu(script, tmp_path):
+def test_bench_on_a_cpu(script):
     out = script("bench.py", *BENCH, "--max-length", 96).stdout.splitlines()
     assert "tokens/s" in out[0] and out[1].startswith("qlora_min, 4 x 4 ") and len(out) == 3
     lines = script("bench.py", *BENCH, "--max-length", 96, "--json").stdout.splitlines()
     figures = [json.loads(line) for line in lines]
     assert [f["gradient_checkpointing"] for f in figures] == ["off", "on"]
-    assert all(f["tokens_per_second"] > 0 and f["first_step_s"] < f["warm_up_s"] for f in figures)
-    assert "expected trl, unsloth" in script("bench.py", "--peers", "axolotl", expect=2).stderr
+    # the warm-up is of one step here
+    assert all(f["tokens_per_second"] > 0 and f["first_step_s"] == f["warm_up_s"] > 0 for f in figures)
+
+
+def test_what_the_bench_no_longer_does_has_a_script(script):
+    for option, name in (("--peers", "bench_peers.py"), ("--sweep", "bench_sweep.py")):
+        one_line_error(script("bench.py", option, "x", expect=2), option, f"python scripts/{name}")
+    assert "'axolotl' (choose from" in script("bench_peers.py", "axolotl", expect=2).stderr
+
+
+@pytest.mark.slow
+def test_peers_are_lines_beside_ours(script):
+    """Two a trainer, each measured or with a note that says why not."""
+    done = script("bench_peers.py", "trl", *BENCH, "--max-length", 96, "--json")
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [f["name"] for f in figures[:2]] == ["qlora_min, 4 x 4", "qlora_min, 4 x 4, gradient checkpointing on"]
+    assert figures[0]["ours_faster_by"] == 1 and all(f["tokens_per_second"] > 0 for f in figures)
+    assert len(figures) + done.stderr.count("note: trl, ") == 4
+
+
+def test_the_sweep_is_drawn(tmp_path):
+    sweep = runpy.run_path(str(ROOT / "scripts" / "bench_sweep.py"))
+    figures = {"tokens_per_second": 1.0, "peak_gib": 2.0, "forecast_gib": 2.5}
+    axes = [(axis, c) for axis, (values, _) in sweep["AXES"].items() for _ in values for c in ("off", "on")]
+    for left_out in ("", "peak_gib"):  # as on a CPU
+        some = {k: v for k, v in figures.items() if k != left_out}
+        sweep["draw"]([{"axis": a, "gradient_checkpointing": c, **some} for a, c in axes], tmp_path / "costs.png")
+        assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- ways to print ------------------------------------------------------------------------------------------------
