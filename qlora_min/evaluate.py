@@ -26,8 +26,9 @@ from .adapter import read_config
 from .config import Config
 from .data import Encoded, Row, Rows, data_hash, encode_all, read_data
 from .engine import Captured, Engine
-from .generate import generate, unless_out_of_memory
+from .generate import generate
 from .loss import LOGIT_ROWS
+from .memory import unless_out_of_memory
 from .model import Base, load_encoder
 from .reading import BadRows, read
 from .scores import Choices, TextScores, between, text_scores, wilson

@@ -4,44 +4,15 @@ Prompts come from the encoder that training uses, so the model meets the tokens 
 at the end token of the chat template or at any end token that the model's generation config names.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from . import memory
+from .memory import unless_out_of_memory
 from .model import Base, autocast
 from .sharding import is_sharded
-
-Result = TypeVar("Result")
-
-
-def unless_out_of_memory(
-    compute: Callable[[], Result], base: Base, rows: int, several: str, one: str, fix: str
-) -> Result | None:
-    """What `compute` returns; None where memory runs out, for the caller to go on with half of the rows.
-
-    Args:
-        rows: how many `compute` takes; several, one: what it does, and fix: what would need less, for messages.
-
-    Raises:
-        MemoryError: there is too little for one row, or the base is shared out: no rank can try less by itself.
-    """
-    try:
-        return compute()
-    except (RuntimeError, MemoryError) as e:
-        if not memory.is_out_of_memory(e):
-            raise
-        if is_sharded(base.model):
-            raise MemoryError(f"{several} {memory.ALONE}") from None
-    memory.release()
-    if rows == 1:
-        taken = memory.taken(next(base.model.parameters()).device)
-        raise MemoryError(
-            f"{one} takes more memory than there is ({taken}); {fix}, or free the device of other programs"
-        )
-    return None
 
 
 def generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, streamer: Any = None) -> list[str]:

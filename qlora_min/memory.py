@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
@@ -26,9 +27,10 @@ from .batches import round_up
 from .bits import bnb
 from .data import Row
 from .engine import Engine
-from .model import decoder_layers
+from .model import Base, decoder_layers
 from .sharding import is_sharded
 
+Result = TypeVar("Result")
 GIB = 2**30
 MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # of a micro-batch; larger ones are no faster
 TRIED_TOKENS = {"cuda": 8192, "cpu": 256}  # of the larger micro-batch that is measured, at most
@@ -88,7 +90,7 @@ def stored_bytes(model: torch.nn.Module) -> int:
 
 
 def measure(engine: Engine, work: Workload, tokens: int) -> Footprint:
-    """What micro-batches take, from one of half of `tokens`, or fewer, and one of a quarter. Leaves no trace.
+    """What micro-batches take, from one of half of `tokens`, or fewer, and one of a quarter. Clears the gradients.
 
     Raises:
         MemoryError: not even a few tokens fit.
@@ -120,19 +122,15 @@ def _added(engine: Engine, work: Workload, tokens: int) -> int | None:
     """Bytes at the peak of a micro-batch beyond those that were there before; None where they are not to be had."""
     device = engine.device
     factor, seed = torch.zeros((), device=device), torch.zeros((), dtype=torch.int32, device=device)
-    try:
+
+    def compute() -> int:
         rows = work.probe(tokens)
         batch = engine.pack(rows, supervised=round_up(sum(r.n_supervised for r in rows)))
         before = _restart_peak(device)
         engine.loss_and_gradients(batch, factor, seed)
         return peak_bytes(device) - before
-    except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
-            raise
-        if is_sharded(engine.base.model):
-            raise MemoryError(f"a micro-batch of {tokens:,} tokens {ALONE}") from None
-    release()
-    return None
+
+    return unless_out_of_memory(compute, engine.base, tokens, f"a micro-batch of {tokens:,} tokens", "", "")
 
 
 def _restart_peak(device: torch.device) -> int:
@@ -218,6 +216,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(w in str(error) for w in words)
     )
+
+
+def unless_out_of_memory(
+    compute: Callable[[], Result], base: Base, rows: int, several: str, one: str, fix: str
+) -> Result | None:
+    """What `compute` returns; None where memory runs out, for the caller to go on with half of the rows.
+
+    Args:
+        rows: how many `compute` takes; several, one: what it does, and fix: what would need less, for messages.
+
+    Raises:
+        MemoryError: there is too little for one row, or the base is shared out: no rank can try less by itself.
+    """
+    try:
+        return compute()
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        if is_sharded(base.model):
+            raise MemoryError(f"{several} {ALONE}") from None
+    release()
+    if rows == 1:
+        device = next(base.model.parameters()).device
+        raise MemoryError(
+            f"{one} takes more memory than there is ({taken(device)}); {fix}, or free the device of other programs"
+        )
+    return None
 
 
 def release() -> None:

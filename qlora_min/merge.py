@@ -122,10 +122,10 @@ def compare_merges(
         raise ValueError(f"adapter '{adapter}' was trained on an unquantised base: there is one way to merge it")
     bits = quantization.upper()
     loaded = load_adapter(adapter, model, precision, device)
-    engine, results = Modules(loaded, max(len(row) for row in rows)), {}
+    longest, results = max(len(row) for row in rows), {}
 
     def measure(name: str) -> None:
-        results[name] = evaluate(engine, rows, batch_size, name)
+        results[name] = evaluate(Modules(loaded, longest), rows, batch_size, name)
 
     with lora_disabled(loaded.model):
         measure(f"no adapter, {bits} base")

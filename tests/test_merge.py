@@ -23,7 +23,7 @@ from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
 from qlora_min.engine import make_engine
 from qlora_min.generate import end_ids, generate
 from qlora_min.lora import lora_layers, lora_parameters
-from qlora_min.merge import BOUNDS, MergeError, fold, merge
+from qlora_min.merge import BOUNDS, MergeError, compare_merges, fold, merge
 from qlora_min.model import DTYPES, add_lora, dequantized_weight, load_base
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -103,6 +103,15 @@ def test_the_file_computes_what_the_adapter_did(trained, tmp_path, dtype, base):
     config = json.loads((out / "config.json").read_text())
     assert config["use_cache"] is True and "quantization_config" not in config
     assert not any(p.name.startswith("adapter") for p in out.iterdir())
+
+
+def test_each_way_to_merge_is_evaluated_by_its_own_weights(trained, demo_data):
+    encoder = load_base(str(demo.MODEL_DIR), "nf4").encoder
+    rows = data.encode_all("demo", data.read(str(demo_data[1]), 20), encoder, 64).rows
+    losses = {name: e.loss for name, e in compare_merges(trained, rows, None, "fp32", 8).items()}
+    bare, adapted, merged, again, original = losses.values()
+    assert merged == pytest.approx(adapted, rel=1e-5) and adapted < bare
+    assert len({round(loss, 5) for loss in (bare, merged, again, original)}) == 4, losses
 
 
 def test_the_merged_folder_is_complete(trained, tmp_path):

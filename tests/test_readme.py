@@ -48,7 +48,7 @@ def test_every_command_is_one(words):
     for word in words:
         if re.match(r"(scripts|tests)/", word):
             assert (ROOT / word).exists(), word
-    known = {"python", "python3", ".", "pip", "pytest", "git", "cd", "qlora-min", "eval", "torchrun", "time"}
+    known = {"python", "python3", ".", "pip", "pytest", "git", "cd", "qlora-min", "eval", "torchrun", "time", "env"}
     assert words[0] in known, words
 
 
