@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
+from . import __version__
 from .config import clipped, refuse_secrets, shown
 from .files import check_links, read_json, read_tensors, sha256, tensor_shapes, write_json
 from .lora import lora_parameters
@@ -78,16 +79,13 @@ def save_adapter(
         "modules_to_save": None,
         "inference_mode": True,
     }
-    from . import __version__
-
     write_json(folder / CONFIG, peft)
     tokenizer.save_pretrained(folder)
     weights = weights or lora_parameters(model)
     tensors = {f"{PEFT_PREFIX}{n}.weight": p.detach().cpu().contiguous() for n, p in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     origin = {k: asdict(config)[k] for k in ("base", "revision", "fingerprint", "quantization", "alpha")}
-    sums = {"weights_sha256": sha256(folder / WEIGHTS)}
-    write_json(folder / ORIGIN, {"qlora_min": __version__, **origin, **sums})
+    write_json(folder / ORIGIN, {"qlora_min": __version__, **origin, "weights_sha256": sha256(folder / WEIGHTS)})
 
 
 def read_config(folder: Path) -> AdapterConfig:

@@ -6,11 +6,13 @@ for programs; text and bars are then left out.
 """
 
 import argparse
+import inspect
 import json
 import os
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -32,6 +34,7 @@ GROUPS = {
     "evaluating, saving, stopping": ("eval_every", "patience", "log_every", "tensorboard", "save_every",
                                      "save_minutes", "output_dir"),
 }  # fmt: skip
+METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,28 +67,18 @@ def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(FIE
             titled |= dict.fromkeys(names, parser.add_argument_group(title))
     for f in (FIELDS[name] for name in titled):
         meta, kinds = f.metadata, kinds_of(f)
-        if f.type == tuple[str, ...]:
-            if meta.get("separator"):
-                kwargs = {"type": lambda s: tuple(p.strip() for p in s.split(",") if p.strip()), "metavar": "A,B,..."}
-            else:
-                kwargs = {"nargs": "+", "metavar": "NAME"}
-        elif f.type == tuple[float, ...]:
-            kwargs = {"nargs": "+", "type": float, "metavar": "X"}
+        if "separator" in meta:
+            kwargs = {"type": lambda s: tuple(p.strip() for p in s.split(",") if p.strip()), "metavar": "A,B,..."}
         elif "choices" in meta:
             kwargs = {"choices": meta["choices"]}
         elif bool in kinds:
             kwargs = {"action": argparse.BooleanOptionalAction}
-        elif int in kinds:
-            kwargs = {"type": int, "metavar": "N"}
-        elif float in kinds:
-            kwargs = {"type": float, "metavar": "X"}
         else:
-            kwargs = {"metavar": "NAME"}
+            kind, metavar = next((k, m) for k, m in METAVARS.items() if k in kinds)
+            kwargs = {"type": kind, "metavar": metavar} | ({"nargs": "+"} if Ellipsis in kinds else {})
         default = f.default if not isinstance(f.default, tuple) else ",".join(f.default)
-        text = meta["help"] + (f" [{default}]" if default not in (None, "") else "")
-        titled[f.name].add_argument(
-            flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kwargs
-        )
+        kwargs["help"] = (meta["help"] + (f" [{default}]" if default not in (None, "") else "")).replace("%", "%%")
+        titled[f.name].add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, **kwargs)
 
 
 def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -102,10 +95,6 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after it
     try:
         sys.exit(main() or 0)
-    except ValueError as e:
-        for line in getattr(e, "lines", [str(e)]) if is_first_process() else ():
-            print("error: " + " ".join(redacted(line).split()), file=sys.stderr)
-        sys.exit(2)
     except MemoryError as e:
         print(f"error: {e or 'out of memory'}", file=sys.stderr)
         sys.exit(1)
@@ -115,9 +104,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()
         sys.exit(141)
-    except OSError as e:  # a file or folder that can't be read or written
-        if is_first_process():
-            print("error: " + " ".join(redacted(str(e)).split()), file=sys.stderr)
+    except (ValueError, OSError) as e:  # OSError: a file or folder that can't be read or written
+        for line in getattr(e, "lines", [str(e)]) if is_first_process() else ():
+            print("error: " + " ".join(redacted(line).split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -130,7 +119,7 @@ def train_options(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line wins")
     parser.add_argument("--demo", action="store_true", help="train the embedded demo: no network, no GPU, a minute")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="continue a run (the newest unfinished)")
-    parser.add_argument("--preview", type=positive, metavar="N", help="print N rows as the model sees them, and exit")
+    _count_option(parser, "--preview", "print N rows as the model sees them, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, forecast memory and time, and exit")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     _json_option(parser)
@@ -139,10 +128,15 @@ def train_options(parser: Parser) -> None:
 
 
 def train(args: argparse.Namespace, emit: Emit) -> int:
+    """Fine-tune a model with QLoRA.
+
+    train                                    the reference configuration: Qwen2-0.5B-Instruct on MedQA
+    train --demo                             an embedded model and data: no network, no GPU, a minute
+    train --model DIR --dataset FILE.jsonl   your own
+    train --resume                           continue the newest unfinished run
+    """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # while loading; training has its own
-    options = {**(read_toml(args.config) if args.config else {}), **given_options(args)}
-    if args.demo:
-        options = _demo_options(options)
+    options = _options(args)
     config = Config(**options)
 
     from .distributed import from_main, join, together
@@ -175,8 +169,12 @@ def train(args: argparse.Namespace, emit: Emit) -> int:
     return 0
 
 
-def _demo_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The demo's model, data and options, under those given; its data are written to the user's cache."""
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Config's options: the command line's, over the file's, over the demo's (whose data go to the user's cache)."""
+    options = {**(read_toml(args.config) if args.config else {}), **given_options(args)}
+    if not args.demo:
+        return options
+
     from . import demo
 
     train, held = demo.write_data(demo.cache_folder())
@@ -203,20 +201,22 @@ def _preview(config: Config, count: int) -> None:
 def data_options(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line wins")
     parser.add_argument("--demo", action="store_true", help="look at the embedded demo's data")
-    parser.add_argument(
-        "--preview", type=positive, default=0, metavar="N", help="and print N rows as the model sees them"
-    )
+    _count_option(parser, "--preview", "and print N rows as the model sees them")
     _json_option(parser)
     add_options(parser, [*GROUPS["model and data"], "seed"])
 
 
 def data(args: argparse.Namespace, emit: Emit) -> None:
-    options = {**(read_toml(args.config) if args.config else {}), **given_options(args)}
-    config = Config(**(_demo_options(options) if args.demo else options))
+    """Look at data before training: lengths, letters, repeated, contradicting and leaking questions.
+
+    data --dataset FILE.jsonl --eval-dataset OTHER.jsonl   takes the options of train that name data
+    data --demo --preview 3                                and rows as the model sees them
+    """
+    config = Config(**_options(args))
 
     from .care import look_at
 
-    emit(look_at(config, args.preview, colour=sys.stdout.isatty()).as_dict())
+    emit(look_at(config, args.preview or 0, colour=sys.stdout.isatty()).as_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,22 +227,23 @@ def data(args: argparse.Namespace, emit: Emit) -> None:
 def eval_options(parser: Parser) -> None:
     _adapter_options(parser, required=True)
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="hub ids or files [the run's held-out rows]")
-    parser.add_argument("--limit", type=positive, metavar="N", help="at most the first N rows of each data set")
-    parser.add_argument(
-        "--max-length", type=positive, default=512, metavar="N", help="leave longer rows of --dataset out [512]"
-    )
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows at a time [8]")
-    parser.add_argument(
-        "--generate", type=positive, metavar="N",
-        help="also let both write answers to the first N rows of each data set, and compare them with the references",
-    )  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="cut these answers here [64]")
+    _count_option(parser, "--limit", "at most the first N rows of each data set")
+    _count_option(parser, "--max-length", "leave longer rows of --dataset out", 512)
+    _count_option(parser, "--batch-size", "rows at a time", 8)
+    answers = "also let both write answers to the first N rows of each data set, and compare them with the references"
+    _count_option(parser, "--generate", answers)
+    _count_option(parser, "--max-new-tokens", "cut these answers here", 64)
     parser.add_argument("--html", metavar="FILE", help="write a report: curves, tables, answers side by side")
     _precision_option(parser)
     _json_option(parser)
 
 
 def evaluate(args: argparse.Namespace, emit: Emit) -> None:
+    """Evaluate a base and its adapter side by side on the same rows.
+
+    eval --adapter runs/NAME/adapter                        the run's own held-out rows
+    eval --adapter runs/NAME/adapter --dataset FILE.jsonl   other rows
+    """
     from . import page
     from .adapter import load_adapter
     from .data import table
@@ -320,18 +321,21 @@ def merge_options(parser: Parser) -> None:
     _adapter_options(parser, required=True)
     parser.add_argument("--output-dir", metavar="DIR", help="where to write the checkpoint")
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the file [fp16]")
-    parser.add_argument(
-        "--base", choices=("dequantized", "original"), default="dequantized",
-        help="add the update to the weights it was trained on, or to the original ones [dequantized]",
-    )  # fmt: skip
+    base = "add the update to the weights it was trained on, or to the original ones [dequantized]"
+    parser.add_argument("--base", choices=("dequantized", "original"), default="dequantized", help=base)
     parser.add_argument("--compare", action="store_true", help="evaluate each way to merge instead, and write nothing")
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="for --compare [the run's held-out rows]")
-    parser.add_argument("--limit", type=positive, metavar="N", help="for --compare: at most the first N rows")
+    _count_option(parser, "--limit", "for --compare: at most the first N rows")
     _hub_options(parser, "merged checkpoint")
     _json_option(parser)
 
 
 def merge(args: argparse.Namespace, emit: Emit) -> int:
+    """Merge an adapter into its base: an ordinary checkpoint, read back and compared before it is kept.
+
+    merge --adapter runs/NAME/adapter --output-dir merged
+    merge --adapter runs/NAME/adapter --compare             held-out loss of each way to merge; writes nothing
+    """
     if args.compare:
         return _compare_merges(args, emit)
     if not args.output_dir:
@@ -385,12 +389,19 @@ def chat_options(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt instead of the template's own")
     parser.add_argument("--compare", action="store_true", help="answer without and with the adapter")
-    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="cut answers here [256]")
+    _count_option(parser, "--max-new-tokens", "cut answers here", 256)
     _precision_option(parser)
     _json_option(parser)
 
 
 def chat(args: argparse.Namespace, emit: Emit) -> None:
+    """Talk to a model: a base with an adapter, or a merged checkpoint.
+
+    chat --adapter runs/NAME/adapter                        a conversation; an empty line or Ctrl-D ends it
+    chat --adapter runs/NAME/adapter --prompt "..."         one answer
+    chat --adapter runs/NAME/adapter --compare              each answer without and with the adapter
+    chat --model merged
+    """
     if not args.adapter and not args.model:
         raise ValueError("--adapter DIR or --model NAME is needed (see --help)")
     if args.compare and not args.adapter:
@@ -453,6 +464,12 @@ def _adapter_options(parser: Parser, required: bool) -> None:
     parser.add_argument("--model", metavar="NAME", help=f"{alone}where the base is, if not where the adapter says")
 
 
+def _count_option(parser: Parser, name: str, what: str, default: int | None = None) -> None:
+    parser.add_argument(
+        name, type=positive, default=default, metavar="N", help=what + (f" [{default}]" if default else "")
+    )
+
+
 def _precision_option(parser: Parser) -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="[auto]")
 
@@ -502,6 +519,13 @@ def _bench_options(parser: Parser) -> None:
 
 
 def _bench(args: argparse.Namespace, emit: Emit) -> None:
+    """Measure how fast qlora_min trains, and in how much memory.
+
+    bench                                             Qwen2-0.5B's shape in fp16, random weights, MedQA's real lengths
+    bench --families                                  other families' shapes, by each engine
+    python scripts/bench_peers.py trl unsloth         the same work by peft + trl and by unsloth
+    python scripts/bench_sweep.py costs.png           how time and memory grow with row length, rows and rank
+    """
     from .bench import bench
 
     bench(args, emit)
@@ -511,82 +535,35 @@ def _bench(args: argparse.Namespace, emit: Emit) -> None:
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
-# name: (what it does, examples, what adds its options, what runs it)
-COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None], Callable[[argparse.Namespace, Emit], int | None]]] = {
-    "train": (
-        "Fine-tune a model with QLoRA.",
-        """
-  train                                    the reference configuration: Qwen2-0.5B-Instruct on MedQA
-  train --demo                             an embedded model and data: no network, no GPU, a minute
-  train --model DIR --dataset FILE.jsonl   your own
-  train --resume                           continue the newest unfinished run""",
-        train_options,
-        train,
-    ),
-    "data": (
-        "Look at data before training: lengths, letters, repeated, contradicting and leaking questions.",
-        """
-  data --dataset FILE.jsonl --eval-dataset OTHER.jsonl   takes the options of train that name data
-  data --demo --preview 3                                and rows as the model sees them""",
-        data_options,
-        data,
-    ),
-    "eval": (
-        "Evaluate a base and its adapter side by side on the same rows.",
-        """
-  eval --adapter runs/NAME/adapter                        the run's own held-out rows
-  eval --adapter runs/NAME/adapter --dataset FILE.jsonl   other rows""",
-        eval_options,
-        evaluate,
-    ),
-    "merge": (
-        "Merge an adapter into its base: an ordinary checkpoint, read back and compared before it is kept.",
-        """
-  merge --adapter runs/NAME/adapter --output-dir merged
-  merge --adapter runs/NAME/adapter --compare             held-out loss of each way to merge; writes nothing""",
-        merge_options,
-        merge,
-    ),
-    "chat": (
-        "Talk to a model: a base with an adapter, or a merged checkpoint.",
-        """
-  chat --adapter runs/NAME/adapter                        a conversation; an empty line or Ctrl-D ends it
-  chat --adapter runs/NAME/adapter --prompt "..."         one answer
-  chat --adapter runs/NAME/adapter --compare              each answer without and with the adapter
-  chat --model merged""",
-        chat_options,
-        chat,
-    ),
-    "bench": (
-        "Measure how fast qlora_min trains, and in how much memory.",
-        """
-  bench                                             Qwen2-0.5B's shape in fp16, random weights, MedQA's real lengths
-  bench --families                                  other families' shapes, by each engine
-  python scripts/bench_peers.py trl unsloth         the same work by peft + trl and by unsloth
-  python scripts/bench_sweep.py costs.png           how time and memory grow with row length, rows and rank""",
-        _bench_options,
-        _bench,
-    ),
+# name: (what adds its options, what runs it: the docstring says what it does, and gives examples)
+COMMANDS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace, Emit], int | None]]] = {
+    "train": (train_options, train),
+    "data": (data_options, data),
+    "eval": (eval_options, evaluate),
+    "merge": (merge_options, merge),
+    "chat": (chat_options, chat),
+    "bench": (_bench_options, _bench),
 }
+
+
+def described(name: str) -> tuple[str, str]:
+    """(what a command does, its examples)."""
+    what, _, examples = inspect.getdoc(COMMANDS[name][1]).partition("\n\n")
+    return what, textwrap.indent(examples, "  ")
 
 
 def make_parser(name: str, prog: str | None = None) -> Parser:
     """The parser of a command."""
-    what, examples, add, _ = COMMANDS[name]
-    parser = Parser(
-        prog=prog,
-        usage="%(prog)s [options]",
-        description=what,
-        epilog=f"examples:{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add(parser)
+    what, examples = described(name)
+    parser = Parser(prog=prog, usage="%(prog)s [options]", description=what, epilog=f"examples:\n{examples}")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    COMMANDS[name][0](parser)
     return parser
 
 
 def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
     """Run a command to the process's end; `argv` is the process's own if not given."""
-    run_parsed(make_parser(name, prog).parse_args(argv), COMMANDS[name][3])
+    run_parsed(make_parser(name, prog).parse_args(argv), COMMANDS[name][1])
 
 
 def run_parsed(args: argparse.Namespace, function: Callable[[argparse.Namespace, Emit], int | None]) -> NoReturn:
@@ -620,7 +597,8 @@ def _output(args: argparse.Namespace) -> Iterator[Emit]:
 
 def main() -> NoReturn:
     """The console command `qlora-min`."""
-    usage = "\n".join(["usage: qlora-min COMMAND [options]\n", *(f"  {n:<8}{c[0]}" for n, c in COMMANDS.items()),
+    commands = [f"  {name:<8}{described(name)[0]}" for name in COMMANDS]
+    usage = "\n".join(["usage: qlora-min COMMAND [options]\n", *commands,
                        "\nqlora-min COMMAND --help tells more; qlora-min completion bash|zsh|tcsh prints a script "
                        "that completes all this"])  # fmt: skip
     name, *rest = sys.argv[1:] or ["--help"]
@@ -646,7 +624,8 @@ def _completion(shell: str) -> None:
         raise ValueError(f"completion: got {shell!r}, expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
     parser = argparse.ArgumentParser(prog="qlora-min")
     commands = parser.add_subparsers()
-    for name, (what, _, add, _) in COMMANDS.items():
+    for name, (add, _) in COMMANDS.items():
+        what, _ = described(name)
         add(commands.add_parser(name, description=what, help=what))
     print(shtab.complete(parser, shell))
 

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -186,9 +187,9 @@ def _answered() -> Iterator[None]:
         atexit.unregister(dist.destroy_process_group)  # which would wait for the lost one
         time.sleep(0.3)  # until torchrun has taken note of its end
         ended = [str(r) for r, (host, process) in enumerate(_processes) if _is_gone(host, process)]
-        who = f"the process of rank {' and '.join(ended)} has ended" if ended else "another process"
-        if not ended:
-            who += f" has ended, or did not answer for {TIMEOUT:.0f} s"
+        who = f"another process has ended, or did not answer for {TIMEOUT:.0f} s"
+        if ended:
+            who = f"the process of rank {' and '.join(ended)} has ended"
         reason = str(e).strip().split("\n")[0].split(". This is typically")[0]
         raise Lost(f"rank {rank()}: {who} ({reason})") from None
 
@@ -199,12 +200,9 @@ def _is_gone(host: str, process: int) -> bool:
         return False
     try:
         os.kill(process, 0)
+        stat = Path(f"/proc/{process}/stat").read_text(errors="replace")
     except ProcessLookupError:
         return True
     except OSError:
         return False
-    try:  # ended, and its parent does not know yet
-        with open(f"/proc/{process}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return False
+    return stat.rpartition(")")[2].split()[0] == "Z"  # ended, and its parent does not know yet

@@ -60,9 +60,8 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 def adapter_card(config: AdapterConfig, record: Record, before: dict | None, best: dict | None, best_step: int) -> str:
     """The card of an adapter: what its run was, and the held-out results without and with it, if there are any."""
-    bits = config.quantization.upper()
     four = config.quantization != "none"
-    weights = f"weights in 4-bit {bits}, doubly quantised" if four else "unquantised weights"
+    weights = f"weights in 4-bit {config.quantization.upper()}, doubly quantised" if four else "unquantised weights"
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[record["precision"]]
     load = LOAD_ADAPTER.format(
         dtype=dtype, more=", BitsAndBytesConfig" if four else "",
