@@ -49,6 +49,11 @@ class Packed:
         """(N, S, R + 1, max_seqlen): batches of one shape can take each other's place."""
         return len(self.input_ids), len(self.targets), len(self.cu_seqlens), self.max_seqlen
 
+    @property
+    def n_rows(self) -> int:
+        """Without padding."""
+        return sum(begin < self.n_tokens for begin, _ in self.spans())
+
     def copy_(self, other: "Packed") -> None:
         """Take over the values of another of the same shape."""
         for mine, theirs in zip(vars(self).values(), vars(other).values()):

@@ -34,7 +34,7 @@ from filelock import lock_descriptor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from .files import UNSUPPORTED, atomic_folder, sha256, write_json, write_jsonl  # noqa: F401 (two for train.py)
+from .files import UNSUPPORTED, atomic_folder, sha256
 
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 LOCK = ".lock"

@@ -110,10 +110,11 @@ class Config:
 
     epochs: float = option(3.0, "passes over the data", **ABOVE_0)
     max_steps: int | None = _positive(None, "end after N optimizer steps, whatever the epochs")
-    batch_size: int = _positive(4, "rows in a micro-batch; with --grad-accum, the rows of an optimizer step")
-    grad_accum: int = _positive(4, "micro-batches in an optimizer step")
+    batch_size: int = _positive(4, "times --grad-accum: the rows of an optimizer step")
+    grad_accum: int = _positive(4, "times --batch-size: the rows of an optimizer step")
     micro_batch_tokens: int | None = _positive(
-        None, "tokens of a micro-batch; a step's result does not depend on it (default: what fits)"
+        None,
+        "tokens of a micro-batch, which changes no result (default: what fits; with checkpointing on the longest row)",
     )
     learning_rate: float = option(
         2e-4, "peak learning rate, QLoRA's for models up to 13B (its table 9); cosine to 0 after the warm-up", **ABOVE_0

@@ -1,4 +1,4 @@
-"""The decoder by hand: forward and backward of a Qwen2 or Llama over packed rows, without autograd.
+"""The decoder by hand: forward and backward of Qwen2, Qwen3, Llama and Mistral over packed rows, without autograd.
 
 A decoder layer, with x the residual stream (N tokens, D wide) and projections P(u) = W u + b + (alpha/r) B A drop(u):
 
@@ -313,7 +313,7 @@ class Decoder:
         self.dropout = groups[0].loras[0].dropout.p if groups else 0.0
 
     def _try_kernels(self) -> None:
-        """Each of them once, on tensors of this model's widths."""
+        """Try each kernel once, on tensors of this model's widths."""
         if self.device.type != "cuda":
             return
         layer, n, norm = self.layers[0], 8, self.norm.weight

@@ -33,10 +33,13 @@ from .config import clipped
 from .data import Row
 from .lora import FlatLoRA, lora_layers
 from .loss import masked_loss
+from .memory import is_out_of_memory
 from .model import Base, autocast, decoder_layers, output_head
+from .report import say
 from .sharding import is_sharded
 
 PACKED = "qlora_min_packed"  # our attention function's name in transformers
+# Arguments that change nothing here: causal attention, no cache, no other outputs asked for.
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal",
             "cu_seq_lens_k", "max_length_k", "return_dict"}  # fmt: skip
 
@@ -107,7 +110,8 @@ def attention(
 
 
 class _Attention(torch.autograd.Function):
-    """PyTorch's attention kernels for packed rows on a GPU, whose own derivatives know no windows for all of them."""
+    """PyTorch's attention kernels for packed rows on a GPU. Their registered derivatives do not all take windows, so
+    the backward kernels are called here."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale, window: int) -> Tensor:
@@ -213,6 +217,10 @@ class Modules:
         self.adapter = FlatLoRA(base.model, self.device)
         self.loras = list(lora_layers(base.model).values())
         base.model.eval()  # the base's own dropout is off: it is frozen
+        if self.device.type == "cuda":
+            tokens = torch.arange(8, device=self.device)
+            x = torch.ones(8, 64, dtype=base.dtype, device=self.device)
+            ops.try_kernels({"dropout": (x, 0.1, ops.dropout_keys(tokens[3].int(), tokens, tokens), 1)}, base.dtype)
         self._checkpoint_layers()
         self.mixing = ""
         self.mixing = self._try(longest)
@@ -234,7 +242,12 @@ class Modules:
                 own.append(states.last_hidden_state[0].float())
         with autocast(self.device, self.base.dtype):
             reference = self.base.model(input_ids=rows[0].ids.long()[None].to(self.device), use_cache=False)
-        if _distance(self.logits(own[0]), reference.logits[0].float()) > bound:
+        if not all(states.isfinite().all() for states in own):
+            raise ValueError(
+                f"model '{self.base.name}': its hidden states overflow {str(self.base.dtype).removeprefix('torch.')}; "
+                "use --precision fp32, or bf16 where the GPU has it"
+            )
+        if _distance(self.logits(own[0]), reference.logits[0].float()) > min(bound, 1e-2):
             raise ValueError(
                 f"model '{self.base.name}': {self.base.model.config.model_type} changes its logits in a way that is "
                 "not implemented"
@@ -242,7 +255,7 @@ class Modules:
         try:
             packed = self.hidden_states(batch).float()
         except Exception as e:  # models that know no packed rows fail in all ways
-            if isinstance(e, torch.OutOfMemoryError):
+            if is_out_of_memory(e):
                 raise
             return str(e) if type(e) is NotImplementedError else f"it takes no packed rows ({clipped(e, 80)})"
         return "packed rows would mix" if _distance(packed, torch.cat(own)) > bound else ""
@@ -253,7 +266,8 @@ class Modules:
         No random state is kept: dropout draws the same mask again by itself.
         """
         for layer in decoder_layers(self.base.model):
-            plain = functools.partial(type(layer).forward, layer)  # not wrapped by an engine before
+            # The class's own forward, in case another engine of this base has wrapped it.
+            plain = functools.partial(type(layer).forward, layer)
 
             def forward(*args, inner=plain, **kwargs):
                 if self.checkpointing and torch.is_grad_enabled():
@@ -348,8 +362,9 @@ def _distance(mine: Tensor, reference: Tensor) -> float:
 class Captured:
     """An engine's `loss_and_gradients` and `hidden_states` on a GPU as one launch each, for batches on the CPU.
 
-    Each shape is captured once as a CUDA graph, and so is which LoRA layers are enabled. All graphs share one memory
-    pool: they run one after the other. What is returned is overwritten by the next call.
+    There is one CUDA graph for each shape of a batch and each set of enabled LoRA layers. All graphs share one memory
+    pool: they run one after the other. What is returned is overwritten by the next call. A model whose forward asks the
+    device for a value can't be captured: it is computed without graphs, and a note says so.
 
     Args:
         grain: batches are padded to a multiple of so many tokens, and to R rows, so that there are few shapes.
@@ -363,6 +378,7 @@ class Captured:
         self.factor = torch.zeros((), device=device)
         self.seed = torch.zeros((), dtype=torch.int32, device=device)
         self.loss = torch.zeros((), device=device)
+        self.failed = False  # whether the model can't be captured
         self.release()
 
     def release(self) -> None:
@@ -391,12 +407,17 @@ class Captured:
 
     def _replay(self, kind: str, compute: Callable[[Packed], Tensor], batch: Packed) -> Tensor:
         key = (kind, *batch.shape, tuple(m.enabled for m in self.loras))
-        if key not in self.graphs:
+        if key not in self.graphs and not self.failed:
             try:
                 self._capture(key, compute, batch)
-            except torch.OutOfMemoryError:
-                if not self.graphs:
+            except RuntimeError as e:
+                self.failed = not is_out_of_memory(e)
+                if self.failed:
+                    say(f"note: computed without CUDA graphs: this model can't be captured ({clipped(e)})")
+                elif not self.graphs:
                     raise
+        if self.failed:
+            return compute(batch.to(self.device))
         if key not in self.graphs:  # smaller graphs' blocks may be in the way
             self.release()
             torch.cuda.empty_cache()
@@ -420,10 +441,12 @@ class Captured:
         """Run once before the first capture: kernels are compiled, cuBLAS takes its memory. Leaves no trace."""
         grads = self.adapter.grads.clone()
         torch.cuda.synchronize()
-        with torch.cuda.stream(self.stream):
-            compute(mine)
-        torch.cuda.synchronize()
-        self.adapter.grads.copy_(grads)
+        try:
+            with torch.cuda.stream(self.stream):
+                compute(mine)
+        finally:
+            torch.cuda.synchronize()
+            self.adapter.grads.copy_(grads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,7 +455,7 @@ class Captured:
 
 
 def make_engine(base: Base, name: str, longest: int) -> tuple[Engine, str, str]:
-    """(engine, its name, why it is the one) for a base.
+    """(engine, its name, what there is to say of that) for a base.
 
     Args:
         name: auto, modules or fused. longest: row that may come, in tokens.
@@ -442,16 +465,15 @@ def make_engine(base: Base, name: str, longest: int) -> tuple[Engine, str, str]:
     """
     from .decoder import Decoder, unsupported
 
-    why = "as asked" if name == "modules" else unsupported(base, longest)
-    if why and (name == "fused" or is_sharded(base.model)):
+    why = None if name == "modules" else unsupported(base, longest)
+    if (why and name == "fused") or (is_sharded(base.model) and (why or name == "modules")):
         asked = "--engine fused: " if name == "fused" else "--shard: needs --engine fused, and "
         raise ValueError(f"{asked}{'--engine modules is asked for' if name == 'modules' else why}; leave it out")
-    if not why:
-        return Decoder(base, longest), "fused", "the faster" if name == "auto" else "as asked"
+    if name != "modules" and not why:
+        return Decoder(base, longest), "fused", ""
     engine = Modules(base, longest)
-    if engine.mixing:
-        why += f"; rows one at a time: {engine.mixing}"
-    return engine, "modules", why
+    mixing = engine.mixing and f"rows one at a time: {engine.mixing}"
+    return engine, "modules", "; ".join(filter(None, [why, mixing]))
 
 
 def captured(engine: Engine, longest: int, tokens: int) -> Engine | Captured:

@@ -58,9 +58,14 @@ class Dropout(nn.Module):
         """(..., D) -> (..., D)"""
         if not self.p or not self.training:
             return x
-        keys = self.tokens.keys
+        keys, n = self.tokens.keys, x.shape[:-1].numel()
         if keys is None:
-            keys = torch.randint(2**31, (x[..., 0].numel(),), device=x.device).int()
+            keys = torch.randint(2**31, (n,), device=x.device).int()
+        if len(keys) != n:
+            raise ValueError(
+                f"dropout: a targeted layer is given {n:,} tokens of the micro-batch's {len(keys):,} (routed experts, "
+                "say), so their masks can't be told; use --dropout 0, or other --targets"
+            )
         return _Dropout.apply(x, self.p, keys, self.stream)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn as nn
@@ -26,16 +26,18 @@ import torch.nn as nn
 from .batches import round_up
 from .bits import bnb
 from .data import Row
-from .engine import Engine
 from .model import Base, decoder_layers
 from .sharding import is_sharded
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 Result = TypeVar("Result")
 GIB = 2**30
 MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # of a micro-batch; larger ones are no faster
 TRIED_TOKENS = {"cuda": 8192, "cpu": 256}  # of the larger micro-batch that is measured, at most
 WORKSPACE = 8 * 2**20  # bytes of cuBLAS's, one for each of two streams: see model.py
-ALONE = "takes more memory than there is, and a rank can't try less by itself where the base is shared out"
+ALONE = "takes more memory than there is, and with --shard a process can't try a smaller one by itself"
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,12 @@ class Footprint:
 
     def describe(self, tokens: int) -> str:
         """In words."""
-        base, adapter, total = (n / GIB for n in (self.base, self.adapter, self.total(tokens)))
-        parts = f"base {base:.2f}, adapter {adapter:.2f}, {tokens:,} tokens {total - base - adapter:.2f}"
-        return f"{total:.2f} GiB ({parts})"
+        total = self.total(tokens)
+        unit, name, digits = (GIB, "GiB", 2) if total >= 0.1 * GIB else (2**20, "MiB", 1)
+        base, adapter, rest = (
+            f"{n / unit:.{digits}f}" for n in (self.base, self.adapter, total - self.base - self.adapter)
+        )
+        return f"{total / unit:.{digits}f} {name} (base {base}, adapter {adapter}, {tokens:,} tokens {rest})"
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,15 @@ def stored_bytes(model: torch.nn.Module) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def measure(engine: Engine, work: Workload, tokens: int) -> Footprint:
-    """What micro-batches take, from one of half of `tokens`, or fewer, and one of a quarter. Clears the gradients.
+def measure(engine: "Engine", work: Workload, tokens: int) -> Footprint:
+    """What micro-batches take, from two that are computed: of `tokens`, or what fits, and half. Clears the gradients.
 
     Raises:
         MemoryError: not even a few tokens fit.
     """
     release()  # once: collecting garbage takes a quarter of a second
     found: dict[int, int] = {}
-    n = max(4, min(tokens // 2, TRIED_TOKENS[engine.device.type]))
+    n = max(4, min(tokens, TRIED_TOKENS[engine.device.type]))
     _added(engine, work, min(n, 64))  # the first pays for libraries' workspaces, and for compiling
     while len(found) < 2:
         if n < 2:
@@ -119,7 +124,7 @@ def measure(engine: Engine, work: Workload, tokens: int) -> Footprint:
     )
 
 
-def _added(engine: Engine, work: Workload, tokens: int) -> int | None:
+def _added(engine: "Engine", work: Workload, tokens: int) -> int | None:
     """Bytes at the peak of a micro-batch beyond those that were there before; None where they are not to be had."""
     device = engine.device
     factor, seed = torch.zeros((), device=device), torch.zeros((), dtype=torch.int32, device=device)
@@ -147,7 +152,11 @@ def _restart_peak(device: torch.device) -> int:
 
 
 def plan(
-    engine: Engine, work: Workload, fits: Callable[[int], bool], checkpointing: str = "auto", tokens: int | None = None
+    engine: "Engine",
+    work: Workload,
+    fits: Callable[[int], bool],
+    checkpointing: str = "auto",
+    tokens: int | None = None,
 ) -> tuple[bool, int, Footprint]:
     """(whether to checkpoint, tokens of a micro-batch, what that takes): the fastest that fits.
 
@@ -176,7 +185,7 @@ def plan(
 
 
 def ways_to_save(
-    engine: Engine, work: Workload, footprint: Footprint, lengths: Sequence[int], room: float
+    engine: "Engine", work: Workload, footprint: Footprint, lengths: Sequence[int], room: float
 ) -> list[str]:
     """What would lower the peak of the longest row by itself, in order of effect; each way alone.
 
@@ -228,7 +237,7 @@ def unless_out_of_memory(
         rows: how many `compute` takes; several, one: what it does, and fix: what would need less, for messages.
 
     Raises:
-        MemoryError: there is too little for one row, or the base is shared out: no rank can try less by itself.
+        MemoryError: there is too little for one row, or --shard is on: a process can't try less by itself.
     """
     try:
         return compute()

@@ -247,7 +247,7 @@ def load_base(
     if generation:
         model.generation_config = generation
     if sharded:
-        shard(model, device)
+        shard(model, device, decoder_layers(model))
     embedding = model.get_input_embeddings()
     if dtype != torch.float32:  # keep the residual stream in fp32 from its first value on
         embedding.register_forward_hook(lambda module, args, out: out.float())

@@ -80,12 +80,12 @@ def is_sharded(model: PreTrainedModel) -> bool:
     return hasattr(model, "sharded")
 
 
-def shard(model: PreTrainedModel, device: torch.device) -> None:
+def shard(model: PreTrainedModel, device: torch.device, layers: nn.ModuleList) -> None:
     """Share out the weights of linear layers, embedding and head over all ranks; this rank's part goes to its device.
 
     They should be on the CPU until then, so that no GPU ever holds more than its part.
     """
-    embedding, head, layers = model.get_input_embeddings(), model.get_output_embeddings(), model.get_decoder().layers
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = _cut(embedding.weight.data)
     rows_of_head = rows if head.weight is embedding.weight else _cut(head.weight.data)
     model.set_input_embeddings(SlicedEmbedding(rows))

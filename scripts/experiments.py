@@ -59,6 +59,7 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
     from qlora_min.adapter import load_adapter
     from qlora_min.engine import for_evaluation
     from qlora_min.evaluate import evaluate, evaluation_data
+    from qlora_min.files import write_json
     from qlora_min.lora import lora_parameters
     from qlora_min.model import pick_device, resolve_precision
     from qlora_min.train import Trainer, resume_config
@@ -83,7 +84,7 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
             "trained": sum(p.numel() for p in lora_parameters(base.model).values()),
             "data": {n: e.as_dict() | (e.choices.as_dict() if e.option_rows else {}) for n, e in evaluations.items()},
         }
-        checkpoint.write_json(folder / "results.json", found)
+        write_json(folder / "results.json", found)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 

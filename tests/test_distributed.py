@@ -204,8 +204,10 @@ def rank_0_alone_writes(rank: int) -> None:
         raise AssertionError(f"rank {rank} writes")
 
     if rank:
-        for name in ("Lock", "save_checkpoint", "atomic_folder", "clean", "write_json", "write_jsonl"):
+        for name in ("Lock", "save_checkpoint", "clean"):
             setattr(checkpoint, name, refuse)
+        for name in ("atomic_folder", "write_json", "write_jsonl"):
+            setattr(qlora_min.train, name, refuse)
         checkpoint.Metrics.write = checkpoint.Metrics.flush = checkpoint.Metrics.cut = refuse
 
 

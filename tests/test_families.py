@@ -91,3 +91,45 @@ def test_a_family_by_its_modules_is_its_own_forward(name, tmp_path):
     assert loss == pytest.approx(expected, rel=1e-6)
     for p, g in zip(parameters, summed, strict=True):
         assert (p.grad - g).norm() < 1e-5 * g.norm()
+
+
+@pytest.mark.parametrize("which", ["demo", pytest.param("smollm2", marks=pytest.mark.real)])
+def test_both_engines_compute_the_same_on_real_weights(which, request):
+    """fp32, dropout 0.1: losses to 1e-6, gradients to 1e-5."""
+    folder = demo.MODEL_DIR if which == "demo" else request.getfixturevalue("smollm2")
+    base = load_base(str(folder), "nf4", "fp32", CPU)
+    torch.manual_seed(0)
+    add_lora(base, ATTENTION, 16, 32.0, 0.1)
+    for name, p in lora_parameters(base.model).items():
+        if name.endswith("B"):
+            torch.nn.init.normal_(p, std=0.02)
+    rng, rows = random.Random(0), []
+    for n in (40, 12, 57):
+        ids = torch.tensor([rng.randrange(290) for _ in range(n)], dtype=torch.int32)
+        rows.append(Row(ids, torch.arange(n) >= n - 9, ""))
+    found = []
+    for name in ("fused", "modules"):
+        engine, *_ = make_engine(base, name, 64)
+        loss = engine.loss_and_gradients(engine.pack(rows), torch.tensor(1 / 27), dropout_seed(1, 2)).item()
+        found.append((loss, engine.adapter.grads.clone()))
+    (fused, by_hand), (modules, by_autograd) = found
+    assert fused == pytest.approx(modules, rel=1e-6)
+    assert (by_hand - by_autograd).norm() < 1e-5 * by_autograd.norm()
+
+
+def test_a_model_that_overflows_fp16_says_what_to_use(tmp_path):
+    """Gemma 3's residual stream does so: a T4's only 16 bits."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **SHAPE, head_dim=16))
+    for projection in model.model.layers[0].mlp.children():
+        if isinstance(projection, torch.nn.Linear):
+            projection.weight.data.fill_(30.0)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path)
+    for precision, fits in (("fp16", False), ("fp32", True)):
+        base = load_base(str(tmp_path), "nf4", precision, CPU)
+        if fits:
+            assert make_engine(base, "auto", 32)[1] == "modules"
+        else:
+            with pytest.raises(ValueError, match="hidden states overflow float16; use --precision fp32"):
+                make_engine(base, "auto", 32)

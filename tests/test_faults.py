@@ -23,6 +23,7 @@ from test_training import conversations, last_checkpoint, make, on_the_cpu, save
 
 import qlora_min.train
 from qlora_min import checkpoint
+from qlora_min.files import write_json
 from qlora_min.optim import TrainingError
 from qlora_min.train import Trainer, resume_config
 
@@ -172,7 +173,7 @@ def test_samples_that_cannot_be_written_are_a_warning(make, monkeypatch, capsys)
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "write_jsonl", fail)
+    monkeypatch.setattr(qlora_min.train, "write_jsonl", fail)
     trainer = make(**OPTIONS)
     trainer.train()
     assert "warning: no samples or curves" in capsys.readouterr().out
@@ -299,7 +300,7 @@ def test_an_option_changed_in_the_record_is_named(cut, option, value):
     record = json.loads((cut / "config.json").read_text())
     assert record["options"][option] != value
     record["options"][option] = value
-    checkpoint.write_json(cut / "config.json", record)
+    write_json(cut / "config.json", record)
     with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} was .* now config.json says {value}; put it"):
         Trainer(*resume_config(str(cut), {}))
 
@@ -315,7 +316,7 @@ def test_what_the_command_of_the_beginning_gave_is_no_change(cut, tmp_path):
 @pytest.mark.parametrize("part", checkpoint.RECORDED)
 def test_a_damaged_record_is_one_error(cut, part):
     record = json.loads((cut / "config.json").read_text())
-    checkpoint.write_json(cut / "config.json", {k: v for k, v in record.items() if k != part})
+    write_json(cut / "config.json", {k: v for k, v in record.items() if k != part})
     with pytest.raises(ValueError, match=r"holds no run .*damaged"):
         Trainer(*resume_config(str(cut), {}))
 
@@ -326,7 +327,7 @@ def test_a_record_that_lost_a_value_is_no_traceback(cut, key):
     *path, last = key.split(".")
     part = record[path[0]] if path else record
     kept = part.pop(last)
-    checkpoint.write_json(cut / "config.json", record)
+    write_json(cut / "config.json", record)
     try:
         Trainer(*resume_config(str(cut), {})).lock.file.close()
         assert kept is None
@@ -451,7 +452,7 @@ def test_a_directory_that_cannot_be_written_to_names_its_option(make, cut, monke
     with pytest.raises(ValueError, match=r"--resume .*cut: can't be written to \(Read-only file system\)"):
         Trainer(*resume_config(str(cut), {}))
     monkeypatch.undo()
-    monkeypatch.setattr(checkpoint, "write_json", refuse)
+    monkeypatch.setattr(qlora_min.train, "write_json", refuse)
     with pytest.raises(ValueError, match=r"--output-dir .*new: can't be written to \(Read-only"):
         make("new", **OPTIONS)
 

@@ -352,7 +352,7 @@ def test_the_line_goes_through_two_sizes(monkeypatch, name, bits8):
         monkeypatch.setattr(memory, "_added", added)
         return memory.measure(engine, replace(WORK, bits8=bits8), tokens)
 
-    for limit, tokens, sizes in ((999, 400, [200, 100]), (999, 9**9, [256, 128]), (60, 400, [200, 100, 50, 25])):
+    for limit, tokens, sizes in ((999, 200, [200, 100]), (999, 9**9, [256, 128]), (60, 200, [200, 100, 50, 25])):
         f = measured(limit, tokens)
         assert (f.fixed, f.per_token) == pytest.approx((5000, 30)) and tried[1:] == sizes and tried[0] <= 64
     trained = sum(p.numel() for p in lora_parameters(engine.base.model).values())
@@ -368,7 +368,7 @@ def test_more_tokens_are_never_forecast_to_take_less(monkeypatch):
     """However the measurement was disturbed."""
     for sizes in ({100: 10, 50: 900}, {100: -70, 50: -90}):
         monkeypatch.setattr(memory, "_added", lambda engine, work, tokens, sizes=sizes: sizes.get(tokens, 0))
-        f = memory.measure(engine_of("fused"), WORK, 200)
+        f = memory.measure(engine_of("fused"), WORK, 100)
         totals = [f.total(n) for n in (1, 50, 100, 10_000)]
         assert totals == sorted(totals) and totals[0] >= f.base + f.adapter
 

@@ -21,6 +21,7 @@ import qlora_min.merge
 from qlora_min import checkpoint, data, demo
 from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
 from qlora_min.engine import make_engine
+from qlora_min.files import write_json, write_jsonl
 from qlora_min.generate import end_ids, generate
 from qlora_min.lora import lora_layers, lora_parameters
 from qlora_min.merge import BOUNDS, MergeError, compare_merges, fold, merge
@@ -308,12 +309,12 @@ def test_atomic_folder_keeps_the_former_content_when_the_rename_fails(tmp_path, 
 
 
 def test_files_written_whole(tmp_path):
-    checkpoint.write_json(tmp_path / "a.json", {"x": 1})
-    checkpoint.write_jsonl(tmp_path / "b.jsonl", [{"é": 1}, 2])
+    write_json(tmp_path / "a.json", {"x": 1})
+    write_jsonl(tmp_path / "b.jsonl", [{"é": 1}, 2])
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
     assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text("utf-8").splitlines()] == [{"é": 1}, 2]
     with pytest.raises(TypeError):
-        checkpoint.write_json(tmp_path / "a.json", {"x": object()})
+        write_json(tmp_path / "a.json", {"x": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.jsonl"]
 
@@ -510,7 +511,7 @@ def test_the_newest_unfinished_run(tmp_path):
     for age, (name, finished) in enumerate({"old": False, "newer": False, "newest": True}.items()):
         run = tmp_path / name
         run.mkdir()
-        checkpoint.write_json(run / "config.json", {part: {"name": name} for part in checkpoint.RECORDED})
+        write_json(run / "config.json", {part: {"name": name} for part in checkpoint.RECORDED})
         os.utime(run / "config.json", (1e9 + age, 1e9 + age))
         if finished:
             metrics = checkpoint.Metrics(run)

@@ -23,6 +23,7 @@ from test_training import last_checkpoint, make, on_the_cpu, saved_adapter  # no
 
 import qlora_min.train
 from qlora_min import checkpoint
+from qlora_min.files import write_json
 from qlora_min.optim import TrainingError
 from qlora_min.train import Trainer, resume_config
 
@@ -280,7 +281,7 @@ def test_the_gpus_random_numbers_are_saved(monkeypatch):
 def test_another_way_to_compute_is_refused(make, key, value, words):  # noqa: F811
     run = make("run", rows=8, max_steps=1).run
     record = checkpoint.read_record(run)
-    checkpoint.write_json(run / "config.json", record | {key: value})
+    write_json(run / "config.json", record | {key: value})
     config, run = resume_config(str(run), {})
     with pytest.raises(ValueError, match=words):
         Trainer(config, resume=run)
@@ -311,7 +312,7 @@ def test_a_run_of_an_earlier_version_is_not_resumed_but_evaluated(make, script):
     record = checkpoint.read_record(trainer.run)
     del record["engine"], record["options"]["engine"]
     record["options"]["packing"], record["packed"] = "auto", True
-    checkpoint.write_json(trainer.run / "config.json", record)
+    write_json(trainer.run / "config.json", record)
     refused = script("train.py", "--resume", trainer.run, expect=2).stderr
     assert refused.startswith(f"error: --resume {trainer.run}: it was begun by an earlier version of qlora_min, which ")
     assert refused.count("\n") == 1
