@@ -244,21 +244,10 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     eval --adapter runs/NAME/adapter                        the run's own held-out rows
     eval --adapter runs/NAME/adapter --dataset FILE.jsonl   other rows
     """
-    from . import page
+    from . import evaluate, page
     from .adapter import load_adapter
     from .data import table
     from .engine import for_evaluation
-    from .evaluate import (
-        Answers,
-        Evaluation,
-        by_data_set,
-        by_letter,
-        evaluate,
-        evaluation_data,
-        generated,
-        side_by_side,
-        texts_by_data_set,
-    )
     from .lora import lora_disabled
     from .model import pick_device, resolve_precision
     from .report import aligned
@@ -269,7 +258,7 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     if args.html:
         page.check(args.html)
     adapter = Path(args.adapter)
-    parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length)
+    parts = evaluate.evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length)
     names = [part.name for part in parts]
     print(table(parts) + "\n", flush=True)
 
@@ -280,24 +269,24 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     results, answers = [], []  # of each side, base and adapter: one for each data set
     for side, context in (("base", lora_disabled), ("adapter", nullcontext)):
         with context(base.model):
-            results.append([evaluate(engine, part.rows, args.batch_size, side) for part in parts])
+            results.append([evaluate.evaluate(engine, part.rows, args.batch_size, side) for part in parts])
             if args.generate:
                 how = (args.batch_size, args.max_new_tokens, f"{side} answers")
-                answers.append([generated(base, part.rows[: args.generate], *how) for part in parts])
-    before, after = (Evaluation.join(side) for side in results)
-    texts = tuple(Answers.join(side).scores for side in answers) or (None, None)
+                answers.append([evaluate.generated(base, part.rows[: args.generate], *how) for part in parts])
+    before, after = (evaluate.Evaluation.join(side) for side in results)
+    texts = tuple(evaluate.Answers.join(side).scores for side in answers) or (None, None)
     each = [[a.scores for a in side] for side in answers]
-    print(side_by_side(before, after, texts))
+    print(evaluate.side_by_side(before, after, texts))
     if len(parts) > 1:
         print("\nEach data set, base → adapter (95% interval of the adapter's option accuracy;")
         print("majority: what always saying the letter that is right most often would reach):")
-        print(aligned(by_data_set(names, *results)))
+        print(aligned(evaluate.by_data_set(names, *results)))
         if answers:
-            print(aligned(texts_by_data_set(names, *each)))
+            print(aligned(evaluate.texts_by_data_set(names, *each)))
     if after.option_rows:
-        print("\nThe adapter's answers by right letter:\n" + aligned(by_letter(after.choices)))
+        print("\nThe adapter's answers by right letter:\n" + aligned(evaluate.by_letter(after.choices)))
 
-    def values(result: Evaluation, scores: TextScores | None) -> dict[str, Any]:
+    def values(result: evaluate.Evaluation, scores: TextScores | None) -> dict[str, Any]:
         options = {"options": result.choices.as_dict()} if result.option_rows else {}
         return {**result.as_dict(), **options, **({"generated": scores.as_dict()} if scores else {})}
 
@@ -442,15 +431,10 @@ def _answer(base: Any, messages: list[dict[str, str]], max_new_tokens: int) -> s
 
 def _questions() -> Iterator[str]:
     """Questions from the terminal, until an empty one or the end of input."""
-    while True:
-        try:
-            question = input("you> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not question:
-            return
-        yield question
+    try:
+        yield from iter(lambda: input("you> ").strip(), "")
+    except (EOFError, KeyboardInterrupt):
+        print()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,9 +449,8 @@ def _adapter_options(parser: Parser, required: bool) -> None:
 
 
 def _count_option(parser: Parser, name: str, what: str, default: int | None = None) -> None:
-    parser.add_argument(
-        name, type=positive, default=default, metavar="N", help=what + (f" [{default}]" if default else "")
-    )
+    shown = f" [{default}]" if default else ""
+    parser.add_argument(name, type=positive, default=default, metavar="N", help=what + shown)
 
 
 def _precision_option(parser: Parser) -> None:

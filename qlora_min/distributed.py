@@ -186,9 +186,8 @@ def _answered() -> Iterator[None]:
     except Exception as e:  # torch's DistBackendError, and whatever half a message makes of itself
         atexit.unregister(dist.destroy_process_group)  # which would wait for the lost one
         time.sleep(0.3)  # until torchrun has taken note of its end
-        ended = [str(r) for r, (host, process) in enumerate(_processes) if _is_gone(host, process)]
         who = f"another process has ended, or did not answer for {TIMEOUT:.0f} s"
-        if ended:
+        if ended := [str(r) for r, (host, process) in enumerate(_processes) if _is_gone(host, process)]:
             who = f"the process of rank {' and '.join(ended)} has ended"
         reason = str(e).strip().split("\n")[0].split(". This is typically")[0]
         raise Lost(f"rank {rank()}: {who} ({reason})") from None

@@ -41,6 +41,9 @@ MEASURES = (  # what is shown of an Evaluation: label, field, format
 )
 
 
+Table = list[tuple[str, ...]]  # of strings, the head first
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Results over a set of rows. option_accuracy and chance are None without multiple-choice rows.
@@ -172,13 +175,11 @@ def evaluate(
                 continue
             batch_loss, batch_right, batch_count, chosen = measured
             loss, right, count = loss + batch_loss, right + batch_right, count + batch_count
-            for row, choice in zip(part, chosen):
-                if row.choices and choice:
-                    (at, probability), (firsts, correct) = choice, row.choices
-                    options_right += at == correct
-                    chance += 1 / len(firsts)
-                    letters = option_letters(base, row)
-                    choices.append((letters[correct], letters[int(at)], probability))
+            for i, (at, probability) in chosen.items():
+                letters, correct = option_letters(base, part[i]), part[i].choices[1]
+                options_right += at == correct
+                chance += 1 / len(letters)
+                choices.append((letters[correct], letters[int(at)], probability))
             start += len(part)
             bar.update(len(part))
     options = len(choices)
@@ -199,10 +200,8 @@ def option_letters(base: Base, row: Row) -> list[str]:
     return [base.encoder.tokenizer.decode([first]).strip() for first in (row.choices[0] if row.choices else ())]
 
 
-def _measure(
-    engine: Engine | Captured, part: Sequence[Row], count: int
-) -> tuple[float, int, int, list[list[float] | None]]:
-    """(loss sum, right tokens, supervised tokens, each row's chosen option and its probability) of one batch.
+def _measure(engine: Engine | Captured, part: Sequence[Row], count: int) -> tuple[float, int, int, dict[int, list]]:
+    """(loss sum, right tokens, supervised tokens, row -> [chosen option, its probability]) of one batch.
 
     A function of its own, so that its tensors are gone once an error for want of memory has been dealt with.
     """
@@ -227,8 +226,7 @@ def _measure(
     def numbers(tensors: Iterable[torch.Tensor]) -> list:  # asks the device once
         return torch.stack([*tensors]).tolist() if tensors else []
 
-    found = dict(zip(chosen, numbers(chosen.values())))
-    return sum(numbers(losses)), sum(numbers(right)), len(targets), [found.get(i) for i in range(len(part))]
+    return sum(numbers(losses)), sum(numbers(right)), len(targets), dict(zip(chosen, numbers(chosen.values())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,18 +267,17 @@ def generated(
     decode = base.encoder.tokenizer.decode
     prompts = [r.ids[: r.answer_start].tolist() for r in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # prompts of a length together: little padding
-    answers = [""] * len(rows)
+    answers: dict[int, str] = {}
     with report.bar(len(rows), progress, "row", show=progress is not None) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            for i, answer in zip(part, generate(base, [prompts[i] for i in part], max_new_tokens)):
-                answers[i] = answer
+            answers.update(zip(part, generate(base, [prompts[i] for i in part], max_new_tokens)))
             bar.update(len(part))
     return Answers(
         where=[r.where for r in rows],
         prompts=[decode(p) for p in prompts],
         references=[decode(r.ids[r.answer_start :].tolist(), skip_special_tokens=True) for r in rows],
-        answers=answers,
+        answers=[answers[i] for i in range(len(rows))],
         letters=[option_letters(base, r) for r in rows],
     )
 
@@ -334,19 +331,15 @@ def _change(pair: Sequence[Evaluation | TextScores], key: str, form: str) -> str
     return "-" if None in values else " → ".join(map(form.format, values))
 
 
-def side_by_side(
-    before: Evaluation, after: Evaluation, texts: tuple[TextScores, TextScores] | tuple[None, None] = (None, None)
-) -> str:
-    """A table: a line a measure, base and adapter in columns."""
+def side_by_side(before: Evaluation, after: Evaluation, texts: Sequence[TextScores | None] = (None, None)) -> str:
+    """A table as text: a line a measure, base and adapter in columns."""
     both = zip(measures(before, texts[0]), measures(after, texts[1]))
     lines = [("", "base", "adapter"), *((label, b, a) for (label, b), (_, a) in both)]
     return "\n".join(f"{label:<20}{b:>14}{a:>14}" for label, b, a in lines)
 
 
-def by_data_set(
-    names: Sequence[str], before: Sequence[Evaluation], after: Sequence[Evaluation]
-) -> list[tuple[str, ...]]:
-    """A table of strings, the head first: a line a data set, for each measure base -> adapter.
+def by_data_set(names: Sequence[str], before: Sequence[Evaluation], after: Sequence[Evaluation]) -> Table:
+    """A line a data set, for each measure base -> adapter.
 
     majority: what always saying the letter that is right most often would reach.
     """
@@ -359,9 +352,7 @@ def by_data_set(
     return lines
 
 
-def texts_by_data_set(
-    names: Sequence[str], before: Sequence[TextScores], after: Sequence[TextScores]
-) -> list[tuple[str, ...]]:
+def texts_by_data_set(names: Sequence[str], before: Sequence[TextScores], after: Sequence[TextScores]) -> Table:
     """As `by_data_set`, of generated answers."""
     lines = [("data", "answers", *(label for label, _, _ in GENERATED))]
     for name, *pair in zip(names, before, after):
@@ -369,8 +360,8 @@ def texts_by_data_set(
     return lines
 
 
-def by_letter(choices: Choices) -> list[tuple[str, ...]]:
-    """A table of strings, the head first: a line a right letter, the letters chosen in columns, the accuracy last."""
+def by_letter(choices: Choices) -> Table:
+    """A line a right letter, the letters chosen in columns, the accuracy last."""
     letters, confusion = choices.letters, choices.confusion
     lines = [("right letter", *(f"said {letter}" for letter in letters), "rows", "accuracy", "95% interval")]
     for i, letter in enumerate(letters):

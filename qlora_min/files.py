@@ -179,8 +179,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index}: no readable index of weights; copy or download the model again") from None
         if elsewhere:
             raise ValueError(f"{index}: names {shown(elsewhere[0])}; expected files beside the index")
-        lost = [n for n in names if not (folder / n).is_file()]
-        if lost:
+        if lost := [n for n in names if not (folder / n).is_file()]:
             raise ValueError(
                 f"model '{folder}': {clipped(', '.join(lost))} is missing; copy or download the model again"
             )
@@ -268,6 +267,3 @@ class Fingerprint:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self.digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         self.digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-    def hexdigest(self) -> str:
-        return self.digest.hexdigest()

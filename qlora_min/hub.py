@@ -203,8 +203,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
         api.create_repo(repo, private=not public, exist_ok=True)
         info = api.model_info(repo)
         _refuse_public(repo, info.private, public)
-        held = len({f.rfilename for f in info.siblings or ()} - {".gitattributes"})
-        if held:
+        if held := len({f.rfilename for f in info.siblings or ()} - {".gitattributes"}):
             print(f"{repo} holds {held} files: this push is a new commit on top, what they were stays in its history")
         return api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Pushed by qlora_min").repo_url.url
 

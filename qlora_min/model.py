@@ -231,14 +231,11 @@ def load_base(
     _materialise_buffers(model, device)
     fingerprint = Fingerprint(config)
     with ThreadPoolExecutor(1) as other:  # hashing takes as long as the rest, and lets go of the interpreter
-        hashed = None
         for key, tensor in read_weights(folder):
-            if hashed:
-                hashed.result()
             hashed = other.submit(fingerprint.add, key, tensor)
             if key in expected:
                 _place(model, key, tensor, decoder, quantization, dtype, device, sharded)
-        hashed.result()
+            hashed.result()
 
     model.tie_weights()
     model.requires_grad_(False)
@@ -248,10 +245,9 @@ def load_base(
         model.generation_config = generation
     if sharded:
         shard(model, device, decoder_layers(model))
-    embedding = model.get_input_embeddings()
     if dtype != torch.float32:  # keep the residual stream in fp32 from its first value on
-        embedding.register_forward_hook(lambda module, args, out: out.float())
-    return Base(model, encoder, name, folder, revision, fingerprint.hexdigest(), dtype)
+        model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.float())
+    return Base(model, encoder, name, folder, revision, fingerprint.digest.hexdigest(), dtype)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -367,13 +363,8 @@ def add_lora(base: Base, targets: Sequence[str], rank: int, alpha: float, dropou
 
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters of the model as if unquantised (a packed weight holds two a byte), tied ones once."""
-    count = {}
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            count[id(module.weight)] = module.in_features * module.out_features
-        for p in module.parameters(recurse=False):
-            count.setdefault(id(p), p.numel())
-    return sum(count.values())
+    packed = bnb.nn.Params4bit
+    return sum(p.quant_state.shape.numel() if isinstance(p, packed) else p.numel() for p in model.parameters())
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

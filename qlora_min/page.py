@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from . import checkpoint
@@ -78,12 +78,10 @@ def evaluation(
     folder = adapter.resolve()
     run = folder.parent if checkpoint.is_run(folder.parent) else None
     events = _drawn(checkpoint.read_metrics(run)) if run else []
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, loader=loader
-    )
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"named": named, "pieces": re.compile(r"(<\|[^|]{1,40}\|>)").split}
-    return environment.get_template("page.html").render(
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
         adapter=f"{run.name}/{folder.name}" if run else folder.name,
         base=named(read_config(adapter).base),
         precision=precision,
@@ -142,8 +140,7 @@ def _samples(answers: Sequence[Answers], run: Path | None) -> list[dict[str, str
     """What both wrote, beside the reference: evenly from the answers, or else what the run kept."""
     if answers:
         before, after = answers
-        columns = (after.where, after.prompts, after.references, before.answers, after.answers)
-        rows = list(zip(*columns))
+        rows = list(zip(after.where, after.prompts, after.references, before.answers, after.answers))
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).round().astype(int))
         return [dict(zip(SAMPLE, rows[i])) for i in chosen]
     try:

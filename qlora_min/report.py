@@ -31,11 +31,9 @@ def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep
 
 def say(line: str, file: TextIO | None = None) -> None:
     """Print a line above the bars, at once also where the output is a file; of several processes, the first does."""
-    if not is_first_process():
-        return
-    file = file or sys.stdout
-    tqdm.write(line, file=file)
-    file.flush()
+    if is_first_process():
+        tqdm.write(line, file=file)
+        (file or sys.stdout).flush()
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
