@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import shutil
 import socket
@@ -28,7 +27,6 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import lock_descriptor
 from safetensors import SafetensorError
@@ -87,27 +85,6 @@ def unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The reverse of `flatten`."""
     kinds = {"__tensor__": tensors.__getitem__, "__dict__": dict, "__list__": list, "__tuple__": tuple}
     return json.loads(json.dumps(value), object_pairs_hook=lambda pairs: kinds[pairs[0][0]](pairs[0][1]))
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every random number generator: python, numpy, torch, and the current GPU where there is one."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` took."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

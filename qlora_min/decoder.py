@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .batches import Packed, pack
+from .batches import Packed
 from .bits import bnb
-from .engine import attention
+from .engine import Engine, attention
 from .lora import FlatLoRA, LoRALinear
 from .loss import LOGIT_ROWS
 from .model import Base, dequantized_weight, output_head
@@ -157,17 +157,13 @@ class Layer:
         self.dtype, self.head_dim = dtype, head_dim
         self.norm1, self.norm2 = module.input_layernorm, module.post_attention_layernorm
         groups = ([getattr(getattr(module, part), n) for n in names] for part, names in PROJECTIONS)
-        self.qkv, self.o, self.gate_up, self.down = (Projections(g, dtype) for g in groups)
+        self.projections = self.qkv, self.o, self.gate_up, self.down = [Projections(g, dtype) for g in groups]
         self.heads = [m.out_features // head_dim for m in self.qkv.bases]  # of q, k, v
         self.qk_norm = None  # of Qwen3: RMSNorm of each head of q and k
         if hasattr(module.self_attn, "q_norm"):
             pair = module.self_attn.q_norm, module.self_attn.k_norm
             norms = [m for m, n in zip(pair, self.heads) for _ in range(n)]
             self.qk_norm = torch.stack([m.weight.data for m in norms]).float(), norms[0].variance_epsilon
-
-    @property
-    def projections(self) -> tuple[Projections, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
 
     def until_gate(self, x: Tensor, delta: Tensor | None, run: "Run") -> dict:
         """All but the last projection: x (N, D), delta (N, D) what the layer before adds to it -> saved."""
@@ -215,15 +211,10 @@ class Run:
     """What all layers of one pass share."""
 
     batch: Packed
-    cos: Tensor
-    sin: Tensor
+    angles: tuple[Tensor, Tensor, Tensor]  # cos and sin of each position, and the tokens' positions
     dropout: float
     keys: Tensor | None  # of dropout's masks
     keep: bool  # a backward follows
-
-    @property
-    def angles(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.cos, self.sin, self.batch.position_ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +222,7 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Decoder:
+class Decoder(Engine):
     """The decoder and head of a base, with its LoRA layers, computing on packed rows.
 
     Args:
@@ -344,7 +335,7 @@ class Decoder:
     @torch.no_grad()
     def hidden_states(self, batch: Packed) -> Tensor:
         """As `Engine.hidden_states`."""
-        return self._forward(Run(batch, self.cos, self.sin, 0.0, None, False))[0]
+        return self._forward(Run(batch, (self.cos, self.sin, batch.position_ids), 0.0, None, False))[0]
 
     def _forward(self, run: Run) -> tuple[Tensor, Tensor, Tensor, list]:
         if self.low is not self.adapter.weights:
@@ -363,7 +354,7 @@ class Decoder:
     def loss_and_gradients(self, batch: Packed, factor: Tensor, seed: Tensor) -> Tensor:
         """As `Engine.loss_and_gradients`."""
         keys = ops.dropout_keys(seed, batch.row_ids, batch.position_ids) if self.dropout else None
-        run = Run(batch, self.cos, self.sin, self.dropout, keys, True)
+        run = Run(batch, (self.cos, self.sin, batch.position_ids), self.dropout, keys, True)
         y, x, r, saved = self._forward(run)
         loss, dy = self._head(y, batch, factor)
         dx, dx_low = ops.norm_backward(dy, x, r, self.norm.weight, torch.zeros_like(x))
@@ -379,10 +370,6 @@ class Decoder:
             dx, dx_low = self.layers[i].backward(kept, dx, dx_low, run)
             del kept
         return loss
-
-    def pack(self, rows, places=None, count: int = 0, supervised: int | None = None) -> Packed:
-        """As `Engine.pack`, without padding but up to `supervised` positions."""
-        return pack(rows, places, supervised=supervised).to(self.device)
 
     def _head(self, y: Tensor, batch: Packed, factor: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and the gradient (N, D) of the head's input: logits exist for LOGIT_ROWS positions at a time."""

@@ -17,7 +17,7 @@ tens of thousands of launches, each of which costs the CPU more time than the GP
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -44,8 +44,8 @@ HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", 
             "cu_seq_lens_k", "max_length_k", "return_dict"}  # fmt: skip
 
 
-class Engine(Protocol):
-    """What computes packed rows."""
+class Engine:
+    """What computes packed rows: what `Modules` and `fused`'s Decoder have in common."""
 
     base: Base
     device: torch.device
@@ -72,8 +72,10 @@ class Engine(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """(S, D) -> (S, V) in fp32."""
 
-    def pack(self, rows: Sequence[Row], places: Sequence[int] | None, count: int, supervised: int | None) -> Packed:
-        """At most `count` rows as a batch, padded as this engine needs it; see `batches.pack`."""
+    def pack(self, rows: Sequence[Row], places=None, count: int = 0, supervised: int | None = None) -> Packed:
+        """Rows as a batch on the device, padded to `supervised` positions; where shapes must repeat, to `count` rows
+        and more (`Captured`). See `batches.pack`."""
+        return pack(rows, places, supervised=supervised).to(self.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,9 +119,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale, window: int) -> Tensor:
         aten, recent = torch.ops.aten, torch.cuda.get_device_capability(q.device)[0] >= 8
         ctx.flash = q.dtype != torch.float32 and recent and q.shape[-1] <= 256
-        ctx.arguments = longest, scale, window
+        windows = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+        ctx.arguments = longest, scale, window, windows
         if ctx.flash:
-            windows = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
             out, *kept, _ = aten._flash_attention_forward(
                 q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False, scale=scale, **windows
             )
@@ -136,10 +138,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple:
         aten, (q, k, v, cu_seqlens, out, *kept) = torch.ops.aten, ctx.saved_tensors
-        longest, scale, window = ctx.arguments
+        longest, scale, window, windows = ctx.arguments
         with _deterministic():
             if ctx.flash:
-                windows = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
                 logsumexp, *state = kept
                 grads = aten._flash_attention_backward(
                     dout.contiguous(), q, k, v, out, logsumexp, cu_seqlens, cu_seqlens, longest, longest, 0.0, True,
@@ -200,7 +201,7 @@ AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Modules:
+class Modules(Engine):
     """The transformers modules of a base with its LoRA layers, by autograd, under autocast.
 
     Attributes:
@@ -343,10 +344,6 @@ class Modules:
                 logits = cap * torch.tanh(logits / cap)
         return logits
 
-    def pack(self, rows, places=None, count: int = 0, supervised: int | None = None) -> Packed:
-        """As `Engine.pack`, without padding but up to `supervised` positions."""
-        return pack(rows, places, supervised=supervised).to(self.device)
-
 
 def _distance(mine: Tensor, reference: Tensor) -> float:
     """The largest relative distance of a token's vector: (N, D), (N, D). Infinite where one is not finite."""
@@ -478,9 +475,8 @@ def make_engine(base: Base, name: str, longest: int) -> tuple[Engine, str, str]:
 
 def captured(engine: Engine, longest: int, tokens: int) -> Engine | Captured:
     """An engine as CUDA graphs, where there are any; micro-batches have at most `tokens` tokens."""
-    if engine.device.type != "cuda" or not engine.graphs:
-        return engine
-    return Captured(engine, longest, max(64, tokens // 32))
+    graphs = engine.device.type == "cuda" and engine.graphs
+    return Captured(engine, longest, max(64, tokens // 32)) if graphs else engine
 
 
 def for_evaluation(base: Base, longest: int, tokens: int) -> Engine | Captured:

@@ -24,10 +24,6 @@ NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, scales a second-level scale
 CHUNK = 64  # NF4 blocks that one program dequantises: 4,096 weights
 
 
-def _power_of_2(n: int) -> int:
-    return triton.next_power_of_2(n)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # NF4
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,7 +117,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype:
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     total, add = (x, False) if delta is None else (torch.empty_like(x), True)
     delta = delta if add else x
-    _norm_kernel[(n,)](x, delta, weight, total, y, rstd, d, eps, add, _power_of_2(d))
+    _norm_kernel[(n,)](x, delta, weight, total, y, rstd, d, eps, add, triton.next_power_of_2(d))
     return total, y, rstd
 
 
@@ -144,7 +140,7 @@ def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, dresidual
     n, d = x.shape
     low = dy.dtype != torch.float32
     dx_low = torch.empty_like(dy) if low else dresidual
-    _norm_backward_kernel[(n,)](dy, x, rstd, weight, dresidual, dresidual, dx_low, d, low, _power_of_2(d))
+    _norm_backward_kernel[(n,)](dy, x, rstd, weight, dresidual, dresidual, dx_low, d, low, triton.next_power_of_2(d))
     return dresidual, dx_low
 
 
@@ -204,7 +200,7 @@ def _rotate(x: Tensor, qkv: Tensor, out: Tensor, cos, sin, positions: Tensor, he
     half, (weight, eps) = cos.shape[1], norm or (cos, 0.0)
     _rotate_kernel[(len(x),)](
         x, qkv, out, cos, sin, positions, weight, eps, x.stride(0), half,
-        backward, norm is not None, heads, _power_of_2(heads), _power_of_2(half),
+        backward, norm is not None, heads, triton.next_power_of_2(heads), triton.next_power_of_2(half),
     )  # fmt: skip
 
 

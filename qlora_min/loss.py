@@ -38,8 +38,8 @@ def masked_loss(
     for start in range(0, len(leaf), LOGIT_ROWS):
         part = slice(start, start + LOGIT_ROWS)
         with torch.enable_grad():
-            losses = F.cross_entropy(logits(leaf[part]).float(), targets[part], reduction="none") * weights[part]
-            loss = losses.sum()
+            losses = F.cross_entropy(logits(leaf[part]).float(), targets[part], reduction="none")
+            loss = (losses * weights[part]).sum()
         (loss * factor).backward()
         total += loss.detach()
     return total, leaf.grad

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,6 @@ from .sharding import is_sharded
 if TYPE_CHECKING:
     from .engine import Engine
 
-Result = TypeVar("Result")
 GIB = 2**30
 MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # of a micro-batch; larger ones are no faster
 TRIED_TOKENS = {"cuda": 8192, "cpu": 256}  # of the larger micro-batch that is measured, at most
@@ -228,9 +227,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def unless_out_of_memory(
-    compute: Callable[[], Result], base: Base, rows: int, several: str, one: str, fix: str
-) -> Result | None:
+def unless_out_of_memory(compute: Callable[[], Any], base: Base, rows: int, several: str, one: str, fix: str) -> Any:
     """What `compute` returns; None where memory runs out, for the caller to go on with half of the rows.
 
     Args:

@@ -18,7 +18,6 @@ import itertools
 import math
 import os
 import platform
-import random
 import shlex
 import time
 import zlib
@@ -152,8 +151,7 @@ class Trainer:
         if c.shuffle_options and not self.rows[0].text:
             raise ValueError("--shuffle-options: the rows given have no text; encode them with texts=True")
 
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(c.seed)
+        torch.manual_seed(c.seed)  # of A; order, dropout and the split have their own
         self.base = load_base(c.model, c.quantization, self.precision, self.device, revision, self.sharded, encoder)
         self.model = self.base.model
         if self.device.type == "cpu" and self.model.config.hidden_size <= SMALL:
@@ -614,14 +612,13 @@ class Trainer:
         self.adapter_step = p.best_step
 
     def _state(self) -> dict[str, Any]:
-        """All that resuming needs."""
+        """All that resuming needs. No random state: order and dropout are functions of the seed and the step."""
         return {
             "options": {k: v for k, v in self.record["options"].items() if k != "output_dir"},  # a run may be moved
             "progress": asdict(self.progress) | {"loss_sum": float(self.progress.loss_sum)},  # fp32 -> double is exact
             "adapter": {n: w.detach() for n, w in self.trained.items()},
             "best_adapter": self.best,  # adapter/ can be made again from any one checkpoint
             "stepper": self.stepper.state_dict(),
-            "rng": checkpoint.rng_state(),
             "metrics_bytes": self.metrics.size,
         }
 
@@ -634,8 +631,8 @@ class Trainer:
         """
         if "engine" not in self.recorded:
             raise ValueError(
-                f"--resume {self.run}: it was begun by an earlier version of qlora_min, which computes other dropout "
-                "masks; start a new run (evaluating, merging and chatting still work)"
+                f"--resume {self.run}: it was begun by an earlier version of qlora_min, whose dropout masks "
+                "were different; start a new run (evaluating, merging and chatting still work)"
             )
         for part, words in COMPARED.items():
             for key, then, now in differences(self.recorded.get(part), self.record[part]):
@@ -665,7 +662,6 @@ class Trainer:
         self.progress, self.best = Progress(**state["progress"]), state["best_adapter"]
         self.saved = (step, self.progress.evaluated)
         from_main(lambda: self.metrics.cut(state["metrics_bytes"]))
-        checkpoint.set_rng_state(state["rng"])
         say(f"continues at step {step:,}")
 
     def _newest_checkpoint(self) -> tuple[int, dict[str, Any]] | None:

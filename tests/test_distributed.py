@@ -222,7 +222,7 @@ def test_several_ranks_make_the_same_run(run, ranks, engine):
     assert "waited" in events(several.run, "train")[0] and "waited" not in events(one.run, "train")[0]
     assert checkpoint.read_record(several.run)["ranks"] == ranks
     # One bar, one log: the rest say nothing.
-    assert f"{ranks} processes share out each step's rows; the busiest has" in several.out[0]
+    assert f"{ranks} processes share each step's rows; the busiest has" in several.out[0]
     assert "processes" not in one.out[0]
     assert several.out[1:] == [""] * (ranks - 1)
     assert not any("done:" in e or "it/s" in e for e in several.err)

@@ -3,12 +3,10 @@
 import ast
 import json
 import os
-import random
 import re
 from pathlib import Path
 
 import bitsandbytes as bnb
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -381,7 +379,6 @@ def some_state(step: int = 0) -> dict:
         "stepper": {
             "optimizer": {"state": {0: {"m": torch.zeros(3, dtype=torch.uint8)}, 1: {}}, "betas": (0.9, 0.999)}
         },
-        "rng": checkpoint.rng_state(),
     }
 
 
@@ -393,18 +390,6 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     step, newest = checkpoint.newest_checkpoint(tmp_path)
     assert step == 7 and same(newest, state)
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "state.json", "tensors.safetensors"]
-
-
-def test_random_numbers_go_on_where_they_were(tmp_path):
-    def draw() -> tuple:
-        return random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1), np.random.randn()
-
-    draw()
-    checkpoint.save_checkpoint(tmp_path, 1, {"rng": checkpoint.rng_state()}, keep=set())
-    expected = draw()
-    assert draw() != expected
-    checkpoint.set_rng_state(checkpoint.newest_checkpoint(tmp_path)[1]["rng"])
-    assert draw() == expected
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path):

@@ -46,7 +46,7 @@ OPTIONS = {
 
 
 def hard(trainer: Trainer, also=lambda trainer: None) -> Trainer:
-    """Make a run depend on all that a checkpoint must hold: a scale that moves, a skipped step, every random number.
+    """Make a run depend on all that a checkpoint must hold: a scale that moves, a skipped step.
 
     The held-out loss is least at step 12 on every machine, so that early stopping has something to count.
     """
@@ -63,7 +63,6 @@ def hard(trainer: Trainer, also=lambda trainer: None) -> Trainer:
     def wrapped():
         if trainer.progress.step == 5:
             trainer.trained[names[-1]].grad[0, 0] = float("inf")
-        trainer.trained[names[0]].grad.mul_(1 + random.random() * np.random.rand() * torch.rand(()))
         also(trainer)
         return step()
 
@@ -72,7 +71,7 @@ def hard(trainer: Trainer, also=lambda trainer: None) -> Trainer:
 
 
 def resume(run: Path, monkeypatch) -> Trainer:
-    """As another process would: it knows nothing of this one's random numbers."""
+    """As another process would: with other random numbers, which nothing may depend on."""
     random.seed(999), np.random.seed(999), torch.manual_seed(999)
     config, run = resume_config(str(run), {})
     with monkeypatch.context() as m:  # `hard` has to come before the checkpoint's state
@@ -233,10 +232,10 @@ def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make,
     assert_same(resumed._state(), state)
 
     paths = list(parts(state))
-    assert {p[:2] for p in paths} >= {("rng", "python"), ("rng", "numpy"), ("rng", "torch"), ("progress", "loss_sum")}
+    assert ("progress", "loss_sum") in {p[:2] for p in paths}
     assert any(p[-1] == "absmax1" for p in paths)  # 8-bit state
     for path in paths:
-        if CONSTANT & set(path) or path == ("rng", "cuda") or path[-1] == "before":
+        if CONSTANT & set(path) or path[-1] == "before":
             continue
         try:
             same_as_fresh = at(fresh, path)
@@ -247,11 +246,7 @@ def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make,
 
     first = str(next(iter(state["adapter"])))
     for path in paths:  # of the many tensors, one parameter's
-        if (
-            path == ("rng", "cuda")
-            or ("state" in path and 0 not in path)
-            or ("adapter" in path[0] and path[1] != first)
-        ):
+        if ("state" in path and 0 not in path) or ("adapter" in path[0] and path[1] != first):
             continue
         parent, key = at(state, path[:-1]), path[-1]
         value = parent.pop(key)
@@ -264,14 +259,24 @@ def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make,
     assert_same(resumed._state(), state)  # whole again, so it was not for another reason
 
 
-def test_the_gpus_random_numbers_are_saved(monkeypatch):
-    """Without a GPU here: that they are asked for, and put back."""
-    put = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
-    monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
-    checkpoint.set_rng_state(checkpoint.rng_state())
-    assert [p.tolist() for p in put] == [[7]]
+@pytest.mark.parametrize("engine", ["modules", "fused"])
+def test_training_draws_no_random_numbers_of_libraries(make, engine):  # noqa: F811
+    """So a checkpoint needs no generator's state: disturbed before each step, a run makes the same bits."""
+    adapters = []
+    for disturbed in (False, True):
+        trainer = make(f"{engine}{disturbed}", engine=engine, dropout=0.2, max_steps=4)
+        step = trainer.take_step
+
+        def take_step(step=step, disturbed=disturbed):
+            if disturbed:
+                for seed in (random.seed, np.random.seed, torch.manual_seed):
+                    seed(7)
+            return step()
+
+        trainer.take_step = take_step
+        trainer.train()
+        adapters.append(saved_adapter(trainer.run))
+    assert_same(*adapters)
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [
@@ -314,7 +319,7 @@ def test_a_run_of_an_earlier_version_is_not_resumed_but_evaluated(make, script):
     record["options"]["packing"], record["packed"] = "auto", True
     write_json(trainer.run / "config.json", record)
     refused = script("train.py", "--resume", trainer.run, expect=2).stderr
-    assert refused.startswith(f"error: --resume {trainer.run}: it was begun by an earlier version of qlora_min, which ")
+    assert refused.startswith(f"error: --resume {trainer.run}: it was begun by an earlier version of qlora_min, whose ")
     assert refused.count("\n") == 1
     assert script("eval.py", "--adapter", trainer.run / "adapter", "--json").stdout == trained
     assert json.loads(trained)
