@@ -248,6 +248,7 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
     from .adapter import load_adapter
     from .data import table
     from .engine import for_evaluation
+    from .files import write_text
     from .lora import lora_disabled
     from .model import pick_device, resolve_precision
     from .report import aligned
@@ -297,7 +298,7 @@ def evaluate(args: argparse.Namespace, emit: Emit) -> None:
         sides[key] = values(whole, score) | {"datasets": {n: values(*p) for n, *p in zip(names, evaluations, scores)}}
     emit({"adapter": str(adapter), "rows": after.rows, "precision": precision, **sides})
     if args.html:
-        page.write(Path(args.html), page.evaluation(adapter, names, results, answers, precision))
+        write_text(Path(args.html), page.evaluation(adapter, names, results, answers, precision))
         print(f"\nwrote {args.html}")
 
 

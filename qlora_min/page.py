@@ -21,7 +21,6 @@ from markupsafe import Markup
 from . import checkpoint
 from .adapter import read_config
 from .evaluate import Answers, Evaluation, beside, by_data_set, by_letter, measures, texts_by_data_set
-from .files import write_text as write  # noqa: F401 (a half of a page is never there under its name)
 from .hub import named
 from .report import draw_curves
 from .scores import Choices, between

@@ -34,7 +34,7 @@ import transformers
 
 from . import __version__, checkpoint, hub, memory, ops, report
 from .adapter import AdapterConfig, save_adapter
-from .batches import Packed, cut, dropout_seed, epoch_rows, optimizer_steps, share, shuffle_options
+from .batches import Packed, cut, dropout_seed, epoch_rows, optimizer_steps, share, shuffle_options, steps_per_epoch
 from .bits import bnb
 from .config import FIELDS, Config, flag
 from .data import Data, Row, Rows, data_hash, read_data, table
@@ -190,7 +190,7 @@ class Trainer:
         visited = self.epoch_rows(0)
         self.epoch_tokens = int(self.rows.lengths[visited].sum())
         self.epoch_steps = lru_cache(1)(partial(optimizer_steps, len(visited), c.batch_size, c.grad_accum, c.seed))
-        self.steps_per_epoch = len(self.epoch_steps(0))
+        self.steps_per_epoch = steps_per_epoch(len(visited), c.batch_size, c.grad_accum)
         total = math.ceil(c.epochs * self.steps_per_epoch)
         self.total_steps = min(total, c.max_steps or total)
         every = c.eval_every or math.ceil(self.steps_per_epoch / 4)

@@ -9,6 +9,7 @@ import pytest
 
 from qlora_min import checkpoint, page
 from qlora_min.evaluate import Answers, Evaluation
+from qlora_min.files import write_text
 from qlora_min.scores import Choices, between
 
 ATTACKS = [
@@ -107,7 +108,7 @@ def test_no_text_becomes_anything_else(adapter, answers, tmp_path):
     names = ["<script>x.jsonl", "plain.jsonl"]
     results = [[result(3.0, 5), result(2.0, 6, ["A", "B", "C", "<b>"])], [result(0.5, 15), result(0.4, 14)]]
     made = page.evaluation(adapter, names, results, answers, "fp32")
-    page.write(tmp_path / "r.html", made)
+    write_text(tmp_path / "r.html", made)
     text = (tmp_path / "r.html").read_text("utf-8")
     read = check(text)
     for attack in ATTACKS[:-1]:
