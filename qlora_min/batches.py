@@ -1,11 +1,11 @@
 """Batches: rows -> optimizer steps -> micro-batches, and the one layout that every model computes on.
 
 A micro-batch is packed: its rows stand one behind the other in a single sequence of N tokens, `cu_seqlens` says where
-each begins and ends, and attention stays within a row. Nothing is padded but, where shapes must repeat (CUDA graphs),
-the end of the sequence; that padding is a row of its own whose losses have weight 0.
+each begins and ends, and attention stays within a row. There is padding only at the end, and only where shapes must
+repeat (CUDA graphs): a row of its own, whose losses have weight 0.
 
-The result of an optimizer step does not depend on how its rows are cut into micro-batches or dealt out to processes:
-losses are summed, not averaged, and dropout's mask follows the row's place in the step (`row_ids`), not the cut.
+The result of an optimizer step does not depend on how its rows are cut into micro-batches or divided between
+processes: losses are summed, not averaged, and dropout's mask follows the row's place in the step (`row_ids`).
 """
 
 import itertools
@@ -13,24 +13,30 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import ChatEncoder, Row
-from .reading import permute_options
+from .chat import ChatEncoder
+from .config import Config
+from .data.epochs import epoch_rows, shuffle_options
+from .data.rows import Row, Rows
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows one behind the other.
+    """R rows one behind the other: N tokens, S of which predict a supervised one.
 
-    input_ids, position_ids: (N,) int64, the position within the row. row_ids: (N,) int32, the row's place in its
-    optimizer step. cu_seqlens: (R + 1,) int32, where rows begin and end, the last end repeated for rows that are not
-    there. loss_positions, targets: (S,) int64, the tokens that predict a supervised one, and those. loss_weights: (S,)
-    fp32, 0 on padding. max_seqlen: an upper bound of the rows' lengths. n_tokens, n_supervised: without padding.
+    Attributes:
+        input_ids, position_ids: (N,) int64, the position within the row.
+        row_ids: (N,) int32, the row's place in its optimizer step.
+        cu_seqlens: (R + 1,) int32, where rows begin and end; the last end is repeated for rows without tokens.
+        loss_positions, targets: (S,) int64, the tokens that predict a supervised one, and those.
+        loss_weights: (S,) fp32, 1, or 0 for padding.
+        max_seqlen: an upper bound of the rows' lengths. n_tokens, n_supervised: without padding.
     """
 
     input_ids: Tensor
@@ -45,20 +51,9 @@ class Packed:
     n_supervised: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, S, R + 1, max_seqlen): batches of one shape can take each other's place."""
-        return len(self.input_ids), len(self.targets), len(self.cu_seqlens), self.max_seqlen
-
-    @property
     def n_rows(self) -> int:
         """Without padding."""
         return sum(begin < self.n_tokens for begin, _ in self.spans())
-
-    def copy_(self, other: "Packed") -> None:
-        """Take over the values of another of the same shape."""
-        for mine, theirs in zip(vars(self).values(), vars(other).values()):
-            if isinstance(mine, Tensor):
-                mine.copy_(theirs, non_blocking=True)
 
     def to(self, device: torch.device) -> "Packed":
         values = (getattr(self, f.name) for f in fields(self))
@@ -80,134 +75,125 @@ class Packed:
 
 def pack(
     rows: Sequence[Row],
-    places: Sequence[int] | None = None,
-    tokens: int | None = None,
-    supervised: int | None = None,
-    count: int | None = None,
-    longest: int | None = None,
+    row_ids: Sequence[int] | None = None,
+    n_tokens: int | None = None,
+    n_supervised: int | None = None,
+    n_rows: int | None = None,
+    max_seqlen: int | None = None,
 ) -> Packed:
     """Rows -> Packed, on the CPU.
 
     Args:
-        places: each row's place in its optimizer step; 0, 1, ... if not given.
-        tokens, supervised, count: pad to N tokens, S supervised positions and R rows. Not at all if not given.
-        longest: the bound of lengths to state, the padding's included; the least if not given.
+        row_ids: each row's place in its optimizer step; 0, 1, ... if not given.
+        n_tokens, n_supervised, n_rows: pad to N tokens, S supervised positions and R rows. No padding if not given.
+        max_seqlen: the bound of lengths to state, the padding's included; the least if not given.
     """
     lengths = [len(r) for r in rows]
     total = sum(lengths)
-    tokens = tokens or total
-    input_ids = torch.cat([r.ids for r in rows]).long()
-    taught = torch.cat([r.supervised for r in rows])
+    n_tokens = n_tokens or total
+    input_ids = torch.cat([r.input_ids for r in rows]).long()
+    supervised = torch.cat([r.supervised for r in rows])
     ends = torch.tensor([0, *lengths]).cumsum(0)
-    taught[ends[:-1]] = False  # the first token of a row has no predecessor
-    positions = taught.nonzero()[:, 0] - 1
+    supervised[ends[:-1]] = False  # the first token of a row has no predecessor
+    positions = supervised.nonzero()[:, 0] - 1
     repeats = torch.tensor(lengths)
     position_ids = torch.arange(total) - ends[:-1].repeat_interleave(repeats)
-    row_ids = torch.tensor(range(len(rows)) if places is None else places).repeat_interleave(repeats)
-    more, fewer = tokens - total, (supervised or len(positions)) - len(positions)
-    longest = min(tokens, longest or max([*lengths, more]))
-    assert min(more, fewer) >= 0 and len(rows) <= (count or len(rows)) and longest >= max([*lengths, more])
-    rest = 1 + count - len(rows) if count else int(more > 0)  # the padding, and rows of no tokens
+    places = torch.tensor(range(len(rows)) if row_ids is None else row_ids).repeat_interleave(repeats)
+    padding, more = n_tokens - total, (n_supervised or len(positions)) - len(positions)
+    max_seqlen = min(n_tokens, max_seqlen or max([*lengths, padding]))
+    assert min(padding, more) >= 0 and len(rows) <= (n_rows or len(rows)) and max_seqlen >= max([*lengths, padding])
+    empty = 1 + n_rows - len(rows) if n_rows else int(padding > 0)  # rows behind these: the padding, and empty ones
     return Packed(
-        input_ids=F.pad(input_ids, (0, more)),
-        position_ids=F.pad(position_ids, (0, more)),
-        row_ids=F.pad(row_ids, (0, more)).int(),
-        cu_seqlens=torch.cat([ends, ends.new_full((rest,), tokens)]).int(),
-        loss_positions=F.pad(positions, (0, fewer)),
-        targets=F.pad(input_ids[positions + 1], (0, fewer)),
-        loss_weights=F.pad(torch.ones(len(positions)), (0, fewer)),
-        max_seqlen=longest,
+        input_ids=F.pad(input_ids, (0, padding)),
+        position_ids=F.pad(position_ids, (0, padding)),
+        row_ids=F.pad(places, (0, padding)).int(),
+        cu_seqlens=torch.cat([ends, ends.new_full((empty,), n_tokens)]).int(),
+        loss_positions=F.pad(positions, (0, more)),
+        targets=F.pad(input_ids[positions + 1], (0, more)),
+        loss_weights=F.pad(torch.ones(len(positions)), (0, more)),
+        max_seqlen=max_seqlen,
         n_tokens=total,
         n_supervised=len(positions),
     )
 
 
-def round_up(supervised: int) -> int:
-    """To how many supervised positions a batch is padded where shapes must repeat: a power of 2, 64 at least."""
-    return 2 ** max(6, (supervised - 1).bit_length())
-
-
-def cut(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Divide rows evenly into micro-batches of at most `tokens` tokens (or the longest row), as few as a rule finds.
-
-    Returns:
-        Indices into `lengths`, a list a micro-batch.
-    """
-    tokens = max([tokens, *lengths])
-    for count in range(-(-sum(lengths) // tokens), len(lengths) + 1):
-        parts = share(lengths, count)
-        if all(sum(lengths[i] for i in part) <= tokens for part in parts):
-            break
-    return [part for part in parts if part]
-
-
-def dropout_seed(seed: int, step: int) -> Tensor:
-    """The seed of an optimizer step's dropout: a function of where it stands, so that a resumed run draws the same."""
-    return torch.tensor(random.Random(f"dropout/{seed}/{step}").getrandbits(31), dtype=torch.int32)
-
-
-def steps_per_epoch(n_rows: int, batch_size: int, grad_accum: int) -> int:
-    """Optimizer steps in one pass, the last incomplete one included."""
-    return math.ceil(n_rows / (batch_size * grad_accum))
-
-
-def epoch_rows(sizes: Sequence[int], mix: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """The rows that an epoch visits: (n,) indices into all data sets' rows, one behind the other.
-
-    A weight of 2 visits each row of its data set twice; of 0.5, half of them, and the other half in the next epoch; of
-    1.25, each once and a quarter again. n is the same in all epochs. Without a mix, each row once.
-
-    Args:
-        sizes: rows of each data set.
-        mix: a weight for each, or nothing.
-    """
-    parts, start = [np.arange(0)], 0
-    for number, (size, weight) in enumerate(zip(sizes, mix or [1.0] * len(sizes), strict=True)):
-        whole, share = divmod(weight, 1)
-        some = max(round(share * size), int(not whole and size > 0))
-        order = list(range(size))
-        random.Random(f"{seed}/mix/{number}").shuffle(order)
-        in_turn = [order[(epoch * some + i) % size] for i in range(some)]
-        parts += [np.arange(start, start + size)] * int(whole) + [start + np.array(in_turn, int)]
-        start += size
-    return np.concatenate(parts)
-
-
-def shuffle_options(row: Row, encoder: ChatEncoder, longest: int, seed: int, epoch: int, visit: int) -> Row:
-    """A multiple-choice row with its options in the order of this visit (an index into `epoch_rows`), encoded anew.
-
-    The row as it is, if it has no options or they can't change places (`permute_options`), or if it would become longer
-    than `longest` tokens or learn more tokens than now: what memory was planned for holds for every order. Some 2 ms.
-    """
-    example = row.example
-    order = list(range(len(example.choice.letters) if example.choice else 0))
-    random.Random(f"{seed}/{epoch}/{visit}/options").shuffle(order)
-    permuted = permute_options(example, order)
-    new = encoder.encode_examples([permuted])[0] if permuted else row
-    fits = isinstance(new, Row) and len(new) <= longest and new.supervised.sum() <= row.supervised.sum()
-    return new if fits else row
-
-
-def optimizer_steps(n_rows: int, batch_size: int, grad_accum: int, seed: int, epoch: int) -> list[list[list[int]]]:
-    """One epoch as optimizer steps, each a list of micro-batches, each a list of row indices.
-
-    The order is a function of (seed, epoch) alone, so a resumed run needs to know only how many steps are behind it.
-    """
-    order = list(range(n_rows))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    micro = [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
-    return [micro[i : i + grad_accum] for i in range(0, len(micro), grad_accum)]
-
-
-def share(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Rows dealt out evenly: the longest first, each to the one of `count` parts that has the fewest tokens so far.
+def balance(lengths: Sequence[int], n_parts: int) -> list[list[int]]:
+    """Divide rows evenly by tokens: the longest first, each to the part that has the fewest tokens so far.
 
     Returns:
         Indices into `lengths`, ascending, a list a part; where there are fewer rows than parts, some are empty.
     """
-    parts, filled = [[] for _ in range(count)], [0] * count
+    parts, filled = [[] for _ in range(n_parts)], [0] * n_parts
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         emptiest = filled.index(min(filled))
         parts[emptiest].append(i)
         filled[emptiest] += lengths[i]
     return [sorted(p) for p in parts]
+
+
+def cut(lengths: Sequence[int], n_tokens: int) -> list[list[int]]:
+    """Divide rows evenly into micro-batches of at most `n_tokens` tokens (or the longest row): as few as `balance`
+    fits.
+
+    Returns:
+        Indices into `lengths`, a list a micro-batch.
+    """
+    n_tokens = max([n_tokens, *lengths])
+    for count in range(-(-sum(lengths) // n_tokens), len(lengths) + 1):
+        parts = balance(lengths, count)
+        if all(sum(lengths[i] for i in part) <= n_tokens for part in parts):
+            break
+    return [part for part in parts if part]
+
+
+def dropout_seed(seed: int, step: int) -> Tensor:
+    """0-dim int32: the seed of an optimizer step's dropout, so that a resumed run draws the same masks."""
+    return torch.tensor(random.Random(f"dropout/{seed}/{step}").getrandbits(31), dtype=torch.int32)
+
+
+def optimizer_steps(n_rows: int, rows_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch in its random order, a function of (seed, epoch) alone, as optimizer steps: lists of row indices."""
+    order = list(range(n_rows))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return [order[i : i + rows_per_step] for i in range(0, n_rows, rows_per_step)]
+
+
+class Schedule:
+    """What each optimizer step learns from: a function of the options and the step alone.
+
+    Args:
+        rows: the training rows of all data sets; sizes: how many each has.
+
+    Attributes:
+        n_rows, n_tokens: visited in an epoch. steps_per_epoch: the last, incomplete one included.
+        total_steps: of the run. eval_every: steps between evaluations.
+    """
+
+    def __init__(self, rows: Rows, sizes: Sequence[int], config: Config, encoder: ChatEncoder):
+        self.rows, self.sizes, self.config, self.encoder = rows, sizes, config, encoder
+        visited = epoch_rows(sizes, config.mix, config.seed, 0)
+        self.n_rows, self.n_tokens = len(visited), int(rows.lengths[visited].sum())
+        self.rows_per_step = config.batch_size * config.grad_accum
+        self.steps_per_epoch = math.ceil(self.n_rows / self.rows_per_step)
+        total = math.ceil(config.epochs * self.steps_per_epoch)
+        self.total_steps = min(total, config.max_steps or total)
+        self.eval_every = config.eval_every or math.ceil(self.steps_per_epoch / 4)
+        self._epoch = lru_cache(1)(self._epoch)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, list[list[int]]]:
+        steps = optimizer_steps(self.n_rows, self.rows_per_step, self.config.seed, epoch)
+        return epoch_rows(self.sizes, self.config.mix, self.config.seed, epoch), steps
+
+    def __getitem__(self, step: int) -> list[Row]:
+        """The rows of an optimizer step (0-based), those of all processes."""
+        c, (epoch, index) = self.config, divmod(step, self.steps_per_epoch)
+        visited, steps = self._epoch(epoch)
+        rows = [self.rows[visited[visit]] for visit in steps[index]]
+        if not c.shuffle_options:
+            return rows
+        longest = int(self.rows.lengths.max())
+        return [shuffle_options(r, self.encoder, longest, c.seed, epoch, v) for r, v in zip(rows, steps[index])]
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether to evaluate after so many steps: at the start, every `eval_every` steps, and at the end."""
+        return step % self.eval_every == 0 or step == self.total_steps

@@ -1,7 +1,7 @@
 """Answers to prompts, greedily, by transformers' own `generate` with its key-value cache.
 
-Prompts come from the encoder that training uses, so the model meets the tokens that it was trained on. Generation stops
-at the end token of the chat template or at any end token that the model's generation config names.
+Prompts come from the encoder that training uses. Generation stops at the end token of the chat template, and at any end
+token that the model's generation config names.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from .memory import unless_out_of_memory
-from .model import Base, autocast
-from .sharding import is_sharded
+from .base import Base
+from .system.device import autocast, unless_out_of_memory
 
 
 def generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, streamer: Any = None) -> list[str]:
@@ -37,7 +36,7 @@ def generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int =
 def _generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any) -> list[str]:
     model, encoder = base.model, base.encoder
     width = max(map(len, prompts))
-    device = next(model.parameters()).device
+    device = base.device
     # Generation appends on the right, so prompts of different lengths are padded on the left and masked.
     input_ids = torch.tensor([[encoder.end_id] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -55,7 +54,7 @@ def _generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int,
         with autocast(device, base.dtype):
             out = model.generate(
                 input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer,
-                synced_gpus=is_sharded(model),  # ranks that gather together go on until the last one's answers end
+                synced_gpus=base.sharded,  # processes that gather layers together go on until the last answer ends
             )  # fmt: skip
     finally:
         model.train(was_training)

@@ -6,10 +6,9 @@ Both sums run over all micro-batches of one optimizer step. The mean of the micr
 soon as they supervise different counts of tokens, and its gradient another gradient (measured 206% off on ragged
 batches), so this module never divides: the trainer, which knows the step's total beforehand, hands in `factor`.
 
-Why logits only at supervised positions: one row of logits is V numbers. At Qwen2's V = 151,936 a 512-token row has
-0.3 GB of them in fp32, and the softmax and its gradient need as much again each (0.9 GB in all), while MedQA supervises
-about 11 tokens of 274. Selecting the hidden states first makes the head's cost follow the 11; taking LOGIT_ROWS of them
-at a time bounds it where every token is supervised.
+Why logits only at supervised positions: at Qwen2's V = 151,936 a 512-token row has 0.3 GB of them in fp32, and the
+softmax and its gradient need as much again each, while MedQA supervises about 11 tokens of 274. Selecting the hidden
+states first makes the head's cost follow the 11; LOGIT_ROWS at a time bound it where every token is supervised.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,7 @@ is thus the finer one: 0.0796 next to 0, against -0.0911.
 ## Blocks
 With one scale, a tensor is at the mercy of its largest weight. So each run of 64 (row-major, across rows if need be) is
 divided by its absmax c, and each weight takes the nearest level; a tie goes to the lower code. Two codes make a byte,
-the first in the high nibble; an odd count is filled up with code 7, the level 0.
+the first in the high nibble; an odd count is padded with code 7, the level 0.
     w  ->  code = nearest(w / c)  ->  level[code] * c
 
 ## Double quantisation
@@ -31,10 +31,6 @@ again, in blocks of 256, to 8-bit "dynamic" codes: on either side 2^e even steps
 - Second-level codes are not always the nearest. The C++ kernel reads them from a table of 65,536 even cells over
   [-1, 1], so a value is rounded to a cell first: about 0.2% of the codes are off, by up to 4 next to 0. No cell is
   nearer to 0 than 1.5e-5, so the 7 codes around 0 are never used. A block of zeros gets code 0, -0.993, times absmax 0.
-- A small scale can come back below 0, and its zero weights as -0.
-
-bitsandbytes itself leaves this definition on CPUs with AVX-512: a matrix whose rows are a multiple of 16 but not of 64
-long (96, say) is dequantised with other blocks' scales, and subnormal bf16 results become 0.
 """
 
 from dataclasses import dataclass
@@ -44,7 +40,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK, BLOCK2 = 64, 256  # weights per first-level scale; first-level scales per second-level scale
-
 # bitsandbytes' constants. `nf4_levels` derives them to 2e-7; equality bit for bit needs the very same floats.
 # fmt: off
 LEVELS = torch.tensor([
@@ -52,7 +47,6 @@ LEVELS = torch.tensor([
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])
-# fmt: on
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,38 @@
 """The optimizer, its schedule, and when a step is taken: paged 8-bit AdamW, cosine with warm-up, fp16 loss scaling.
 
-One optimizer step is: scale the loss, backward (once per micro-batch), unscale once, clip, step, update the scale. The
-order matters: clipping scaled gradients would clip to another norm, and unscaling twice divides twice.
+One optimizer step is: scale the loss, backward (once per micro-batch), unscale once, clip, step, update the scale.
 
 fp16 loss scaling: gradients below 6e-8 vanish in fp16, so the loss is multiplied by a scale S (65,536 at first) and
 the gradients are divided by it again in fp32. When they overflow, the step is skipped and S halved; after 2,000 good
-steps S doubles. A skipped step must leave no trace: weights, optimizer state and schedule stay where they were;
-only its rows count as seen. A
-GradScaler by itself goes on for ever when every step overflows, its scale sinking to 0; we end the run after 20 skips
-in a row. The same rule guards bf16 and fp32, where non-finite gradients mean that something is broken.
+steps S doubles. A skipped step leaves no trace: weights, optimizer state and schedule stay where they were; only its
+rows count as seen. A GradScaler by itself goes on for ever when every step overflows, its scale sinking to 0; we end
+the run after 20 skips in a row. The same rule guards bf16 and fp32, where gradients that are not finite mean that
+something is broken.
 
 8-bit AdamW (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization") keeps both moments in 8 bits, in
 blocks of 256 values with an absmax each: 2.03 bytes a parameter instead of 8. Tensors below 4,096 elements keep fp32
-state. Paging (QLoRA, section 3) lets state move to CPU memory when the GPU runs out, but bitsandbytes pages only
-tensors of 100,000 elements and more: at rank 16 on Qwen2-0.5B the largest has 14,336, and nothing is paged.
+state. Paging (QLoRA, section 3) lets state move to CPU memory when the GPU runs out, but bitsandbytes pages tensors of
+100,000 elements and more only: at rank 16 on Qwen2-0.5B the largest has 14,336, so nothing is paged.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-SKIPS_IN_A_ROW = 20  # non-finite steps before the run ends
-PAGED_FROM = 100_000  # elements, bitsandbytes' threshold
+from .config import Config
+from .ops.flat import FlatLoRA
+from .system.bits import bnb
+
+SKIPS_IN_A_ROW = 20  # steps without finite gradients before the run ends
+PAGED_FROM = 100_000  # elements of a tensor from which bitsandbytes pages its state
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what is safe."""
+    """Training can't go on; the message says why, and what is saved."""
 
 
 def cosine_with_warmup(total: int, warmup_ratio: float) -> Callable[[int], float]:
@@ -48,35 +52,26 @@ def cosine_with_warmup(total: int, warmup_ratio: float) -> Callable[[int], float
     return factor
 
 
-def make_optimizer(
-    name: str,
-    params: Sequence[torch.nn.Parameter],
-    learning_rate: float,
-    weight_decay: float,
-    small: Sequence[torch.nn.Parameter] = (),
-    paged: bool = True,
-) -> torch.optim.Optimizer:
+class _AdamW8bit(bnb.optim.PagedAdamW8bit):
+    """bitsandbytes', whose groups may say `optim_bits`, as its documentation has it only for single parameters."""
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        return super().get_config(gindex, pindex, group) | {k: group[k] for k in ("optim_bits",) if k in group}
+
+
+def make_optimizer(adapter: FlatLoRA, config: Config) -> torch.optim.Optimizer:
     """`paged_adamw8bit`: bitsandbytes' PagedAdamW8bit; `adamw`: torch's. Betas 0.9 and 0.999, eps 1e-8.
 
-    A flat tensor that many matrices lie in is stepped by one launch, and to the same bits, where each matrix has a
-    multiple of 256 elements: its blocks of 8-bit state are then its own.
-
-    Args:
-        small: further parameters, whose state stays in fp32 (flat tensors of matrices below 4,096 elements).
-        paged: False where no matrix is large enough; a flat tensor as a whole would be.
+    A flat tensor of many matrices is stepped by one launch, to the same bits as each by itself, where every matrix has
+    a multiple of 256 elements, since no block of 8-bit state then spans two. It must not be paged for its size alone.
     """
-    groups = [{"params": list(params)}, {"params": list(small), "optim_bits": 32}][: 2 if small else 1]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
-    from .bits import bnb
-
-    class AdamW8bit(bnb.optim.PagedAdamW8bit):
-        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-            return super().get_config(gindex, pindex, group) | {k: group[k] for k in ("optim_bits",) if k in group}
-
-    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # train.py says it in a line
-    optimizer = AdamW8bit(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
-    optimizer.is_paged = paged
+    groups = [{"params": adapter.large}, {"params": adapter.small, "optim_bits": 32}][: 2 if adapter.small else 1]
+    options = {"lr": config.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # the plan says it
+    optimizer = _AdamW8bit(groups, **options)
+    optimizer.is_paged = adapter.largest >= PAGED_FROM
     return optimizer
 
 
@@ -84,32 +79,29 @@ class Stepper:
     """Optimizer steps, with loss scaling, clipping, the schedule, and the policy on overflows.
 
     Args:
-        factor: step -> factor of the peak learning rate.
-        fp16: scale the loss. For bf16 and fp32 the scaler is off and passes everything through.
+        total_steps: of the schedule. fp16: scale the loss; for bf16 and fp32 the scaler is off.
 
     Attributes:
-        taken: optimizer steps taken; the schedule's position. skipped: steps skipped in all.
+        taken: optimizer steps taken: where the schedule stands. skipped: steps skipped in all.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        learning_rate: float,
-        factor: Callable[[int], float],
-        max_grad_norm: float,
-        fp16: bool,
-        device: torch.device,
-    ):
-        self.optimizer, self.learning_rate, self.factor = optimizer, learning_rate, factor
-        self.max_grad_norm = max_grad_norm
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    def __init__(self, adapter: FlatLoRA, config: Config, total_steps: int, fp16: bool):
+        self.optimizer = make_optimizer(adapter, config)
+        self.learning_rate, self.max_grad_norm = config.learning_rate, config.max_grad_norm
+        self.factor = cosine_with_warmup(total_steps, config.warmup_ratio)
+        self.device = adapter.weights.device
+        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.taken = self.skipped = self.skipped_in_a_row = 0
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
         return self.learning_rate * self.factor(self.taken)
+
+    def scaled(self, factor: float) -> Tensor:
+        """0-dim: a factor of the loss, times the loss scale."""
+        return self.scaler.scale(torch.tensor(factor, device=self.device))
 
     def step(self) -> tuple[float, bool]:
         """Take the optimizer step, unless a gradient is not finite.
@@ -142,6 +134,7 @@ class Stepper:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), **counters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.taken, self.skipped, self.skipped_in_a_row = (state[k] for k in ("taken", "skipped", "skipped_in_a_row"))

@@ -16,8 +16,9 @@ import sys
 import tempfile
 from typing import Any
 
-from qlora_min.bench import Clock, draw_rows, ours, prepared, show
-from qlora_min.cli import Emit, Parser, bench_options, run_parsed
+from qlora_min.cli.bench import Clock, draw_rows, ours, prepared, shared_options, show
+from qlora_min.cli.main import run_parsed
+from qlora_min.cli.options import Emit, Parser
 
 
 def main(args: argparse.Namespace, emit: Emit) -> None:
@@ -25,11 +26,11 @@ def main(args: argparse.Namespace, emit: Emit) -> None:
     if args.only:
         return emit(run(args, *args.only))
     with prepared(args) as args:
-        from qlora_min.distributed import size
-        from qlora_min.memory import release
+        from qlora_min.scale.processes import world_size
+        from qlora_min.system.device import release
 
-        if size() > 1:
-            raise ValueError(f"{size()} processes: other trainers are measured in one; run this without torchrun")
+        if world_size() > 1:
+            raise ValueError(f"{world_size()} processes: other trainers are measured in one; run this without torchrun")
         results, b, g = ours(args), args.config.batch_size, args.config.grad_accum
         release()  # the GPU is another process's now
         mean = statistics.mean(min(n, args.config.max_length) for n, _ in args.lengths)
@@ -133,5 +134,5 @@ if __name__ == "__main__":
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("peers", nargs="+", choices=("trl", "unsloth"), help="which trainers")
     parser.add_argument("--only", type=json.loads, help=argparse.SUPPRESS)
-    bench_options(parser)
+    shared_options(parser)
     run_parsed(parser.parse_args(), main)

@@ -10,8 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qlora_min.bench import prepared, run, show
-from qlora_min.cli import Emit, Parser, bench_options, run_parsed
+from qlora_min.cli.bench import measure, prepared, shared_options, show
+from qlora_min.cli.main import run_parsed
+from qlora_min.cli.options import Emit, Parser
 
 AXES = {  # option -> (values, title)
     "max_length": ((128, 256, 512, 1024, 2048, 4096), "tokens in a row (4 rows)"),
@@ -30,7 +31,7 @@ def main(args: argparse.Namespace, emit: Emit) -> None:
                 point = {"max_length": 512, "batch_size": 4, "rank": args.config.rank, axis: value}
                 args.lengths = [(point["max_length"], 10)]
                 args.config = replace(args.config, micro_batch_tokens=point["batch_size"] * point["max_length"])
-                found = run(args, "qlora_min", **point, gradient_checkpointing=checkpointing)
+                found = measure(args, "qlora_min", **point, gradient_checkpointing=checkpointing)
                 results.append({"axis": axis, **point, **found})
     draw(results, args.picture)
     show(results, emit)
@@ -61,6 +62,6 @@ def draw(results: list[dict[str, Any]], path: str) -> None:
 if __name__ == "__main__":
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("picture", metavar="FILE.png", help="where to draw it")
-    bench_options(parser)
+    shared_options(parser)
     parser.set_defaults(steps=5, repeats=1, warm_up=3)
     run_parsed(parser.parse_args(), main)

@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_min.cli import Parser, add_options, given_options, run_script
+from qlora_min.cli.main import run_script
+from qlora_min.cli.options import Parser, add_options, given_options
+from qlora_min.cli.scores import between
 from qlora_min.config import Config
-from qlora_min.scores import between
 
 EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
     "rank": [{"rank": r, "alpha": 2.0 * r} for r in (4, 8, 16, 32, 64)],
@@ -55,14 +56,17 @@ def main() -> None:
 
 def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
     """Train with one change, if that is not done yet, and evaluate on each data set; returns the figures."""
-    from qlora_min import checkpoint
     from qlora_min.adapter import load_adapter
-    from qlora_min.engine import for_evaluation
-    from qlora_min.evaluate import evaluate, evaluation_data
-    from qlora_min.files import write_json
+    from qlora_min.cli.scores import Choices
+    from qlora_min.evaluation import evaluate_rows
+    from qlora_min.fused.select import for_evaluation
     from qlora_min.lora import lora_parameters
-    from qlora_min.model import pick_device, resolve_precision
-    from qlora_min.train import Trainer, resume_config
+    from qlora_min.run import checkpoint
+    from qlora_min.run.held_out import evaluation_data
+    from qlora_min.run.resume import resume_config
+    from qlora_min.run.trainer import Trainer
+    from qlora_min.system.device import pick_device, resolve_precision
+    from qlora_min.system.files import write_json
 
     changed = replace(common, **change)
     if changed == replace(changed, **{k: getattr(common, k) for k in change}):
@@ -79,10 +83,13 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
         base = load_adapter(adapter, changed.model, resolve_precision(changed.precision, pick_device()))
         tokens = 8192
         engine = for_evaluation(base, max(int(p.rows.lengths.max()) for p in parts), tokens)
-        evaluations = {p.name: evaluate(engine, p.rows, 64, p.name, tokens) for p in parts}
+        evaluations = {p.name: evaluate_rows(engine, p.rows, 64, p.name, tokens) for p in parts}
         found = {
             "trained": sum(p.numel() for p in lora_parameters(base.model).values()),
-            "data": {n: e.as_dict() | (e.choices.as_dict() if e.option_rows else {}) for n, e in evaluations.items()},
+            "data": {
+                n: e.as_dict() | (Choices.of(e.choices).as_dict() if e.option_rows else {})
+                for n, e in evaluations.items()
+            },
         }
         write_json(folder / "results.json", found)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -96,7 +103,7 @@ def _short(value: Any) -> str:
 
 def markdown(results: list[tuple[str, dict[str, Any]]]) -> str:
     """What the accuracies are to be read beside, and a table: a line a run. The loss is that of the first data set."""
-    from qlora_min.evaluate import beside
+    from qlora_min.run.cards import beside
 
     sets = results[0][1]["data"]
     known = [f"{Path(s).stem}: {beside(r)}" for s, r in sets.items() if r["option_rows"]]

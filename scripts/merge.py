@@ -1,6 +1,6 @@
 """Merge an adapter into its base: `python scripts/merge.py --help`. See qlora_min/cli.py."""
 
-from qlora_min.cli import run_command
+from qlora_min.cli.main import run_command
 
 if __name__ == "__main__":
     run_command("merge")

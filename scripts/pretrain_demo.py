@@ -1,6 +1,6 @@
-"""Make the demo's base model: a tokenizer and a tiny Qwen2 that knows the invented pharmacy of `qlora_min/demo.py`.
+"""Make the demo's base model: a tokenizer and a tiny Qwen2 that knows the pharmacy invented in `demo/world.py`.
 
-    python scripts/pretrain_demo.py --output-dir qlora_min/demo_model
+    python scripts/pretrain_demo.py --output-dir qlora_min/demo/model
 
 It teaches, mixed at random: the facts in sentences; open questions in chat form; multiple choice in plain text, with
 digits; and copying, which is where letters occur. It never shows a letter or an option list in chat form, which is
@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from qlora_min.demo import CONDITIONS, DRUGS, LETTERS, QUESTIONS, TREATMENT, row
+from qlora_min.demo.world import CONDITIONS, DRUGS, LETTERS, QUESTIONS, TREATMENT, row
 
 DIGITS = "1234"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small lose by a sec
 import pytest
 import torch
 
-from qlora_min import demo
+from qlora_min.demo import world
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -26,7 +26,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 @pytest.fixture(autouse=True, scope="module")
 def imports_are_no_garbage() -> None:
-    """gc.collect(), which memory.release calls several times a run, looks only at what this file's tests make.
+    """gc.collect(), which device.release calls several times a run, looks only at what this file's tests make.
 
     Going through everything that torch and transformers have imported took a quarter of a second each time.
     """
@@ -54,7 +54,7 @@ def assert_same(a, b, path: str = "") -> None:
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory) -> tuple[Path, Path]:
     """The demo's (training, held-out) files."""
-    return demo.write_data(tmp_path_factory.mktemp("demo"))
+    return world.write_data(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="session")

@@ -25,10 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import qlora_min.adapter
-import qlora_min.train
-from qlora_min import checkpoint, demo
 from qlora_min.config import Config
-from qlora_min.train import Trainer
+from qlora_min.demo import world
+from qlora_min.loop import Progress, copies
+from qlora_min.lora import lora_parameters
+from qlora_min.run import checkpoint
+from qlora_min.run.trainer import Trainer
 
 AWAY = (errno.EROFS, errno.EIO, errno.ENOTCONN)  # read-only, failing, gone: what a drive does that drops out
 
@@ -41,8 +43,8 @@ AWAY = (errno.EROFS, errno.EIO, errno.ENOTCONN)  # read-only, failing, gone: wha
 def make_trainer(folder: Path) -> Trainer:
     """A Trainer on a few rows of the demo, in folder/run."""
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(r) + "\n" for r in demo.rows(demo.CONDITIONS, 8, seed=1)), encoding="utf-8")
-    options = {"model": str(demo.MODEL_DIR), "dataset": (str(rows),), "eval_fraction": 0.0, "rank": 4}
+    rows.write_text("".join(json.dumps(r) + "\n" for r in world.rows(world.CONDITIONS, 8, seed=1)), encoding="utf-8")
+    options = {"model": str(world.MODEL_DIR), "dataset": (str(rows),), "eval_fraction": 0.0, "rank": 4}
     with contextlib.redirect_stdout(io.StringIO()):
         return Trainer(Config(**options, output_dir=str(folder / "run")))
 
@@ -52,19 +54,19 @@ def advance(trainer: Trainer, step: int, evaluated: bool) -> None:
     p = trainer.progress
     p.step = step
     with torch.no_grad():
-        for weight in trainer.trained.values():
+        for weight in lora_parameters(trainer.base.model).values():
             weight.fill_(step)
     if evaluated:
         p.evaluated = step
-        if step % 5 == 0 or not trainer.best:
-            p.best_step, trainer.best = step, {n: w.detach().clone() for n, w in trainer.trained.items()}
-    trainer.metrics.write("train", step=step)
+        if step % 5 == 0 or not trainer.writer.best:
+            p.best_step, trainer.writer.best = step, copies(trainer.base.model)
+    trainer.writer.metrics.write("train", step=step)
 
 
 def save(trainer: Trainer, step: int, evaluated: bool = True) -> None:
     """Advance, and save all of it; returning is the acknowledgement."""
     advance(trainer, step, evaluated)
-    trainer._write_all()
+    trainer.writer.write_all(trainer.progress)
 
 
 def check(run: Path, acknowledged: int, best: int) -> list[str]:
@@ -115,7 +117,7 @@ def kills(count: int, seed: int = 0) -> dict[str, int]:
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(Path(folder))
-        run, acknowledged, best = trainer.run, 0, 0
+        run, acknowledged, best = trainer.folder, 0, 0
         while found["kills"] < count:
             reader, writer = os.pipe()
             child = os.fork()
@@ -143,12 +145,12 @@ def kills(count: int, seed: int = 0) -> dict[str, int]:
 
 
 def _save_for_ever(trainer: Trainer, writer: int) -> None:
-    newest = checkpoint.newest_checkpoint(trainer.run)
+    newest = checkpoint.newest_checkpoint(trainer.folder)
     if newest:
-        trainer.progress = qlora_min.train.Progress(**newest[1]["progress"])
-        trainer.best = newest[1]["best_adapter"]
-        trainer.metrics = checkpoint.Metrics(trainer.run)
-        trainer.metrics.cut(newest[1]["metrics_bytes"])
+        trainer.progress = Progress(**newest[1]["progress"])
+        trainer.writer.best = newest[1]["best_adapter"]
+        trainer.writer.metrics = checkpoint.Metrics(trainer.folder)
+        trainer.writer.metrics.cut(newest[1]["metrics_bytes"])
     os.write(writer, b"begun\n")
     step = trainer.progress.step
     while True:
@@ -262,7 +264,7 @@ def failing_calls(errors=(*AWAY, errno.ENOSPC), stride: int = 1) -> dict[str, in
         trainer = make_trainer(Path(folder))
         for step in range(1, 6):
             save(trainer, step)
-        with Faults(trainer.run) as watched:
+        with Faults(trainer.folder) as watched:
             save(trainer, 10)
         found["calls in a save"] = len(watched.calls)
         step, cases = 10, [(n, e, o) for o in (True, False) for e in errors for n in range(len(watched.calls))]
@@ -272,19 +274,19 @@ def failing_calls(errors=(*AWAY, errno.ENOSPC), stride: int = 1) -> dict[str, in
             quiet = contextlib.redirect_stderr(io.StringIO())  # notes on what could not be removed
             with (
                 quiet,
-                Faults(trainer.run, (lambda i, n=n: i == n) if once else (lambda i, n=n: i >= n), error) as faults,
+                Faults(trainer.folder, (lambda i, n=n: i == n) if once else (lambda i, n=n: i >= n), error) as faults,
             ):
                 try:
-                    trainer._write_all()
+                    trainer.writer.write_all(trainer.progress)
                     failed = False
                 except OSError:
                     failed = True
             found["faults"] += len(faults.calls) > n
             found["reported" if failed else "tolerated"] += 1
-            problems = check(trainer.run, before, before) if failed else check(trainer.run, step, step)
-            trainer._write_all()
-            problems += check(trainer.run, step, step)
-            left = [p.name for p in trainer.run.rglob(".*") if p.name != checkpoint.LOCK]
+            problems = check(trainer.folder, before, before) if failed else check(trainer.folder, step, step)
+            trainer.writer.write_all(trainer.progress)
+            problems += check(trainer.folder, step, step)
+            left = [p.name for p in trainer.folder.rglob(".*") if p.name != checkpoint.LOCK]
             for problem in problems + [f"left behind: {name}" for name in left]:
                 print(f"{faults.calls[min(n, len(faults.calls) - 1)]}, {errno.errorcode[error]}, {once=}: {problem}")
                 found["unloadable" if "unloadable" in problem else "lost"] += 1
@@ -313,25 +315,25 @@ def disk_full() -> dict[str, int] | str:
                 save(trainer, step)
             advance(trainer, 5, True)  # the best so far: metrics, checkpoint and adapter are all due
             for _ in range(200):  # so many lines that they need pages of their own
-                trainer.metrics.write("train", step=5)
+                trainer.writer.metrics.write("train", step=5)
             ballast, page, pages, hit = Path(folder) / "ballast", os.statvfs(folder).f_frsize, 0, set()
-            while trainer.adapter_step != 5:
-                stage = (trainer.metrics.size, trainer.saved)
+            while trainer.writer.adapter_step != 5:
+                stage = (trainer.writer.metrics.size, trainer.writer.saved)
                 ballast.write_bytes(b"\0" * page * (os.statvfs(folder).f_bavail - pages))
                 found["saves on a full disk"] += 1
-                with Faults(trainer.run) as watched:
+                with Faults(trainer.folder) as watched:
                     try:
-                        trainer._write_all()
+                        trainer.writer.write_all(trainer.progress)
                     except OSError as e:
                         assert e.errno == errno.ENOSPC, e
                         found["reported"] += 1
                         hit.add(Path([path for call, path in watched.calls if call == "write"][-1]).name)
                 ballast.unlink()
                 pages += 1
-                if stage != (trainer.metrics.size, trainer.saved):
-                    pages, trainer.adapter_step = 0, None  # pruning made room: the adapter is due again
-                for problem in check(trainer.run, trainer.saved[0], 5 if trainer.saved[0] == 5 else 1):
-                    if trainer.adapter_step == 5 or "adapter/" not in problem:  # until then it is the one before
+                if stage != (trainer.writer.metrics.size, trainer.writer.saved):
+                    pages, trainer.writer.adapter_step = 0, None  # pruning made room: the adapter is due again
+                for problem in check(trainer.folder, trainer.writer.saved[0], 5 if trainer.writer.saved[0] == 5 else 1):
+                    if trainer.writer.adapter_step == 5 or "adapter/" not in problem:  # until then it is the one before
                         print(f"{pages} pages free: {problem}")
                         found["unloadable" if "unloadable" in problem else "lost"] += 1
             found["files hit"] = len(hit)
@@ -352,7 +354,7 @@ def damage(truncations: int = 50, flips: int = 200, seed: int = 0) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(Path(folder))
         save(trainer, 1)
-        checkpoints = trainer.run / "checkpoints" / "step-1"
+        checkpoints = trainer.folder / "checkpoints" / "step-1"
         for file in sorted(checkpoints.iterdir()):
             whole = file.read_bytes()
             for case in range(truncations + flips):

@@ -12,26 +12,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_min import demo
-from qlora_min.adapter import (
-    CONFIG,
-    HARMLESS,
-    ORIGIN,
-    PEFT_PREFIX,
-    READ,
-    WEIGHTS,
-    AdapterConfig,
-    check_base,
-    load_adapter,
-    load_weights,
-    read_config,
-    save_adapter,
-)
+from qlora_min.adapter import PEFT_PREFIX, WEIGHTS, AdapterConfig, load_adapter, load_weights, save_adapter
+from qlora_min.base import Base, add_lora, load_base
 from qlora_min.batches import pack
-from qlora_min.data import Row
-from qlora_min.engine import make_engine
-from qlora_min.lora import lora_disabled, lora_parameters
-from qlora_min.model import Base, add_lora, load_base
+from qlora_min.data.rows import Row
+from qlora_min.demo import world
+from qlora_min.fused.select import make_engine
+from qlora_min.lora import LoraSpec, lora_disabled, lora_parameters
+from qlora_min.system.peft_files import ADAPTER, ALLOWED, CONFIG, HARMLESS, ORIGIN
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -41,7 +29,7 @@ IDS = torch.arange(5, 29).view(2, 12)
 
 
 def plain_model() -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(world.MODEL_DIR, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -66,16 +54,14 @@ def give_effect(parameters, seed: int = 0) -> None:
 
 
 def adapted(
-    rank: int, alpha: float, targets: tuple[str, ...], quantization: str = "none", model: str = str(demo.MODEL_DIR)
+    rank: int, alpha: float, targets: tuple[str, ...], quantization: str = "none", model: str = str(world.MODEL_DIR)
 ) -> tuple[Base, AdapterConfig]:
     base = load_base(model, quantization)
-    add_lora(base, targets, rank, alpha, 0.1)
+    spec = LoraSpec(rank, alpha, 0.1, targets)
+    add_lora(base, spec)
     base.model.eval()
     give_effect(lora_parameters(base.model).values())
-    config = AdapterConfig(
-        rank, alpha, 0.1, targets, base.name, base.revision, base.fingerprint, quantization=quantization
-    )
-    return base, config
+    return base, AdapterConfig(spec, base.name, base.revision, base.fingerprint, quantization)
 
 
 @pytest.fixture
@@ -143,14 +129,14 @@ def test_peft_into_ours(tmp_path, rank, alpha, targets):
     for name in ("modules", "fused"):
         assert (by_engine(base, name) - wanted).norm() <= 1e-6 * wanted.norm()
     layer = next(m for m in base.model.modules() if hasattr(m, "lora_A"))
-    assert (layer.rank, layer.alpha, layer.scaling, layer.dropout.p) == (rank, alpha, alpha / rank, 0.1)
+    assert (layer.spec.rank, layer.spec.alpha, layer.spec.scaling, layer.dropout.p) == (rank, alpha, alpha / rank, 0.1)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_ours_into_ours(tmp_path, quantization):
     base, config = adapted(4, 6.0, ATTENTION, quantization)
     save_adapter(tmp_path, base.model, config, base.encoder.tokenizer)
-    assert read_config(tmp_path) == config
+    assert AdapterConfig.read(tmp_path) == config
     again = load_adapter(tmp_path)
     for (name, a), (other, b) in zip(lora_parameters(base.model).items(), lora_parameters(again.model).items()):
         assert name == other and torch.equal(a, b)
@@ -169,7 +155,7 @@ def test_the_files_say_what_the_adapter_is(saved):
     folder, base = saved
     config = json.loads((folder / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ["q_proj", "v_proj"])
-    assert config["base_model_name_or_path"] == str(demo.MODEL_DIR)
+    assert config["base_model_name_or_path"] == str(world.MODEL_DIR)
     origin = json.loads((folder / ORIGIN).read_text())
     assert (origin["fingerprint"], origin["quantization"]) == (base.fingerprint, "none")
     assert all(t.dtype == torch.float32 for t in load_file(folder / WEIGHTS).values())
@@ -234,14 +220,14 @@ def test_unreadable_weights(saved):
 def test_another_base_is_refused(saved, tmp_path_factory):
     folder, base = saved
     other = tmp_path_factory.mktemp("other") / "model"
-    shutil.copytree(demo.MODEL_DIR, other)
+    shutil.copytree(world.MODEL_DIR, other)
     tensors = load_file(other / "model.safetensors")
     norm = "model.layers.0.input_layernorm.weight"
     tensors[norm] = tensors[norm] * 1.01
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError) as error:
         load_adapter(folder, model=str(other))
-    for part in ("another base", str(demo.MODEL_DIR), base.fingerprint[:12], str(other), "--model"):
+    for part in ("another base", str(world.MODEL_DIR), base.fingerprint[:12], str(other), "--model"):
         assert part in str(error.value)
     (folder / ORIGIN).unlink()  # an adapter of another tool has no fingerprint to compare
     assert load_adapter(folder, model=str(other), quantization="none")
@@ -250,12 +236,12 @@ def test_another_base_is_refused(saved, tmp_path_factory):
 def test_the_same_base_elsewhere_is_accepted(saved, tmp_path_factory):
     folder, base = saved
     copy = tmp_path_factory.mktemp("copy") / "model"
-    shutil.copytree(demo.MODEL_DIR, copy)
+    shutil.copytree(world.MODEL_DIR, copy)
     assert torch.equal(logits(load_adapter(folder, model=str(copy)).model), logits(base.model))
-    config = read_config(folder)
-    check_base(config, base.fingerprint, folder, "x")
+    assert AdapterConfig.read(folder).fingerprint == base.fingerprint
+    edit(folder / ORIGIN, fingerprint="0" * 64)
     with pytest.raises(ValueError, match="another base"):
-        check_base(config, "0" * 64, folder, "x")
+        load_adapter(folder, model=str(copy))
 
 
 def test_a_target_that_the_base_does_not_have(saved):
@@ -302,7 +288,7 @@ def test_a_field_that_changes_what_is_computed_is_refused_by_name(saved, field):
     folder, _ = saved
     edit(folder / CONFIG, **{field: REFUSED[field]})
     with pytest.raises(ValueError, match=rf"{CONFIG} asks for .*{field}=.*, which qlora_min does not implement"):
-        read_config(folder)
+        AdapterConfig.read(folder)
     with pytest.raises(ValueError, match=field):
         load_adapter(folder)
 
@@ -311,14 +297,17 @@ def test_layer_zero_is_a_layer(saved):
     folder, _ = saved
     edit(folder / CONFIG, layers_to_transform=0)
     with pytest.raises(ValueError, match="layers_to_transform"):
-        read_config(folder)
+        AdapterConfig.read(folder)
 
 
 def test_lora_only_bias_is_refused_and_several_fields_are_named_together(saved):
     folder, _ = saved
     edit(folder / CONFIG, bias="lora_only", use_dora=True)
     with pytest.raises(ValueError, match="bias='lora_only', use_dora=True"):
-        read_config(folder)
+        AdapterConfig.read(folder)
+
+
+READ = ALLOWED.keys() | {theirs for theirs, *_ in ADAPTER.values()}  # fields that we read
 
 
 def installed_fields() -> dict[str, dataclasses.Field]:
@@ -338,14 +327,14 @@ def test_a_field_that_is_neither_read_nor_harmless_is_refused(saved, field):
     folder, _ = saved
     edit(folder / CONFIG, **{field: "something"})
     with pytest.raises(ValueError, match=field):
-        read_config(folder)
+        AdapterConfig.read(folder)
 
 
 def test_a_default_config_of_the_installed_peft_loads(tmp_path):
     _, folder = save_peft(tmp_path)
     written = json.loads((folder / CONFIG).read_text())
     assert written["r"] == 4
-    assert read_config(folder).targets == ("q_proj",)
+    assert AdapterConfig.read(folder).lora.targets == ("q_proj",)
 
 
 INIT_ONLY = [True, False, "gaussian", "orthogonal"]  # how A and B begin: nothing that an adapter computes later
@@ -364,7 +353,7 @@ def test_an_initialisation_that_changes_the_base_is_refused(saved, init):
     folder, _ = saved
     edit(folder / CONFIG, init_lora_weights=init)
     with pytest.raises(ValueError, match="init_lora_weights"):
-        read_config(folder)
+        AdapterConfig.read(folder)
 
 
 def test_peft_itself_computes_another_function_with_pissa(tmp_path):
@@ -393,7 +382,7 @@ def test_a_malformed_config(saved, values, message):
     folder, _ = saved
     edit(folder / CONFIG, **values)
     with pytest.raises(ValueError, match=rf"adapter '{folder}': .*{message}"):
-        read_config(folder)
+        AdapterConfig.read(folder)
 
 
 def test_a_config_that_is_no_config(saved):
@@ -402,13 +391,13 @@ def test_a_config_that_is_no_config(saved):
     for content, message in (("{", "not readable JSON"), ("[]", "a JSON list, expected an object")):
         path.write_text(content)
         with pytest.raises(ValueError, match=f"{path}: {message}"):
-            read_config(folder)
+            AdapterConfig.read(folder)
     path.write_text('{"peft_type": "LORA", "target_modules": ["q_proj"], "base_model_name_or_path": "a/b"}')
     with pytest.raises(ValueError, match="r None, expected an integer"):
-        read_config(folder)
+        AdapterConfig.read(folder)
     path.unlink()
     with pytest.raises(ValueError, match=f"no {CONFIG}; expected a folder that train.py or PEFT saved .* to$"):
-        read_config(folder)
+        AdapterConfig.read(folder)
     with pytest.raises(ValueError, match="no-such-folder': no"):
         load_adapter(folder / "no-such-folder")
 
@@ -420,9 +409,10 @@ def test_peft_computes_the_same_on_smollm2_in_nf4(tmp_path, smollm2):
     base = load_base(str(smollm2), "nf4", "fp32", torch.device("cpu"))
     targets = ("q_proj", "k_proj", "v_proj", "o_proj")
     torch.manual_seed(0)
-    add_lora(base, targets, 16, 24, 0.0)
+    spec = LoraSpec(16, 24.0, 0.0, targets)
+    add_lora(base, spec)
     give_effect(list(lora_parameters(base.model).values()))
-    described = AdapterConfig(16, 24, 0.0, targets, str(smollm2), None, base.fingerprint)
+    described = AdapterConfig(spec, str(smollm2), None, base.fingerprint)
     save_adapter(tmp_path, base.model, described, base.encoder.tokenizer)
 
     quantized = transformers.BitsAndBytesConfig(
@@ -436,7 +426,7 @@ def test_peft_computes_the_same_on_smollm2_in_nf4(tmp_path, smollm2):
     )
     for module in theirs.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # see model.py
+            module.support_avx512bf16_for_cpu = False  # see system/bits.py
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
     with torch.no_grad():
         mine = logits(base.model)

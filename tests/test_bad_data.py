@@ -8,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,16 @@ from conftest import ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_min import data, demo, reading
+from qlora_min import chat
+from qlora_min.base import load_encoder
 from qlora_min.config import Config
-from qlora_min.data import Row, Rows, read_data
-from qlora_min.model import load_encoder
-from qlora_min.reading import BadData, BadRows, read, to_example
+from qlora_min.data import examples, readers
+from qlora_min.data.examples import BadData, BadRows, to_example
+from qlora_min.data.readers import read
+from qlora_min.data.rows import Row, Rows
+from qlora_min.demo import world
+from qlora_min.run import datasets
+from qlora_min.run.datasets import read_data
 
 SECRET = "Mrs Miller, 54, of Springfield"
 GOOD = {"prompt": "p", "completion": "c"}
@@ -33,7 +39,7 @@ KINDS = ".jsonl/.json/.csv/.parquet"
 
 @pytest.fixture(scope="module")
 def encoder():
-    return load_encoder(str(demo.MODEL_DIR))
+    return load_encoder(str(world.MODEL_DIR))
 
 
 def message_of(path: Path, bad: BadRows | None = None) -> str:
@@ -172,8 +178,8 @@ def test_a_line_cut_anywhere_is_called_cut_short(row, at, plain):
     text = json.dumps(row, ensure_ascii=not plain)
     cut = text[: 1 + int(at * (len(text) - 1))]
     with pytest.raises(json.JSONDecodeError) as error:
-        reading._Json().decoder.decode(cut)
-    assert reading._syntax(error.value).startswith("cut short"), cut
+        readers._Json().decoder.decode(cut)
+    assert readers._syntax(error.value).startswith("cut short"), cut
 
 
 def test_a_file_cut_in_a_character(tmp_path):
@@ -245,7 +251,7 @@ def test_csv_goes_on_behind_a_bad_row(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes(b'prompt,completion\na,1\nb,2,3\n"c"x,3\n\xe4,4\nd,5\n' + b"x" * 11_000_000 + b"\ne,6\n")
     bad = BadRows(skip=True)
-    assert [(e.messages[0]["content"], e.where) for e in read(str(path), bad=bad)] == [
+    assert [(e.messages[0]["content"], e.location) for e in read(str(path), bad=bad)] == [
         ("a", f"{path}:2"), ("d", f"{path}:6"), ("e", f"{path}:8")
     ]  # fmt: skip
     assert [m.removeprefix(f"{path}:")[:10] for m in bad.messages] == [
@@ -349,7 +355,7 @@ def test_a_data_set_of_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: theirs)
     bad = BadRows(skip=True)
     (example,) = read("OWNER/NAME", bad=bad)
-    assert example.where == "OWNER/NAME:row 1" and bad.messages == ["OWNER/NAME:row 2:prompt: null, expected text"]
+    assert example.location == "OWNER/NAME:row 1" and bad.messages == ["OWNER/NAME:row 2:prompt: null, expected text"]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: theirs.remove_columns("completion"))
     with pytest.raises(ValueError, match=r"^OWNER/NAME: unknown layout with columns 'prompt', 'more'; expected "):
         list(read("OWNER/NAME", bad=bad))
@@ -360,7 +366,7 @@ def test_a_data_set_of_the_hub(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", reading.FILE_KINDS)
+@pytest.mark.parametrize("kind", readers.FILE_KINDS)
 @pytest.mark.parametrize("skip", [False, True])
 def test_an_empty_file(tmp_path, kind, skip):
     path = tmp_path / f"rows{kind}"
@@ -429,7 +435,7 @@ def questions(numbers, **more) -> list[dict]:
 
 
 def contents(rows) -> list[str]:
-    return [row.where.rpartition("/")[2] for row in rows]
+    return [row.location.rpartition("/")[2] for row in rows]
 
 
 def test_all_bad_rows_of_all_data_sets_are_one_error(write_rows, encoder):
@@ -448,7 +454,7 @@ def test_all_bad_rows_of_all_data_sets_are_one_error(write_rows, encoder):
     train, apart = read_data(config(a, b, eval_dataset=(held,), skip_bad_rows=True), encoder)
     assert [(p.read, p.bad, len(p.rows)) for p in (*train, *apart)] == [(6, 1, 5), (6, 2, 4), (3, 1, 2)]
     assert contents(train[1].rows) == ["b.jsonl:2", "b.jsonl:3", "b.jsonl:4", "b.jsonl:5"]
-    cells = [line.split() for line in data.table([*train, *apart]).splitlines()]
+    cells = [line.split() for line in datasets.table([*train, *apart]).splitlines()]
     assert [(c[1], c[2], c[3]) for c in cells[1:]] == [("6", "5", "1"), ("6", "4", "2"), ("3", "2", "1")]
 
 
@@ -500,12 +506,12 @@ def test_roles_that_the_template_refuses_are_bad_rows(write_rows, encoder):
     system = {"messages": [{"role": r, "content": SECRET} for r in ("system", "user", "assistant")]}
     path = write_rows([*questions(range(3)), system, *questions(range(3, 5))])
     with pytest.raises(BadData) as error:
-        read_data(config(path), data.ChatEncoder(tokenizer))
+        read_data(config(path), chat.ChatEncoder(tokenizer))
     assert error.value.lines == [
         f"{path}:4: the chat template refuses the roles system, user, assistant: no system role; correct it, or leave "
         "bad rows out with --skip-bad-rows"
     ]
-    (part,), _ = read_data(config(path, skip_bad_rows=True), data.ChatEncoder(tokenizer))
+    (part,), _ = read_data(config(path, skip_bad_rows=True), chat.ChatEncoder(tokenizer))
     assert (part.bad, contents(part.rows)) == (1, [f"rows.jsonl:{n}" for n in (1, 2, 3, 5, 6)])
 
 
@@ -595,7 +601,7 @@ def test_real_train_and_validation_share_no_question(encoder):
 
 def test_train_shows_bad_rows_one_a_line_and_ends_with_2(script, write_rows, tmp_path):
     write_rows([*questions(range(4)), {"prompt": SECRET}, 3], "rows.jsonl")
-    options = ["--model", demo.MODEL_DIR, "--dataset", "rows.jsonl", "--eval-fraction", 0, "--output-dir", "out"]
+    options = ["--model", world.MODEL_DIR, "--dataset", "rows.jsonl", "--eval-fraction", 0, "--output-dir", "out"]
     done = script("train.py", *options, expect=2)
     assert done.stderr.splitlines() == [
         f"error: rows.jsonl:5:completion: missing, expected text; a row has {LAYOUTS}",
@@ -641,7 +647,7 @@ pieces = st.sampled_from(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", reading.FILE_KINDS)
+@pytest.mark.parametrize("kind", readers.FILE_KINDS)
 @settings(max_examples=200, deadline=None)
 @given(content=st.binary(max_size=40) | st.lists(pieces | st.binary(max_size=3), max_size=12).map(b"".join))
 def test_fuzz_bytes(tmp_path_factory, kind, content):
@@ -650,7 +656,7 @@ def test_fuzz_bytes(tmp_path_factory, kind, content):
     all_messages(path)
 
 
-names = st.sampled_from([*sorted(reading.COLUMNS), f"{CANARY} ", ""])
+names = st.sampled_from([*sorted(examples.COLUMNS), f"{CANARY} ", ""])
 words = st.sampled_from(["assistant", "user", CANARY, "", " ", "\ud83d", "A: x", f"{{'A': '{CANARY}', 'B': '\\d'}}"])
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(max_size=3),
@@ -678,7 +684,7 @@ def test_fuzz_the_whole_way_to_an_encoded_row(encoder, row):
     except ValueError as e:
         assert str(e).startswith("here:1") and CANARY not in str(e)
         return
-    (part,) = [data.encode_all("here", [example], encoder, 10**6)]
+    (part,) = [datasets.encode_dataset("here", [example], encoder, 10**6)]
     assert len(part.rows) == 1 and part.rows[0].supervised.any()
 
 
@@ -708,9 +714,9 @@ def make(n: int) -> Row:
 def assert_equal_rows(rows, expected) -> None:
     assert len(rows) == len(expected)
     for a, b in zip(rows, expected, strict=True):
-        assert torch.equal(a.ids, b.ids) and torch.equal(a.supervised, b.supervised)
-        assert (a.ids.dtype, a.supervised.dtype) == (torch.int32, torch.bool)
-        assert (a.where, a.choices) == (b.where, b.choices)
+        assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.supervised, b.supervised)
+        assert (a.input_ids.dtype, a.supervised.dtype) == (torch.int32, torch.bool)
+        assert (a.location, a.choices) == (b.location, b.choices)
 
 
 def test_rows_come_back_as_they_were():
@@ -722,10 +728,10 @@ def test_rows_come_back_as_they_were():
     assert_equal_rows(rows[np.array([2999, 0, 0, 1024])], [expected[i] for i in (2999, 0, 0, 1024)])
     mask = np.arange(3000) % 700 == 1
     assert_equal_rows(rows[mask], [expected[i] for i in np.flatnonzero(mask)])
-    assert rows[-1].where == expected[-1].where
+    assert rows[-1].location == expected[-1].location
     with pytest.raises(IndexError):
         rows[3000]
-    rows[1].ids[0] = 7  # a copy
+    rows[1].input_ids[0] = 7  # a copy
     assert_equal_rows(rows[:2], expected[:2])
     assert rows.lengths.tolist() == [len(r) for r in expected]
     assert rows.supervised.tolist() == [int(r.supervised[1:].sum()) for r in expected]
@@ -739,7 +745,7 @@ def test_rows_of_several_files_in_one():
     rows = Rows.join(parts)
     assert_equal_rows(rows, expected)
     assert rows.lengths.tolist() == [len(r) for r in expected]
-    assert data.data_hash(rows) == data.data_hash(expected)
+    assert datasets.data_hash(rows) == datasets.data_hash(expected)
     assert len(Rows.join([])) == len(Rows.write([])) == 0 and not Rows.write([])
 
 
@@ -748,16 +754,16 @@ def test_datasets_reads_the_file(tmp_path, monkeypatch):
     import datasets
 
     path = tmp_path / "rows.arrow"
-    monkeypatch.setattr(data.tempfile, "TemporaryFile", lambda **_: path.open("w+b"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: path.open("w+b"))
     Rows.write([make(n) for n in range(2000)])
     theirs = datasets.Dataset.from_file(str(path))
-    assert len(theirs) == 2000 and theirs[1999]["ids"] == make(1999).ids.tolist()
+    assert len(theirs) == 2000 and theirs[1999]["input_ids"] == make(1999).input_ids.tolist()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a file without a name")
 def test_nothing_is_left_even_by_a_kill(tmp_path):
     code = (  # killed while it writes, the first batches being on disk
-        "import os, signal\nfrom qlora_min.data import Row, Rows\nimport torch\n"
+        "import os, signal\nfrom qlora_min.data.rows import Row, Rows\nimport torch\n"
         "def rows():\n  for i in range(20000):\n    yield Row(torch.arange(9), torch.arange(9) > 3, 'w')\n"
         "  print('killed', flush=True)\n  os.kill(os.getpid(), signal.SIGKILL)\n"
         "Rows.write(rows())"
@@ -784,9 +790,9 @@ def test_a_full_disk():
 
 
 def test_a_bar_goes_by_bytes_and_leaves_nothing(tmp_path, monkeypatch):
-    bars, real = [], reading.report.tqdm
+    bars, real = [], readers.console.tqdm
     monkeypatch.setattr(
-        reading.report, "tqdm", lambda **kwargs: bars.append(real(**kwargs | {"disable": False})) or bars[-1]
+        readers.console, "tqdm", lambda **kwargs: bars.append(real(**kwargs | {"disable": False})) or bars[-1]
     )
     path = tmp_path / "rows.jsonl"
     path.write_text((json.dumps(GOOD) + "\n") * 50)
@@ -818,17 +824,17 @@ def test_a_million_rows_in_flat_memory(tmp_path, encoder):
                 samples["early"] = memory()
             yield example
 
-    part = data.encode_all("million", watched(), encoder, 64)
+    part = datasets.encode_dataset("million", watched(), encoder, 64)
     samples["late"] = memory()
     assert len(part.rows) == part.read == n
     growth = samples["late"] - samples["early"]
     print(f"{growth / (0.9 * n):.0f} bytes a row; {memory() / 2**20:.0f} MiB")
     assert growth < 100 * 0.9 * n
-    held = data.split(part.questions, 0.01, seed=0)
+    held = datasets.split(part.questions, 0.01, seed=0)
     assert held.sum() == n // 100
     train, apart = part.select(~held), part.select(held)
-    assert data.leave_out_shared(train, apart, BadRows()) is train
-    assert len(train.rows) + len(apart.rows) == n and train.rows[-1].where.startswith(str(path))
+    assert datasets.leave_out_shared(train, apart, BadRows()) is train
+    assert len(train.rows) + len(apart.rows) == n and train.rows[-1].location.startswith(str(path))
 
 
 def memory() -> int:

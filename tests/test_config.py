@@ -8,8 +8,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-from qlora_min.cli import Parser, add_options, given_options, run_script
-from qlora_min.config import FIELDS, REMOVED, Config, read_toml
+from qlora_min.cli.main import run_script
+from qlora_min.cli.options import Parser, add_options, given_options
+from qlora_min.config import FIELDS, Config
+from qlora_min.run.options import REMOVED, config_from, read_toml
 
 DEFAULTS = {  # the table of the reference configuration, by hand
     "model": "Qwen/Qwen2-0.5B-Instruct",
@@ -26,12 +28,12 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "max_steps": None,
     "batch_size": 4,
     "grad_accum": 4,
-    "micro_batch_tokens": None,  # what fits
     "learning_rate": 2e-4,
     "warmup_ratio": 0.03,
     "weight_decay": 0,
     "max_grad_norm": 1.0,
     "optimizer": "paged_adamw8bit",
+    "seed": 42,
     "rank": 16,
     "alpha": 32,
     "dropout": 0.05,
@@ -39,8 +41,9 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "quantization": "nf4",
     "precision": "auto",
     "gradient_checkpointing": "auto",
-    "shard": False,
+    "micro_batch_tokens": None,  # what fits
     "engine": "auto",
+    "shard": False,
     "eval_every": None,  # a quarter of an epoch
     "patience": 3,
     "log_every": 10,
@@ -48,7 +51,6 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "save_every": None,
     "save_minutes": 5.0,
     "output_dir": None,  # runs/MODEL-DATASET-TIME
-    "seed": 42,
 }
 
 
@@ -87,12 +89,12 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "max_steps": ("9", "9", 9),
     "batch_size": ("2", "2", 2),
     "grad_accum": ("1", "1", 1),
-    "micro_batch_tokens": ("900", "900", 900),
     "learning_rate": ("1e-3", "1e-3", 1e-3),
     "warmup_ratio": ("0", "0.0", 0.0),
     "weight_decay": ("0.1", "0.1", 0.1),
     "max_grad_norm": ("2", "2", 2.0),
     "optimizer": ("adamw", '"adamw"', "adamw"),
+    "seed": ("0", "0", 0),
     "rank": ("8", "8", 8),
     "alpha": ("24", "24", 24.0),
     "dropout": ("0", "0", 0.0),
@@ -100,8 +102,9 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "quantization": ("none", '"none"', "none"),
     "precision": ("bf16", '"bf16"', "bf16"),
     "gradient_checkpointing": ("off", "false", "off"),
-    "shard": ("", "true", True),
+    "micro_batch_tokens": ("900", "900", 900),
     "engine": ("modules", '"modules"', "modules"),
+    "shard": ("", "true", True),
     "eval_every": ("5", "5", 5),
     "patience": ("4", "4", 4),
     "log_every": ("1", "1", 1),
@@ -109,7 +112,6 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "save_every": ("7", "7", 7),
     "save_minutes": ("0.5", "0.5", 0.5),
     "output_dir": ("runs/x", '"runs/x"', "runs/x"),
-    "seed": ("0", "0", 0),
 }
 
 
@@ -158,8 +160,8 @@ def test_round_trip_through_json():
     for c in (Config(), Config(**{**given, "mix": (2.0, 0.5)})):  # a weight for each of the two data sets
         values = json.loads(json.dumps(c.as_dict()))
         assert list(values) == list(FIELDS)
-        assert Config.from_dict(values, "config.json") == c
-        assert Config.from_dict({k.replace("_", "-"): v for k, v in values.items()}, "config.json") == c
+        assert config_from(values, "config.json") == c
+        assert config_from({k.replace("_", "-"): v for k, v in values.items()}, "config.json") == c
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,9 +305,9 @@ def test_removed_options_of_an_earlier_versions_record_are_dropped():
     assert not set(REMOVED) & set(FIELDS)
     old = {**Config(rank=8).as_dict(), **dict.fromkeys(REMOVED, "off")}
     del old["engine"]
-    assert Config.from_dict(old, "config.json") == Config(rank=8)
+    assert config_from(old, "config.json") == Config(rank=8)
     with pytest.raises(ValueError, match="unknown option 'pakcing'"):
-        Config.from_dict({"pakcing": "off"}, "config.json")
+        config_from({"pakcing": "off"}, "config.json")
 
 
 def test_a_name_like_no_other_gets_no_suggestion(tmp_path, capsys):

@@ -22,12 +22,19 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_min import batches, data, demo, reading
+from qlora_min import batches
+from qlora_min.base import load_base, load_encoder
+from qlora_min.chat import ChatEncoder
+from qlora_min.cli.data import preview
 from qlora_min.config import Config
-from qlora_min.data import ChatEncoder, Example, Row, Rows
-from qlora_min.decoder import Decoder
+from qlora_min.data import examples, readers
+from qlora_min.data.examples import Example
+from qlora_min.data.rows import Row, Rows
+from qlora_min.demo import world
 from qlora_min.engine import Modules
-from qlora_min.model import load_base, load_encoder
+from qlora_min.fused.decoder import Decoder
+from qlora_min.fused.select import make_engine
+from qlora_min.run import datasets
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 WITH_SYSTEM_PROMPT = (  # as Qwen2's and SmolLM2's templates: their own system prompt where the row has none
@@ -41,7 +48,7 @@ WITH_SYSTEM_PROMPT = (  # as Qwen2's and SmolLM2's templates: their own system p
 @cache
 def plain() -> ChatEncoder:
     """The demo's encoder: ChatML, no system prompt of its own; its tokenizer normalises to NFC, as Qwen2's."""
-    return load_encoder(str(demo.MODEL_DIR))
+    return load_encoder(str(world.MODEL_DIR))
 
 
 def with_template(template: str) -> ChatEncoder:
@@ -73,7 +80,7 @@ def encode_example(encoder: ChatEncoder, example: Example) -> Row:
     return row
 
 
-def says(*turns: tuple[str, str]) -> list[reading.Message]:
+def says(*turns: tuple[str, str]) -> list[examples.Message]:
     return [{"role": role, "content": text} for role, text in turns]
 
 
@@ -130,10 +137,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_mask_by_hand(name):
     row, expected = LAYOUTS[name]
-    encoded = encode_example(plain(), data.to_example(row, "here:1"))
-    assert pieces(plain(), encoded.ids.tolist(), encoded.supervised.tolist()) == expected
-    assert encoded.where == "here:1"
-    assert len(encoded) == len(encoded.ids) == len(encoded.supervised)
+    encoded = encode_example(plain(), examples.to_example(row, "here:1"))
+    assert pieces(plain(), encoded.input_ids.tolist(), encoded.supervised.tolist()) == expected
+    assert encoded.location == "here:1"
+    assert len(encoded) == len(encoded.input_ids) == len(encoded.supervised)
 
 
 def test_the_template_supplies_its_own_system_prompt():
@@ -232,8 +239,8 @@ def test_no_text_becomes_a_control_token(text):
 
 def test_one_encoder_for_training_evaluation_and_chat():
     """No other module tokenises a conversation, so none can differ."""
-    for path in [*(ROOT / "qlora_min").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
-        if path.name not in ("data.py", "pretrain_demo.py"):
+    for path in [*(ROOT / "qlora_min").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        if path not in (ROOT / "qlora_min" / "chat.py", ROOT / "scripts" / "pretrain_demo.py"):
             code = path.read_text(encoding="utf-8")
             assert not re.search(r"apply_chat_template\(|tokenizer\(|\.encode_plus|tokenizer\.encode\(", code), path
 
@@ -325,46 +332,46 @@ def write_kind(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", reading.FILE_KINDS)
+@pytest.mark.parametrize("kind", readers.FILE_KINDS)
 def test_every_kind_of_file_gives_the_same_examples(tmp_path, kind):
     path = write_kind(tmp_path / f"rows{kind}", ROWS)
-    expected = [tuple(data.to_example(r, "").messages) for r in ROWS]
+    expected = [tuple(examples.to_example(r, "").messages) for r in ROWS]
     assert expected[0][0]["content"] == 'Answer.\n\nÜnïcode, "quoted"\nand two lines'
-    assert [e.messages for e in data.read(str(path))] == expected
-    assert [e.messages for e in data.read(str(path), limit=2)] == expected[:2]
-    assert len({e.where for e in data.read(str(path))}) == 3
-    assert all(e.where.startswith(f"{path}:") for e in data.read(str(path)))
+    assert [e.messages for e in readers.read(str(path))] == expected
+    assert [e.messages for e in readers.read(str(path), limit=2)] == expected[:2]
+    assert len({e.location for e in readers.read(str(path))}) == 3
+    assert all(e.location.startswith(f"{path}:") for e in readers.read(str(path)))
 
 
-@pytest.mark.parametrize("kind", [k for k in reading.FILE_KINDS if k != ".csv"])
+@pytest.mark.parametrize("kind", [k for k in readers.FILE_KINDS if k != ".csv"])
 def test_messages_from_every_kind_that_can_hold_them(tmp_path, kind):
     messages = says(("system", "s"), ("user", "q"), ("assistant", "a"))
     path = write_kind(tmp_path / f"rows{kind}", [{"messages": messages, "id": 7}])
-    assert [list(e.messages) for e in data.read(str(path))] == [messages]
+    assert [list(e.messages) for e in readers.read(str(path))] == [messages]
 
 
 def test_csv_rows_end_at_line_ends_only(tmp_path):
     rows = [{"prompt": "a\u2028b", "completion": "c\x0cd\x85e"}, {"prompt": "f", "completion": "g"}]
     path = write_kind(tmp_path / "rows.csv", rows)
-    assert [e.messages[1]["content"] for e in data.read(str(path))] == ["c\x0cd\x85e", "g"]
+    assert [e.messages[1]["content"] for e in readers.read(str(path))] == ["c\x0cd\x85e", "g"]
 
 
 @pytest.mark.parametrize("kind", [".csv", ".jsonl", ".json"])
 def test_a_byte_order_mark_is_no_text(tmp_path, kind):
     path = write_kind(tmp_path / f"rows{kind}", ROWS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(list(data.read(str(path)))) == 3
+    assert len(list(readers.read(str(path)))) == 3
 
 
-def test_where_names_the_line(write_rows):
+def test_location_names_the_line(write_rows):
     path = write_rows(ROWS)
-    assert [e.where for e in data.read(str(path))] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert [e.location for e in readers.read(str(path))] == [f"{path}:{n}" for n in (1, 2, 3)]
 
 
 def test_the_hub_out_of_reach_names_the_demo_and_local_files():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(ValueError) as error:
-        list(data.read("nobody/no-such-data-set"))
+        list(readers.read("nobody/no-such-data-set"))
     for part in ("nobody/no-such-data-set", "can't be reached", "--demo", ".jsonl"):
         assert part in str(error.value)
 
@@ -375,28 +382,28 @@ def test_the_hub_out_of_reach_names_the_demo_and_local_files():
 
 
 def test_rows_too_long_are_left_out_whole_and_counted():
-    examples = [data.to_example({"prompt": "p", "completion": "x " * n}, f"f:{n}") for n in (1, 5, 50)]
-    lengths = [len(encode_example(plain(), e)) for e in examples]
-    kept = data.encode_all("f", examples, plain(), lengths[1])  # exactly max_length is kept
-    assert [r.where for r in kept.rows] == ["f:1", "f:5"]
+    given = [examples.to_example({"prompt": "p", "completion": "x " * n}, f"f:{n}") for n in (1, 5, 50)]
+    lengths = [len(encode_example(plain(), e)) for e in given]
+    kept = datasets.encode_dataset("f", given, plain(), lengths[1])  # exactly max_length is kept
+    assert [r.location for r in kept.rows] == ["f:1", "f:5"]
     assert (kept.read, kept.too_long) == (3, 1)
     assert [len(r) for r in kept.rows] == lengths[:2]
-    shorter = data.encode_all("f", examples, plain(), lengths[1] - 1)
-    assert [r.where for r in shorter.rows] == ["f:1"]
+    shorter = datasets.encode_dataset("f", given, plain(), lengths[1] - 1)
+    assert [r.location for r in shorter.rows] == ["f:1"]
 
 
 def test_all_rows_too_long():
-    examples = [data.to_example({"prompt": "p", "completion": "x " * n}, "f") for n in (5, 6)]
-    shortest = len(encode_example(plain(), examples[0]))
+    given = [examples.to_example({"prompt": "p", "completion": "x " * n}, "f") for n in (5, 6)]
+    shortest = len(encode_example(plain(), given[0]))
     expected = f"f.csv: all 2 rows are too long; the shortest has {shortest} tokens, --max-length is 4"
     with pytest.raises(ValueError, match=re.escape(expected)):
-        data.encode_all("f.csv", examples, plain(), 4)
+        datasets.encode_dataset("f.csv", given, plain(), 4)
 
 
 def test_table():
     rows, empty = Rows.write([make_row(4), make_row(8)]), np.zeros(0)
-    one = data.Encoded("one.jsonl", rows, np.zeros(1200), np.arange(1200) < 2, bad=34)
-    text = data.table([one, data.Encoded("b", Rows.write([]), empty, empty.astype(bool))])
+    one = datasets.Encoded("one.jsonl", rows, np.zeros(1200), np.arange(1200) < 2, bad=34)
+    text = datasets.table([one, datasets.Encoded("b", Rows.write([]), empty, empty.astype(bool))])
     head, one, b = text.split("\n")
     assert re.split(r"\s{2,}", head.strip()) == [
         "data", "rows", "kept", "bad", "too long", "tokens: mean", "max", "supervised: mean"
@@ -411,13 +418,13 @@ def test_table():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def choice(question: str, answer: str = "B: two") -> reading.MultipleChoice | None:
-    return reading.multiple_choice(says(("user", question), ("assistant", answer)))
+def choice(question: str, answer: str = "B: two") -> examples.MultipleChoice | None:
+    return examples.multiple_choice(says(("user", question), ("assistant", answer)))
 
 
 def test_multiple_choice_as_medqa_writes_it():
     found = choice("Q:Which {is} it?? \n{'A': 'one', 'B': \"two's\", 'C': '{3}'},")
-    assert found == reading.MultipleChoice(("A", "B", "C"), "B", "{'A': 'one', 'B': \"two's\", 'C': '{3}'}")
+    assert found == examples.MultipleChoice(("A", "B", "C"), "B", "{'A': 'one', 'B': \"two's\", 'C': '{3}'}")
     assert choice("Q:Which?? \n{'B': 'two', 'A': 'one'},").letters == ("B", "A")
 
 
@@ -463,12 +470,12 @@ def test_hostile_text_is_read_in_reasonable_time():
 
 def test_option_tokens_are_the_letters_own():
     row = {"instruction": "i", "input": "Q? {'A': 'one', 'B': 'two', 'C': 'three'},", "output": "C: three"}
-    encoded = encode_example(plain(), data.to_example(row, "f:1"))
+    encoded = encode_example(plain(), examples.to_example(row, "f:1"))
     firsts, correct = encoded.choices
     assert [decode(plain(), [i]) for i in firsts] == ["A", "B", "C"]
     assert correct == 2
-    assert encoded.ids[encoded.answer_start] == firsts[correct]  # where evaluation compares the letters
-    assert encode_example(plain(), data.to_example({"prompt": "p", "completion": "A"}, "f:1")).choices is None
+    assert encoded.input_ids[encoded.answer_start] == firsts[correct]  # where evaluation compares the letters
+    assert encode_example(plain(), examples.to_example({"prompt": "p", "completion": "A"}, "f:1")).choices is None
 
 
 def test_options_of_a_conversation_belong_to_its_last_answer():
@@ -484,10 +491,10 @@ def test_options_of_a_conversation_belong_to_its_last_answer():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def mcq(stem: str, options: list[str], where: str = "f") -> Example:
+def mcq(stem: str, options: list[str], location: str = "f") -> Example:
     literal = str(dict(zip("ABCDE", options)))
     row = {"instruction": "Answer.", "input": f"Q:{stem}? \n{literal},", "output": f"A: {options[0]}"}
-    return data.to_example(row, where)
+    return examples.to_example(row, location)
 
 
 def test_a_question_is_its_stem():
@@ -500,14 +507,14 @@ def test_a_question_is_its_stem():
     ]
     assert {e.question for e in same} == {"answer. q:which drug?"}
     assert mcq("Which other drug", options).question != same[0].question
-    open_question = data.to_example({"prompt": "Why {not}?", "completion": "So."}, "f")
+    open_question = examples.to_example({"prompt": "Why {not}?", "completion": "So."}, "f")
     assert open_question.question == "why {not}?"
     alone = Example(({"role": "assistant", "content": "Once  upon"},), "f")
     assert alone.question == "once upon"
 
 
 def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    held = data.split(np.array([e.question_hash for e in examples], np.uint64), fraction, seed)
+    held = datasets.split(np.array([e.question_hash for e in examples], np.uint64), fraction, seed)
     return [e for e, out in zip(examples, held) if not out], [e for e, out in zip(examples, held) if out]
 
 
@@ -524,9 +531,9 @@ def test_identical_questions_never_stand_on_both_sides(n, stems, fraction, seed,
         stem = rng.choice([stem, stem.upper(), stem.replace(" ", "  ")])
         examples.append(mcq(stem, options, f"f:{i}"))
     train, held = split(examples, fraction, seed)
-    stems_of = {e.where: re.search(r"stem \d+", e.question)[0] for e in examples}
-    assert not {stems_of[e.where] for e in train} & {stems_of[e.where] for e in held}
-    order = [int(e.where[2:]) for e in train], [int(e.where[2:]) for e in held]
+    stems_of = {e.location: re.search(r"stem \d+", e.question)[0] for e in examples}
+    assert not {stems_of[e.location] for e in train} & {stems_of[e.location] for e in held}
+    order = [int(e.location[2:]) for e in train], [int(e.location[2:]) for e in held]
     assert sorted(order[0] + order[1]) == list(range(n))
     assert all(side == sorted(side) for side in order)
     largest = max(Counter(stems_of.values()).values())
@@ -537,20 +544,20 @@ def test_identical_questions_never_stand_on_both_sides(n, stems, fraction, seed,
 
 def test_the_split_follows_the_seed_and_not_the_order_of_rows():
     examples = [mcq(f"Stem {i} of all", ["one", "two"], f"f:{i}") for i in range(200)]
-    held = {s: {e.where for e in split(examples, 0.1, s)[1]} for s in (1, 2)}
+    held = {s: {e.location for e in split(examples, 0.1, s)[1]} for s in (1, 2)}
     assert len(held[1]) == len(held[2]) == 20
     assert held[1] != held[2]
-    assert {e.where for e in split(examples[::-1], 0.1, 1)[1]} == held[1]
+    assert {e.location for e in split(examples[::-1], 0.1, 1)[1]} == held[1]
 
 
 def test_the_same_question_in_two_data_sets_stays_on_one_side(write_rows):
-    from qlora_min.data import read_data
+    from qlora_min.run.datasets import read_data
 
     rows = [{"prompt": f"Question {i}", "completion": f"Answer {i}"} for i in range(60)]
     files = str(write_rows(rows[:40], "a.jsonl")), str(write_rows(rows[20:], "b.jsonl"))
     config = Config(dataset=files, eval_fraction=0.3, max_length=128)
     train, held = (
-        {decode(plain(), r.ids.tolist()) for p in side for r in p.rows} for side in read_data(config, plain())
+        {decode(plain(), r.input_ids.tolist()) for p in side for r in p.rows} for side in read_data(config, plain())
     )
     assert train and held and not train & held
 
@@ -560,10 +567,10 @@ def test_the_same_question_in_two_data_sets_stays_on_one_side(write_rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_row(n: int, start: int = 5, where: str = "w") -> Row:
+def make_row(n: int, start: int = 5, location: str = "w") -> Row:
     """n tokens start, start+1, ..., the last two supervised."""
     ids = torch.arange(start, start + n, dtype=torch.int32)
-    return Row(ids, torch.arange(n) >= n - 2, where)
+    return Row(ids, torch.arange(n) >= n - 2, location)
 
 
 def test_a_token_without_a_predecessor_is_not_counted():
@@ -576,7 +583,7 @@ def test_padding_is_masked_by_position_and_not_by_id():
     """SmolLM2's pad token is its end token: a row full of end tokens keeps them; and 0 is an id like others."""
     for token in (plain().end_id, 0):
         row = Row(torch.tensor([token] * 3), torch.tensor([False, True, True]), "w")
-        batch = batches.pack([row, make_row(4)], tokens=12, supervised=6)
+        batch = batches.pack([row, make_row(4)], n_tokens=12, n_supervised=6)
         assert (batch.loss_weights > 0).tolist() == [True] * 4 + [False] * 2
         assert batch.targets.tolist()[:4] == [token, token, 7, 8]
         assert batch.loss_positions.tolist()[:4] == [0, 1, 4, 5]
@@ -585,9 +592,11 @@ def test_padding_is_masked_by_position_and_not_by_id():
 
 @pytest.mark.parametrize("kind", [Modules, Decoder])
 def test_neither_padding_nor_other_rows_change_a_row(kind):
-    engine = kind(load_base(str(demo.MODEL_DIR), "none"), 32)
+    name = {Modules: "modules", Decoder: "fused"}[kind]
+    engine, _, _ = make_engine(load_base(str(world.MODEL_DIR), "none"), name, 32)
+    assert type(engine) is kind
     rows = [make_row(4), make_row(9, start=20)]
-    batch = batches.pack(rows, tokens=18).to(engine.device)
+    batch = batches.pack(rows, n_tokens=18).to(engine.device)
     other = batch.input_ids.clone()
     other[13:] = torch.tensor([40, 41, 42, 43, plain().end_id])
     zeros, garbage = (engine.hidden_states(replace(batch, input_ids=ids)) for ids in (batch.input_ids, other))
@@ -598,7 +607,7 @@ def test_neither_padding_nor_other_rows_change_a_row(kind):
         alone = engine.hidden_states(engine.pack([row]))
         torch.testing.assert_close(mine, alone, atol=1e-5, rtol=1e-5)
         with torch.no_grad():
-            own = theirs(input_ids=row.ids.long()[None].to(engine.device), use_cache=False).last_hidden_state[0]
+            own = theirs(input_ids=row.input_ids.long()[None].to(engine.device), use_cache=False).last_hidden_state[0]
         torch.testing.assert_close(mine, own, atol=1e-5, rtol=1e-5)
 
 
@@ -608,25 +617,35 @@ def test_neither_padding_nor_other_rows_change_a_row(kind):
     epoch=st.integers(0, 9),
 )  # fmt: skip
 def test_an_epoch_has_every_row_once(n, batch, accumulate, seed, epoch):
-    steps = batches.optimizer_steps(n, batch, accumulate, seed, epoch)
-    flat = [[i for micro in step for i in micro] for step in steps]
-    assert sorted(i for step in flat for i in step) == list(range(n))
-    assert len(steps) == batches.steps_per_epoch(n, batch, accumulate) == -(-n // (batch * accumulate))
-    assert all(len(step) == batch * accumulate for step in flat[:-1])
-    assert len(flat[-1]) == (n - 1) % (batch * accumulate) + 1  # the last incomplete step is kept
-    assert all(1 <= len(micro) <= batch for step in steps for micro in step)
-    assert all(len(step) <= accumulate for step in steps)
-    assert batches.optimizer_steps(n, batch, accumulate, seed, epoch) == steps
-    # How a step is cut into micro-batches changes neither its rows nor their order.
-    assert [[i for m in s for i in m] for s in batches.optimizer_steps(n, 1, batch * accumulate, seed, epoch)] == flat
+    steps = batches.optimizer_steps(n, batch * accumulate, seed, epoch)
+    assert sorted(i for step in steps for i in step) == list(range(n))
+    assert len(steps) == -(-n // (batch * accumulate))
+    assert all(len(step) == batch * accumulate for step in steps[:-1])
+    assert len(steps[-1]) == (n - 1) % (batch * accumulate) + 1  # the last incomplete step is kept
+    assert batches.optimizer_steps(n, batch * accumulate, seed, epoch) == steps
+    # Only the product of the two options decides a step's rows and their order.
+    for options in (
+        {"batch_size": batch, "grad_accum": accumulate},
+        {"batch_size": 1, "grad_accum": batch * accumulate},
+    ):
+        schedule = batches.Schedule(numbered()[:n], [n], Config(seed=seed, **options), plain())
+        first = epoch * schedule.steps_per_epoch
+        assert schedule.steps_per_epoch == len(steps)
+        assert [[int(r.location) for r in schedule[first + i]] for i in range(len(steps))] == steps
+
+
+@cache
+def numbered() -> Rows:
+    """200 rows of one token, whose locations are their numbers."""
+    return Rows.write(make_row(1, location=str(i)) for i in range(200))
 
 
 def test_every_epoch_and_seed_has_its_own_order():
     orders = {
-        (seed, epoch): str(batches.optimizer_steps(64, 4, 4, seed, epoch)) for seed in range(3) for epoch in range(3)
+        (seed, epoch): str(batches.optimizer_steps(64, 16, seed, epoch)) for seed in range(3) for epoch in range(3)
     }
     assert len(set(orders.values())) == 9
-    assert str(batches.optimizer_steps(64, 64, 1, 0, 0)) != str([[list(range(64))]])
+    assert str(batches.optimizer_steps(64, 64, 0, 0)) != str([list(range(64))])
 
 
 def test_data_hash_changes_with_anything():
@@ -634,37 +653,37 @@ def test_data_hash_changes_with_anything():
         return [make_row(5), make_row(6, start=30), make_row(5, start=50)]
 
     changed = rows()
-    changed[1].ids[3] += 1
+    changed[1].input_ids[3] += 1
     unmasked = rows()
     unmasked[2].supervised[0] = True
     longer = [*rows()[:2], make_row(6, start=50)]
     moved = [make_row(6), make_row(5, start=31), make_row(5, start=50)]
     hashes = [
-        data.data_hash(rows(), []),
-        data.data_hash([], rows()),
-        data.data_hash(rows()),
-        data.data_hash(rows()[:2], rows()[2:]),
-        data.data_hash(rows()[::-1], []),
-        data.data_hash(changed, []),
-        data.data_hash(unmasked, []),
-        data.data_hash(longer, []),
-        data.data_hash(moved, []),
+        datasets.data_hash(rows(), []),
+        datasets.data_hash([], rows()),
+        datasets.data_hash(rows()),
+        datasets.data_hash(rows()[:2], rows()[2:]),
+        datasets.data_hash(rows()[::-1], []),
+        datasets.data_hash(changed, []),
+        datasets.data_hash(unmasked, []),
+        datasets.data_hash(longer, []),
+        datasets.data_hash(moved, []),
     ]
     assert len(set(hashes)) == len(hashes)
-    assert data.data_hash(rows(), []) == hashes[0]
+    assert datasets.data_hash(rows(), []) == hashes[0]
     assert re.fullmatch("[0-9a-f]{64}", hashes[0])
 
 
 def test_preview():
-    row = encode_example(plain(), data.to_example({"prompt": "One?", "completion": "1."}, "w"))
+    row = encode_example(plain(), examples.to_example({"prompt": "One?", "completion": "1."}, "w"))
     tokenizer = plain().tokenizer
-    assert data.preview(row, tokenizer, colour=False) == f"{USER}One?{BOT}⟦1.<|im_end|>⟧"
-    assert data.preview(row, tokenizer, colour=True) == f"{USER}One?{BOT}\x1b[1;32m1.<|im_end|>\x1b[0m"
+    assert preview(row, tokenizer, colour=False) == f"{USER}One?{BOT}⟦1.<|im_end|>⟧"
+    assert preview(row, tokenizer, colour=True) == f"{USER}One?{BOT}\x1b[1;32m1.<|im_end|>\x1b[0m"
 
 
 def test_the_demo_data_goes_the_whole_way(demo_data):
-    train, held = (list(data.read(str(path), limit=300)) for path in demo_data)
-    rows = data.encode_all("demo", train, plain(), 64).rows
+    train, held = (list(readers.read(str(path), limit=300)) for path in demo_data)
+    rows = datasets.encode_dataset("demo", train, plain(), 64).rows
     assert len(rows) == 300 and all(r.choices for r in rows)
     assert all(len(r.choices[0]) == 4 for r in rows)
     assert not {e.question for e in train} & {e.question for e in held}
@@ -693,11 +712,11 @@ def medqa(name: str) -> str:
 @pytest.mark.real
 def test_real_counts():
     encoder = real_tokenizer("QLORA_MIN_SMOLLM2")
-    train = data.encode_all("train", data.read(medqa("train")), encoder, 512)
+    train = datasets.encode_dataset("train", readers.read(medqa("train")), encoder, 512)
     assert (train.read, len(train.rows)) == (3503, 3476)
-    validation = data.encode_all("validation", data.read(medqa("validation"), 500), encoder, 512)
+    validation = datasets.encode_dataset("validation", readers.read(medqa("validation"), 500), encoder, 512)
     assert (validation.read, len(validation.rows)) == (500, 487)
-    assert batches.steps_per_epoch(len(train.rows), 4, 4) == 218
+    assert batches.Schedule(train.rows, [len(train.rows)], Config(), encoder).steps_per_epoch == 218
 
 
 @pytest.mark.real
@@ -706,7 +725,7 @@ def test_real_rows_are_the_chat_templates_own_tokens(variable):
     encoder = real_tokenizer(variable)
     tokenizer = encoder.tokenizer
     (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    for example in data.read(medqa("train"), 200):
+    for example in readers.read(medqa("train"), 200):
         messages = list(example.messages)
         theirs = tokenizer.apply_chat_template(messages, return_dict=False)
         assert [*encoder.encode(messages)[0], newline] == theirs

@@ -17,23 +17,31 @@ from hypothesis import strategies as st
 from test_data import medqa, real_tokenizer
 from test_training import last_checkpoint, make, on_the_cpu, saved_adapter  # noqa: F401
 
-from qlora_min import care, data, demo
-from qlora_min.batches import epoch_rows, shuffle_options
-from qlora_min.care import look
+from qlora_min import loop
+from qlora_min.base import load_encoder
+from qlora_min.chat import ChatEncoder
+from qlora_min.cli.care import look
+from qlora_min.cli.data import preview
 from qlora_min.config import Config
-from qlora_min.data import ChatEncoder, Rows, read_data
-from qlora_min.model import load_encoder
-from qlora_min.reading import Example, multiple_choice, permute_options
-from qlora_min.train import Trainer, resume_config
+from qlora_min.data import duplicates, examples, readers
+from qlora_min.data.epochs import epoch_rows, shuffle_options
+from qlora_min.data.examples import Example, multiple_choice, permute_options
+from qlora_min.data.rows import Rows
+from qlora_min.demo import world
+from qlora_min.run import datasets
+from qlora_min.run.datasets import read_data
+from qlora_min.run.plan import describe
+from qlora_min.run.resume import resume_config
+from qlora_min.run.trainer import Trainer
 
 
 @cache
 def encoder() -> ChatEncoder:
-    return load_encoder(str(demo.MODEL_DIR))
+    return load_encoder(str(world.MODEL_DIR))
 
 
 def mcq(literal: str, answer: str, stem: str = "Q:Which? \n") -> Example:
-    return data.to_example({"prompt": f"{stem}{literal},", "completion": answer}, "f:1")
+    return examples.to_example({"prompt": f"{stem}{literal},", "completion": answer}, "f:1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +54,7 @@ def test_options_change_places_and_the_letter_follows_by_hand():
     permuted = permute_options(example, [1, 2, 0])
     assert permuted.messages[0]["content"] == """Q:Which? \n{'A': "it's", 'B': 'drei', 'C':  'one', },"""
     assert permuted.messages[1]["content"] == "A: it's"
-    assert permuted.where == "f:1"
+    assert permuted.location == "f:1"
     assert permute_options(mcq("{'A': 'x', 'B': 'y'}", "B"), [1, 0]).messages[1]["content"] == "A"
     assert permute_options(mcq("{'A': 'x', 'B': 'y'}", "A. x"), [1, 0]).messages[1]["content"] == "B. x"
 
@@ -97,49 +105,49 @@ def test_what_has_no_options_has_no_other_order():
 
 
 def encoded(rows: list[dict], texts: bool = True) -> Rows:
-    examples = [data.to_example(r, f"f:{i}") for i, r in enumerate(rows)]
-    return data.encode_all("f", examples, encoder(), 512, texts=texts).rows
+    given = [examples.to_example(r, f"f:{i}") for i, r in enumerate(rows)]
+    return datasets.encode_dataset("f", given, encoder(), 512, texts=texts).rows
 
 
 def test_rows_keep_their_text_only_when_asked():
-    rows = demo.rows(demo.CONDITIONS, 5, seed=1)
+    rows = world.rows(world.CONDITIONS, 5, seed=1)
     (kept, plain) = (encoded(rows, texts) for texts in (True, False))
     for i, row in enumerate(kept):
-        assert row.example.messages == data.to_example(rows[i], "").messages
+        assert row.example.messages == examples.to_example(rows[i], "").messages
         assert_same(vars(row), {**vars(plain[i]), "text": row.text})
         assert plain[i].text == ""
 
 
 def test_a_shuffled_row_is_the_encoding_of_its_shuffled_text():
     """And not the tokens moved: with another neighbour, a quote may make another token."""
-    for row in encoded(demo.rows(demo.CONDITIONS, 40, seed=2)):
+    for row in encoded(world.rows(world.CONDITIONS, 40, seed=2)):
         shuffled = shuffle_options(row, encoder(), 512, 42, 0, 7)
-        text = encoder().tokenizer.decode(shuffled.ids)
+        text = encoder().tokenizer.decode(shuffled.input_ids)
         user, answer = re.search(r"user\n(.*)<\|im_end\|>\n.*assistant\n(.*)<\|im_end\|>", text, re.DOTALL).groups()
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
         ids, supervised = encoder().encode(messages)
-        assert shuffled.ids.tolist() == ids and shuffled.supervised.tolist() == supervised
+        assert shuffled.input_ids.tolist() == ids and shuffled.supervised.tolist() == supervised
         options, old = map(ast.literal_eval, (re.search(r"\{.*\}", user)[0], row.example.choice.literal))
         assert sorted(options.values()) == sorted(old.values())
         assert answer[3:] == options[answer[0]] == row.example.messages[-1]["content"][3:]
         firsts, correct = shuffled.choices
-        assert "ABCD"[correct] == answer[0] and shuffled.ids[shuffled.answer_start] == firsts[correct]
+        assert "ABCD"[correct] == answer[0] and shuffled.input_ids[shuffled.answer_start] == firsts[correct]
 
 
 def test_the_order_is_a_function_of_seed_epoch_and_visit():
-    (row,) = encoded(demo.rows(demo.CONDITIONS, 1, seed=3))
+    (row,) = encoded(world.rows(world.CONDITIONS, 1, seed=3))
     seen = {
-        key: tuple(shuffle_options(row, encoder(), 512, *key).ids.tolist())
+        key: tuple(shuffle_options(row, encoder(), 512, *key).input_ids.tolist())
         for key in [(s, e, v) for s in (1, 2) for e in range(4) for v in (0, 1)]
     }
-    assert all(tuple(shuffle_options(row, encoder(), 512, *k).ids.tolist()) == ids for k, ids in seen.items())
+    assert all(tuple(shuffle_options(row, encoder(), 512, *k).input_ids.tolist()) == ids for k, ids in seen.items())
     assert len(set(seen.values())) >= 8  # of 24 orders
     letters = Counter(shuffle_options(row, encoder(), 512, 0, epoch, 0).choices[1] for epoch in range(400))
     assert sorted(letters) == [0, 1, 2, 3] and min(letters.values()) > 70  # 100 expected, sigma 9
 
 
 def test_a_shuffled_row_never_needs_more_memory_than_was_planned():
-    (row,) = encoded(demo.rows(demo.CONDITIONS, 1, seed=3))
+    (row,) = encoded(world.rows(world.CONDITIONS, 1, seed=3))
     assert any(shuffle_options(row, encoder(), len(row), 0, e, 0) is not row for e in range(9))
     assert all(shuffle_options(row, encoder(), len(row) - 1, 0, e, 0) is row for e in range(9))
 
@@ -151,7 +159,7 @@ def test_real_shuffled_rows_are_the_chat_templates_own_tokens(variable):
     real = real_tokenizer(variable)
     tokenizer = real.tokenizer
     (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    rows, moved = data.encode_all("medqa", data.read(medqa("train"), 300), real, 512, texts=True).rows, 0
+    rows, moved = datasets.encode_dataset("medqa", readers.read(medqa("train"), 300), real, 512, texts=True).rows, 0
     for i, row in enumerate(rows):
         shuffled = shuffle_options(row, real, 512, 42, 0, i)
         if shuffled is row:
@@ -166,7 +174,7 @@ def test_real_shuffled_rows_are_the_chat_templates_own_tokens(variable):
         letter = next(k for k, v in new.items() if v == options[choice.correct])
         answer = row.example.messages[1]["content"]
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": letter + answer[1:]}]
-        assert [*shuffled.ids.tolist(), newline] == tokenizer.apply_chat_template(messages, return_dict=False)
+        assert [*shuffled.input_ids.tolist(), newline] == tokenizer.apply_chat_template(messages, return_dict=False)
     assert moved > 0.9 * len(rows)
 
 
@@ -199,17 +207,17 @@ def test_a_mix_visits_rows_evenly_over_the_epochs(parts, seed):
 
 
 def files(write_rows, *counts: int) -> tuple[str, ...]:
-    parts = [demo.rows(demo.CONDITIONS, n, seed=10 + i) for i, n in enumerate(counts)]
+    parts = [world.rows(world.CONDITIONS, n, seed=10 + i) for i, n in enumerate(counts)]
     return tuple(str(write_rows(p, f"{i}.jsonl")) for i, p in enumerate(parts))
 
 
 def test_training_follows_the_mix(make, write_rows):  # noqa: F811
     trainer = make(dataset=files(write_rows, 10, 4), mix=(0.5, 3.0), epochs=2)
-    assert trainer.steps_per_epoch == 5  # 5 + 12 rows, 4 a step
-    assert trainer.epoch_tokens == sum(b.n_tokens for s in range(5) for b in trainer.step_batches(s))
-    seen = Counter(r.where for s in range(5) for r in trainer.step_rows(s))
+    assert trainer.schedule.steps_per_epoch == 5  # 5 + 12 rows, 4 a step
+    assert trainer.schedule.n_tokens == sum(b.n_tokens for s in range(5) for b in trainer.feed[s][0])
+    seen = Counter(r.location for s in range(5) for r in trainer.schedule[s])
     assert Counter(w.split("/")[-1][0] for w in seen) == {"0": 5, "1": 4} and set(seen.values()) == {1, 3}
-    assert "17 rows: 0.5 x 0.jsonl, 3 x 1.jsonl" in trainer.describe()
+    assert "17 rows: 0.5 x 0.jsonl, 3 x 1.jsonl" in describe(trainer)
 
 
 def test_held_out_rows_are_neither_shuffled_nor_mixed(make, write_rows):  # noqa: F811
@@ -218,63 +226,65 @@ def test_held_out_rows_are_neither_shuffled_nor_mixed(make, write_rows):  # noqa
         make(name, dataset=(one, two), eval_dataset=(), eval_fraction=0.3, **options)
         for name, options in (("plain", {}), ("other", {"shuffle_options": True, "mix": (2.0, 1.0)}))
     )
-    assert data.data_hash(plain.rows, plain.held) == data.data_hash(other.rows, other.held)
-    trained = [t.step_batches(0) for t in (plain, other)]
+    assert datasets.data_hash(plain.schedule.rows, plain.held_out) == datasets.data_hash(
+        other.schedule.rows, other.held_out
+    )
+    trained = [t.feed[0][0] for t in (plain, other)]
     assert not all(a.input_ids.equal(b.input_ids) for a, b in zip(*trained))
 
 
-def test_a_shuffled_and_mixed_run_resumes_bit_for_bit(make, write_rows):  # noqa: F811
+def test_a_shuffled_and_mixed_run_resumes_bit_for_bit(make, write_rows, monkeypatch):  # noqa: F811
     options = {"dataset": files(write_rows, 9, 3), "mix": (0.5, 2.0), "shuffle_options": True, "epochs": 2,
                "save_every": 5, "eval_every": 9}  # fmt: skip
     whole = make("whole", **options)
     orders = [sorted(map(str, (b.tolist() for b in all_ids(whole, epoch)))) for epoch in range(2)]
     assert orders[0] != orders[1]
-    assert whole.steps_per_epoch == 3 and whole.total_steps == 6
+    assert whole.schedule.steps_per_epoch == 3 and whole.schedule.total_steps == 6
     whole.train()
     killed = make("killed", **options)
-    step = killed.take_step
+    compute = loop.compute_gradients
 
-    def crash():
+    def crash(*args):
         if killed.progress.step == 5:
             raise ZeroDivisionError
-        return step()
+        return compute(*args)
 
-    killed.take_step = crash
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setattr(loop, "compute_gradients", crash)
         killed.train()
     with pytest.raises(ValueError, match=r"--mix was .* when the run began"):
-        resume_config(str(killed.run), {"mix": (1.0, 1.0)})
-    resumed = Trainer(*resume_config(str(killed.run), {}))
+        resume_config(str(killed.folder), {"mix": (1.0, 1.0)})
+    resumed = Trainer(*resume_config(str(killed.folder), {}))
     assert resumed.progress.step == 5
     resumed.train()
-    states = [last_checkpoint(r) for r in (whole.run, killed.run)]
+    states = [last_checkpoint(r) for r in (whole.folder, killed.folder)]
     for key in ("adapter", "stepper"):
         assert_same(states[0][key], states[1][key], key)
-    assert_same(saved_adapter(whole.run), saved_adapter(killed.run))
+    assert_same(saved_adapter(whole.folder), saved_adapter(killed.folder))
 
 
 def all_ids(trainer: Trainer, epoch: int) -> list:
-    steps = range(epoch * trainer.steps_per_epoch, (epoch + 1) * trainer.steps_per_epoch)
-    return [b.input_ids for s in steps for b in trainer.step_batches(s)]
+    n = trainer.schedule.steps_per_epoch
+    return [b.input_ids for s in range(epoch * n, (epoch + 1) * n) for b in trainer.feed[s][0]]
 
 
 def test_rows_given_without_their_text_are_refused(make, write_rows):  # noqa: F811
     (file,) = files(write_rows, 4)
-    rows = data.encode_all("f", data.read(file), encoder(), 512)
-    config = Config(model=str(demo.MODEL_DIR), shuffle_options=True, output_dir="unused")
+    rows = datasets.encode_dataset("f", readers.read(file), encoder(), 512)
+    config = Config(model=str(world.MODEL_DIR), shuffle_options=True, output_dir="unused")
     with pytest.raises(ValueError, match=r"--shuffle-options: the rows given have no text"):
         Trainer(config, data=([rows], []), write=False)
 
 
 def test_preview_shows_the_first_epochs_order(script, write_rows):
     (file,) = files(write_rows, 6)
-    options = ["--model", demo.MODEL_DIR, "--dataset", file, "--eval-fraction", 0, "--preview", 6]
+    options = ["--model", world.MODEL_DIR, "--dataset", file, "--eval-fraction", 0, "--preview", 6]
     plain, shuffled = script("train.py", *options).stdout, script("train.py", *options, "--shuffle-options").stdout
-    config = Config(model=str(demo.MODEL_DIR), dataset=(file,), eval_fraction=0.0, shuffle_options=True)
+    config = Config(model=str(world.MODEL_DIR), dataset=(file,), eval_fraction=0.0, shuffle_options=True)
     (part,), _ = read_data(config, encoder())
     for i, row in enumerate(part.rows):
         new = shuffle_options(row, encoder(), int(part.rows.lengths.max()), config.seed, 0, i)
-        assert data.preview(new, encoder().tokenizer, colour=False) in shuffled
+        assert preview(new, encoder().tokenizer, colour=False) in shuffled
     assert plain != shuffled
 
 
@@ -291,13 +301,17 @@ def vignette(seed: int, words: int = 80) -> list[str]:
 
 def question(words: list[str], options: str = "ABCD", right: str = "B", **texts: str) -> dict:
     literal = str({letter: texts.get(letter, f"text {letter.lower()}") for letter in options})
-    return {"instruction": demo.INSTRUCTION, "input": f"Q:{' '.join(words)}? \n{literal},",
+    return {"instruction": world.INSTRUCTION, "input": f"Q:{' '.join(words)}? \n{literal},",
             "output": f"{right}: {texts.get(right, f'text {right.lower()}')}"}  # fmt: skip
 
 
 def parts(train: list[dict], held: list[dict] = ()) -> tuple[list, list]:
     return tuple(
-        [data.encode_all(n, [data.to_example(r, f"{n}:{i}") for i, r in enumerate(rows)], encoder(), 4096, texts=True)]
+        [
+            datasets.encode_dataset(
+                n, [examples.to_example(r, f"{n}:{i}") for i, r in enumerate(rows)], encoder(), 4096, texts=True
+            )
+        ]
         if rows
         else []
         for n, rows in (("train", train), ("held", held))
@@ -310,16 +324,16 @@ def jaccard(one: list[str], two: list[str]) -> float:
     return len(a & b) / len(a | b)
 
 
-def changed(words: list[str], *where: int) -> list[str]:
+def changed(words: list[str], *places: int) -> list[str]:
     """The same with another word at each of these places."""
-    return [f"other{i}" if i in where else word for i, word in enumerate(words)]
+    return [f"other{i}" if i in places else word for i, word in enumerate(words)]
 
 
 def test_near_duplicates_are_found_and_only_they():
     """Of 77 runs of five words, each changed word replaces five."""
     train, places = [vignette(seed) for seed in range(120)], [(40,), (30, 60), (20, 40, 60), (10, 30, 50, 70)]
-    for i, where in enumerate(places):
-        train[100 + i] = changed(train[i], *where)
+    for i, at in enumerate(places):
+        train[100 + i] = changed(train[i], *at)
     likeness = [jaccard(train[i], train[100 + i]) for i in range(4)]
     assert likeness == pytest.approx([72 / 82, 67 / 87, 62 / 92, 57 / 97])  # 0.88 0.77 0.67 0.59
     found = look(*parts([question(words) for words in train]))
@@ -350,7 +364,9 @@ def test_many_copies_cost_no_square(monkeypatch):
     rows = [question([*words[:i], "other", *words[i + 1 :]]) for i in range(45)]
     (part,), _ = parts([*rows, *(question(vignette(seed)) for seed in range(2, 1000))])
     seen = []
-    monkeypatch.setattr(care, "jaccard", lambda *args, real=care.jaccard: seen.append(real(*args)) or seen[-1])
+    monkeypatch.setattr(
+        duplicates, "jaccard", lambda *args, real=duplicates.jaccard: seen.append(real(*args)) or seen[-1]
+    )
     assert look([part]).alike == 44
     assert len(seen) <= 8 * 44 < 44 * 45 / 2
 
@@ -402,7 +418,7 @@ def test_the_data_command(script, write_rows):
     words = vignette(33)
     train = write_rows([question(vignette(i)) for i in range(20)] + [question(words)], "train.jsonl")
     held = write_rows([question([*words[:40], "secretword", *words[41:]])], "held.jsonl")
-    options = ["--model", demo.MODEL_DIR, "--dataset", train, "--eval-dataset", held]
+    options = ["--model", world.MODEL_DIR, "--dataset", train, "--eval-dataset", held]
     done = script("data.py", *options, "--preview", 1, "--max-length", 4096)
     line = rf"     1  training questions almost like a held-out one: .*\n +{train}:21  {held}:1  0\.8\d"
     assert re.search(line, done.stdout)
@@ -416,7 +432,7 @@ def test_the_data_command(script, write_rows):
 
 def test_without_rensa_all_the_rest_is_looked_at(script, write_rows, monkeypatch):
     train = write_rows([question(vignette(i)) for i in (1, 1, 2)] + [question(vignette(2), right="C")])
-    options = ["data.py", "--model", demo.MODEL_DIR, "--dataset", train, "--eval-fraction", 0, "--max-length", 4096]
+    options = ["data.py", "--model", world.MODEL_DIR, "--dataset", train, "--eval-fraction", 0, "--max-length", 4096]
     whole, found = script(*options).stdout, json.loads(script(*options, "--json").stdout)
     assert "'qlora_min[care]'" not in whole and found["alike"] == found["leaks"] == 0
     monkeypatch.setitem(sys.modules, "rensa", None)
@@ -431,7 +447,9 @@ def test_without_rensa_all_the_rest_is_looked_at(script, write_rows, monkeypatch
 @pytest.mark.real
 def test_real_medqa_leaks_two_questions():
     real = real_tokenizer("QLORA_MIN_SMOLLM2")
-    train, held = (data.encode_all(n, data.read(medqa(n)), real, 512, texts=True) for n in ("train", "validation"))
+    train, held = (
+        datasets.encode_dataset(n, readers.read(medqa(n)), real, 512, texts=True) for n in ("train", "validation")
+    )
     start = time.perf_counter()
     found = look([train], [held])
     assert time.perf_counter() - start < 30  # 5 s of one core

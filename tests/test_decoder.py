@@ -9,20 +9,28 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qlora_min import decoder, demo, loss, ops
+from qlora_min import loss
+from qlora_min.base import add_lora, load_base
 from qlora_min.batches import cut, dropout_seed, pack
-from qlora_min.data import Row
-from qlora_min.decoder import Decoder, unsupported
-from qlora_min.engine import Modules, make_engine
-from qlora_min.lora import lora_disabled, lora_layers, lora_parameters
-from qlora_min.model import add_lora, autocast, load_base
+from qlora_min.data.rows import Row
+from qlora_min.demo import world
+from qlora_min.engine import Modules
+from qlora_min.fused import decoder, probe
+from qlora_min.fused.decoder import Decoder, unsupported
+from qlora_min.fused.graphs import shape
+from qlora_min.fused.probe import modules_of
+from qlora_min.fused.select import make_engine
+from qlora_min.lora import LoraSpec, lora_disabled, lora_layers, lora_parameters
+from qlora_min.ops import formulas, masks
+from qlora_min.system.device import autocast
 
 CPU = torch.device("cpu")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 FACTOR = 0.25
 SEED = torch.tensor(7, dtype=torch.int32)
-ENGINES = {"modules": Modules, "fused": Decoder}
+ENGINES = {"modules": modules_of, "fused": Decoder}
+CLASSES = {"modules": Modules, "fused": Decoder}
 both_engines = pytest.mark.parametrize("engine", ENGINES)
 both_checkpointings = pytest.mark.parametrize("checkpointing", [False, True])
 
@@ -43,14 +51,14 @@ def models(tmp_path_factory):
     def make(family: str, **more) -> str:
         folder = tmp_path_factory.mktemp(family)
         torch.manual_seed(0)
-        shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+        sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 512}  # fmt: skip
-        config = AutoConfig.for_model(family, **shape, **FAMILIES.get(family, {}), **more)
+        config = AutoConfig.for_model(family, **sizes, **FAMILIES.get(family, {}), **more)
         model = AutoModelForCausalLM.from_config(config)
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.1 if p.dim() > 1 else 0.5)  # norms and biases other than 1 and 0
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(folder)
         return str(folder)
 
     return make
@@ -78,7 +86,7 @@ def make_rows(count: int = 7, seed: int = 0) -> list[Row]:
 def make_base(folder, targets=ATTENTION, quantization="nf4", precision="fp32", dropout=0.0, rank=8):
     base = load_base(str(folder), quantization, precision, CPU)
     torch.manual_seed(1)
-    add_lora(base, targets, rank, 1.5 * rank, dropout)
+    add_lora(base, LoraSpec(rank, 1.5 * rank, dropout, targets))
     for name, p in lora_parameters(base.model).items():
         if name.endswith("B"):
             torch.nn.init.normal_(p, std=0.1)
@@ -97,7 +105,7 @@ def by_model(base, rows, seed=None) -> tuple[float, dict[str, torch.Tensor], tor
         for name, layer in lora_layers(base.model).items():
             if seed is not None:
                 layer.dropout = Formula(name, int(seed), place, own[name].p)
-        ids = row.ids.long()
+        ids = row.input_ids.long()
         with autocast(CPU, base.dtype):
             out = base.model(input_ids=ids[None], use_cache=False, output_hidden_states=True)
         taught = row.supervised[1:]
@@ -162,14 +170,14 @@ def test_every_family_and_quantization(models, family, quantization):
     if quantization == "none":  # the modules' weights are still theirs
         fresh = load_base(base.name, "none", "fp32", CPU).model
         for name, layer in lora_layers(base.model).items():
-            assert torch.equal(layer.base.weight, fresh.get_submodule(name).weight)
+            assert torch.equal(layer.linear.weight, fresh.get_submodule(name).weight)
 
 
 @both_checkpointings
 def test_the_engines_are_equal_with_dropout_on(qwen2, checkpointing):
     """In fp32 to 1e-5: the loss and all gradients, rows standing at any places of the step."""
     rows, base = make_rows(), make_base(qwen2, ALL, dropout=0.1)
-    batch = pack(rows, places=[5, 0, 31, 2, 3, 17, 1])
+    batch = pack(rows, row_ids=[5, 0, 31, 2, 3, 17, 1])
     (total, grads), (mine, my_grads) = (by_engine(engine, base, batch, checkpointing) for engine in ENGINES)
     assert mine == pytest.approx(total, rel=1e-5)
     assert worst(my_grads, grads) < 1e-5
@@ -203,7 +211,7 @@ def test_neither_the_cut_nor_the_padding_changes_a_step(qwen2, engine):
     rows = make_rows(9)
     base = make_base(qwen2, dropout=0.2)
     whole, grads = by_engine(engine, base, pack(rows))
-    padded = pack(rows, None, sum(map(len, rows)) + 77, n_supervised(rows) + 13, count=12, longest=90)
+    padded = pack(rows, None, sum(map(len, rows)) + 77, n_supervised(rows) + 13, n_rows=12, max_seqlen=90)
     again, padded_grads = by_engine(engine, base, padded)
     assert again == pytest.approx(whole, rel=1e-6) and worst(padded_grads, grads) < 1e-5
     mine = ENGINES[engine](base, 512)
@@ -219,7 +227,7 @@ def test_rows_one_at_a_time_are_the_same_step(qwen2, engine):
     """`Packed.spans` and `select`, by which a model whose rows would mix is computed."""
     rows = make_rows()
     base = make_base(qwen2, dropout=0.2)
-    batch = pack(rows, places=range(3, 10), tokens=sum(map(len, rows)) + 5, supervised=n_supervised(rows) + 3, count=9)
+    batch = pack(rows, range(3, 10), sum(map(len, rows)) + 5, n_supervised(rows) + 3, n_rows=9)
     whole, grads = by_engine(engine, base, batch)
     mine = ENGINES[engine](base, 512)
     parts = [batch.select(*span) for span in batch.spans()]
@@ -242,11 +250,11 @@ def test_many_supervised_positions_are_taken_in_parts(qwen2, monkeypatch, engine
     base = make_base(qwen2)
     whole, grads = by_engine(engine, base, pack(rows))
     seen = []
-    logits = ENGINES[engine].logits
+    logits = CLASSES[engine].logits
     for module in (decoder, loss):
         monkeypatch.setattr(module, "LOGIT_ROWS", 5)
-    monkeypatch.setattr(ENGINES[engine], "_try", lambda self, longest: "", raising=False)  # which computes logits, too
-    monkeypatch.setattr(ENGINES[engine], "logits", lambda self, h: seen.append(len(h)) or logits(self, h))
+    monkeypatch.setattr(probe, "why_rows_mix", lambda engine, max_seqlen: "")  # which computes logits, too
+    monkeypatch.setattr(CLASSES[engine], "logits", lambda self, h: seen.append(len(h)) or logits(self, h))
     mine, my_grads = by_engine(engine, base, pack(rows))
     assert max(seen) == 5 and sum(seen) == n_supervised(rows)
     assert mine == pytest.approx(whole, rel=1e-6) and worst(my_grads, grads) < 1e-5
@@ -297,11 +305,11 @@ class Formula(torch.nn.Module):
         return x * torch.tensor([[self.kept(t, f) for f in range(x.shape[-1])] for t in range(x.shape[1])])
 
 
-def masks(seed: int, rows: int, tokens: int, streams: int, features: int, p: float) -> torch.Tensor:
+def reference_masks(seed: int, rows: int, tokens: int, streams: int, features: int, p: float) -> torch.Tensor:
     """(rows, tokens, streams, features) bool"""
     row_ids, positions = torch.arange(rows).repeat_interleave(tokens), torch.arange(tokens).repeat(rows)
-    keys = ops.dropout_keys(torch.tensor(seed, dtype=torch.int32), row_ids, positions)
-    parts = [ops.dropout_mask(keys, p, s, features).view(rows, tokens, features) for s in range(streams)]
+    keys = masks.dropout_keys(torch.tensor(seed, dtype=torch.int32), row_ids, positions)
+    parts = [masks.dropout_mask(keys, p, s, features).view(rows, tokens, features) for s in range(streams)]
     return torch.stack(parts, 2)
 
 
@@ -326,32 +334,32 @@ def test_the_mask_is_the_formula_bit_for_bit(p):
         rows, tokens, streams = ([0, 1, *rng.sample(range(most), 3)] for most in (1024, 32768, 1000))
         for row, token, stream in zip(rows, tokens, streams):
             where = (torch.tensor([v], dtype=torch.int32) for v in (row, token))
-            keys = ops.dropout_keys(torch.tensor(seed, dtype=torch.int32), *where)
+            keys = masks.dropout_keys(torch.tensor(seed, dtype=torch.int32), *where)
             expected = [kept(seed, row, token, stream, f, p) for f in range(301)]
-            assert ops.dropout_mask(keys, p, stream, 301)[0].tolist() == expected
+            assert masks.dropout_mask(keys, p, stream, 301)[0].tolist() == expected
 
 
 def test_dropout_keeps_what_it_says_and_scales():
-    keys = ops.dropout_keys(SEED, torch.arange(1000) // 100, torch.arange(1000) % 100)
+    keys = masks.dropout_keys(SEED, torch.arange(1000) // 100, torch.arange(1000) % 100)
     x = torch.ones(1000, 1000)
-    y = ops.dropout(x, 0.05, keys, 3)
+    y = formulas.dropout(x, 0.05, keys, 3)
     assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.95])
-    assert torch.equal(y, ops.dropout(x, 0.05, keys, 3))
-    assert torch.equal(y.view(10, 100, 1000), ops.dropout(x.view(10, 100, 1000), 0.05, keys, 3))
-    assert not torch.equal(y, ops.dropout(x, 0.05, keys, 4))
+    assert torch.equal(y, formulas.dropout(x, 0.05, keys, 3))
+    assert torch.equal(y.view(10, 100, 1000), formulas.dropout(x.view(10, 100, 1000), 0.05, keys, 3))
+    assert not torch.equal(y, formulas.dropout(x, 0.05, keys, 4))
     for p in (0.01, 0.05, 0.5):  # a million draws: five standard deviations
-        dropped = 1 - ops.dropout_mask(keys, p, 3, 1000).float()
+        dropped = 1 - masks.dropout_mask(keys, p, 3, 1000).float()
         for share, n in ((dropped.mean(), 10**6), (dropped.mean(0), 1000), (dropped.mean(1), 1000)):
             assert (share - p).abs().max() < 5 * (p * (1 - p) / n) ** 0.5 + 1 / 65536
 
 
 def test_masks_of_rows_tokens_streams_features_and_seeds_are_independent():
     """As +1 and -1, the mean square of all pairs' correlations over n elements is 1/n, and none stands out."""
-    m = 2.0 * masks(7, 6, 24, 8, 512, 0.5) - 1
+    m = 2.0 * reference_masks(7, 6, 24, 8, 512, 0.5) - 1
     sets = {
         "rows, tokens and streams": m.flatten(0, 2),
         "features": m.flatten(0, 2).T,
-        "seeds": torch.stack([2.0 * masks(s, 4, 8, 2, 32, 0.5).flatten() - 1 for s in range(400)]),
+        "seeds": torch.stack([2.0 * reference_masks(s, 4, 8, 2, 32, 0.5).flatten() - 1 for s in range(400)]),
     }
     for name, vectors in sets.items():
         count, n = vectors.shape
@@ -373,31 +381,31 @@ def test_the_seed_of_a_steps_dropout_is_a_function_of_where_it_stands():
 
 def test_packing():
     a, b = make_rows(2)
-    b = Row(b.ids[:4], torch.tensor([True, False, True, True]), "b")
+    b = Row(b.input_ids[:4], torch.tensor([True, False, True, True]), "b")
     n = len(a)
-    p = pack([a, b], places=[3, 1], tokens=n + 4 + 3, supervised=20, count=5)
-    assert p.input_ids.tolist() == [*a.ids.tolist(), *b.ids.tolist(), 0, 0, 0]
+    p = pack([a, b], row_ids=[3, 1], n_tokens=n + 4 + 3, n_supervised=20, n_rows=5)
+    assert p.input_ids.tolist() == [*a.input_ids.tolist(), *b.input_ids.tolist(), 0, 0, 0]
     assert p.position_ids.tolist() == [*range(n), *range(4), 0, 0, 0]
     assert p.row_ids.tolist() == [3] * n + [1] * 4 + [0] * 3
     assert p.cu_seqlens.tolist() == [0, n, n + 4, n + 7, n + 7, n + 7, n + 7]
     taught = [t for t in range(1, n) if a.supervised[t]]  # a token at position 0 has no predecessor
     count = len(taught) + 2
     assert p.loss_positions.tolist()[:count] == [*(t - 1 for t in taught), n + 1, n + 2]
-    assert p.targets.tolist()[:count] == [*a.ids[taught].tolist(), *b.ids[2:].tolist()]
+    assert p.targets.tolist()[:count] == [*a.input_ids[taught].tolist(), *b.input_ids[2:].tolist()]
     assert p.loss_weights.tolist() == [1.0] * count + [0.0] * (20 - count)
     assert (p.max_seqlen, p.n_tokens, p.n_supervised) == (max(n, 4), n + 4, count)
-    assert p.shape == (n + 7, 20, 7, max(n, 4)) and p.spans() == [(0, n), (n, n + 4), (n + 4, n + 7)]
+    assert shape(p) == (n + 7, 20, 7, max(n, 4)) and p.spans() == [(0, n), (n, n + 4), (n + 4, n + 7)]
     assert b.supervised[0], "a row is not changed by packing it"
     exact = pack([a, b])
     assert len(exact.input_ids) == n + 4 and exact.cu_seqlens.tolist() == [0, n, n + 4] and exact.loss_weights.all()
     assert exact.row_ids.tolist() == [0] * n + [1] * 4
     kinds = [exact.input_ids, exact.targets, exact.loss_positions, exact.row_ids, exact.cu_seqlens, exact.loss_weights]
     assert [t.dtype for t in kinds] == [torch.int64] * 3 + [torch.int32] * 2 + [torch.float32]
-    other = pack([b, a], tokens=n + 7, supervised=20, count=5)
-    p.copy_(other)
-    assert all(torch.equal(x, getattr(other, k)) for k, x in vars(p).items() if isinstance(x, torch.Tensor))
+    other = pack([b, a], n_tokens=n + 7, n_supervised=20, n_rows=5)
+    assert shape(other) == shape(p)
+    assert all(x.shape == getattr(other, k).shape for k, x in vars(p).items() if isinstance(x, torch.Tensor))
     with pytest.raises(AssertionError):
-        pack([a, b], tokens=n + 3)
+        pack([a, b], n_tokens=n + 3)
 
 
 def test_the_cut():
@@ -466,7 +474,7 @@ def test_a_step_computes_no_more_than_it_must(qwen2, monkeypatch):
     monkeypatch.setattr(Decoder, "logits", lambda self, h: count("logits", len(h)) or logits(self, h))
     monkeypatch.setattr(Decoder, "_dequantize", lambda self, i: count("dequantised", 1) or dequantize(self, i))
     monkeypatch.setattr(
-        Decoder, "_forward", lambda self, run: count("tokens", len(run.batch.input_ids)) or forward(self, run)
+        Decoder, "_forward", lambda self, ctx: count("tokens", len(ctx.batch.input_ids)) or forward(self, ctx)
     )
     for checkpointing in (False, True):
         counts.update(logits=0, dequantised=0, tokens=0)

@@ -28,16 +28,24 @@ from hypothesis import strategies as st
 from test_resume import outcome, wait_for
 from test_training import conversations, last_checkpoint, relative, saved_adapter
 
-import qlora_min.decoder
-import qlora_min.evaluate
-import qlora_min.report
-import qlora_min.train
-from qlora_min import checkpoint, demo, distributed, memory, sharding
-from qlora_min.batches import share
-from qlora_min.engine import make_engine
-from qlora_min.evaluate import Evaluation, evaluate
-from qlora_min.model import load_base
-from qlora_min.train import Trainer
+import qlora_min.data.examples
+import qlora_min.evaluation
+import qlora_min.fused.decoder
+import qlora_min.run.curves
+import qlora_min.run.ending
+import qlora_min.run.resume
+import qlora_min.run.trainer
+import qlora_min.run.writer
+from qlora_min import loop
+from qlora_min.base import load_base
+from qlora_min.batches import balance
+from qlora_min.demo import world
+from qlora_min.evaluation import Evaluation, evaluate_rows
+from qlora_min.fused.select import make_engine
+from qlora_min.lora import lora_parameters
+from qlora_min.run import checkpoint, forecast
+from qlora_min.run.trainer import Trainer
+from qlora_min.scale import processes, sharding
 
 CPU = torch.device("cpu")
 slow = pytest.mark.slow
@@ -52,7 +60,7 @@ OPTIONS = {
     "precision": "fp32",
     "gradient_checkpointing": "off",
     "micro_batch_tokens": 300,
-    "epochs": 3,  # 9 steps of 4, 4 and 1 rows: in the last of an epoch all ranks but one have none
+    "epochs": 3,  # 9 steps of 4, 4 and 1 rows: in the last of an epoch all processes but one have none
     "eval_every": 3,
     "log_every": 1,
 }
@@ -60,15 +68,15 @@ OPTIONS = {
 
 @pytest.fixture
 def run(tmp_path, write_rows):
-    """run(ranks, **options) -> train on 9 ragged rows in so many processes; how each ended.
+    """run(count, **options) -> train on 9 ragged rows in so many processes; how each ended.
 
-    `change(rank)` is called in each process before: it may break what it likes.
+    `change(index)` is called in each process before: it may break what it likes.
     """
     write_rows(conversations(9, seed=1), "train.jsonl")
     write_rows(conversations(5, seed=2), "held.jsonl")
 
-    def run(ranks: int, name: str = "run", resume: bool = False, change=lambda rank: None, expect=0, **options):
-        files = {"model": demo.MODEL_DIR, "dataset": tmp_path / "train.jsonl", "eval_dataset": tmp_path / "held.jsonl"}
+    def run(count: int, name: str = "run", resume: bool = False, change=lambda index: None, expect=0, **options):
+        files = {"model": world.MODEL_DIR, "dataset": tmp_path / "train.jsonl", "eval_dataset": tmp_path / "held.jsonl"}
         given = {**files, **OPTIONS, **options, "output_dir": tmp_path / name}
         flags = {k: f"--{'' if v is True else 'no-'}{k}" for k, v in given.items() if isinstance(v, bool)}
         arguments = [flags.get(k, f"--{k.replace('_', '-')}={v}") for k, v in given.items()]
@@ -77,47 +85,53 @@ def run(tmp_path, write_rows):
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         fork = multiprocessing.get_context("fork")
-        processes = [
-            fork.Process(target=train, args=(rank, ranks, port, tmp_path, arguments, change)) for rank in range(ranks)
+        started = [
+            fork.Process(target=train, args=(index, count, port, tmp_path, arguments, change)) for index in range(count)
         ]
-        for p in processes:
+        for p in started:
             p.start()
         end = time.monotonic() + 120
         try:
-            for p in processes:
+            for p in started:
                 p.join(max(0, end - time.monotonic()))
                 assert p.exitcode is not None, "it hangs"
         finally:
-            for p in processes:
+            for p in started:
                 p.kill()
         found = SimpleNamespace(
             run=tmp_path / name,
-            codes=[p.exitcode for p in processes],
-            out=[(tmp_path / f"out-{rank}").read_text() for rank in range(ranks)],
-            err=[(tmp_path / f"err-{rank}").read_text() for rank in range(ranks)],
+            codes=[p.exitcode for p in started],
+            out=[(tmp_path / f"out-{index}").read_text() for index in range(count)],
+            err=[(tmp_path / f"err-{index}").read_text() for index in range(count)],
         )
         if expect is not None:
-            assert found.codes == [expect] * ranks, "\n".join(found.err)
+            assert found.codes == [expect] * count, "\n".join(found.err)
         return found
 
     return run
 
 
-def train(rank: int, ranks: int, port: int, folder: Path, arguments: list[str], change) -> None:
+def train(index: int, count: int, port: int, folder: Path, arguments: list[str], change) -> None:
     """One of the processes, from torchrun's environment to its end."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with its parent
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(folder / f"{name}-{index}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
-    if ranks > 1:
-        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    if count > 1:
+        values = {
+            "RANK": index,
+            "LOCAL_RANK": index,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_PORT": port,
+        }
         os.environ |= {k: str(v) for k, v in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads that the tests before this one used stayed behind
     torch.cuda.is_available = lambda: False
-    qlora_min.train.SAMPLE_TOKENS = 4
-    qlora_min.report.draw_curves = lambda *args: None  # matplotlib takes seconds
-    change(rank)
+    qlora_min.run.ending.SAMPLE_TOKENS = 4
+    qlora_min.run.curves.draw_curves = lambda *args: None  # matplotlib takes seconds
+    change(index)
     sys.argv = ["train.py", *arguments]
     os.chdir(folder)
     try:
@@ -129,17 +143,17 @@ def train(rank: int, ranks: int, port: int, folder: Path, arguments: list[str], 
 
 
 def before_step(at: int, action, where: int = 1):
-    """A change for `run`: `action(trainer)` on one rank, when so many steps lie behind it."""
+    """A change for `run`: `action(trainer)` in one process, when so many steps lie behind it."""
 
-    def change(rank: int) -> None:
-        take_step = Trainer.take_step
+    def change(index: int) -> None:
+        compute_gradients = loop.compute_gradients
 
-        def wrapped(self):
-            if rank == where and self.progress.step == at:
-                action(self)
-            return take_step(self)
+        def wrapped(feed, stepper, seed, progress, writer):
+            if index == where and progress.step == at:
+                action(writer.setup)
+            return compute_gradients(feed, stepper, seed, progress, writer)
 
-        Trainer.take_step = wrapped
+        loop.compute_gradients = wrapped
 
     return change
 
@@ -149,7 +163,7 @@ def events(run: Path, kind: str) -> list[dict]:
 
 
 def result(run: Path) -> dict:
-    """A run's outcome without what ranks waited for each other."""
+    """A run's outcome without what processes waited for each other."""
     found = outcome(run)
     found["events"] = [{k: v for k, v in e.items() if k not in ("waited", "summed")} for e in found["events"]]
     return found
@@ -179,111 +193,113 @@ def assert_equal_runs(mine: Path, reference: Path, bound: float = 1e-5) -> None:
 
 
 @given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 9))
-def test_share(lengths, count):
+def test_balance(lengths, count):
     """Every row once; no part has more than the mean and the longest row; a function of its arguments alone."""
-    parts = share(lengths, count)
+    parts = balance(lengths, count)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     assert len(parts) == count and all(part == sorted(part) for part in parts)
     filled = [sum(lengths[i] for i in part) for part in parts]
     assert max(filled) <= sum(lengths) / count + max(lengths, default=0)
     assert max(filled) - min(filled) <= max(lengths, default=0)
-    assert share(lengths, count) == parts
+    assert balance(lengths, count) == parts
 
 
-def test_share_is_even():
-    """Real rows, 16 for each of 2, 4 and 8 ranks: the busiest has less than 2% more than the mean."""
+def test_balance_is_even():
+    """Real rows, 16 for each of 2, 4 and 8 processes: the busiest has less than 2% more than the mean."""
     rng = random.Random(0)
     for count in (2, 4, 8):
         lengths = [rng.randint(137, 530) for _ in range(16 * count)]
-        filled = [sum(lengths[i] for i in part) for part in share(lengths, count)]
+        filled = [sum(lengths[i] for i in part) for part in balance(lengths, count)]
         assert max(filled) < 1.02 * sum(filled) / count
 
 
-def rank_0_alone_writes(rank: int) -> None:
+def the_first_alone_writes(index: int) -> None:
     def refuse(*args, **kwargs):
-        raise AssertionError(f"rank {rank} writes")
+        raise AssertionError(f"process {index} writes")
 
-    if rank:
+    if index:
         for name in ("Lock", "save_checkpoint", "clean"):
             setattr(checkpoint, name, refuse)
-        for name in ("atomic_folder", "write_json", "write_jsonl"):
-            setattr(qlora_min.train, name, refuse)
+        qlora_min.run.writer.atomic_folder = qlora_min.run.trainer.write_json = refuse
+        qlora_min.run.ending.write_jsonl = qlora_min.run.curves.draw_curves = refuse
         checkpoint.Metrics.write = checkpoint.Metrics.flush = checkpoint.Metrics.cut = refuse
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=slow)])
 @pytest.mark.parametrize("engine", ["fused", "modules"])
-def test_several_ranks_make_the_same_run(run, ranks, engine):
+def test_several_make_the_same_run(run, count, engine):
     options = {"engine": engine, "epochs": 7, "patience": 100}  # 21 steps
     one = run(1, "one", **options)
-    several = run(ranks, "several", **options, change=rank_0_alone_writes)
+    several = run(count, "several", **options, change=the_first_alone_writes)
     assert_equal_runs(several.run, one.run)
     assert len(events(one.run, "train")) == 21 and len(events(one.run, "eval")) == 8
     assert "waited" in events(several.run, "train")[0] and "waited" not in events(one.run, "train")[0]
-    assert checkpoint.read_record(several.run)["ranks"] == ranks
+    assert checkpoint.read_record(several.run)["ranks"] == count
     # One bar, one log: the rest say nothing.
-    assert f"{ranks} processes share each step's rows; the busiest has" in several.out[0]
+    assert f"{count} processes divide each step's rows; the busiest has" in several.out[0]
     assert "processes" not in one.out[0]
-    assert several.out[1:] == [""] * (ranks - 1)
+    assert several.out[1:] == [""] * (count - 1)
     assert not any("done:" in e or "it/s" in e for e in several.err)
     losses = [e["loss"] for e in events(several.run, "train")]
     assert losses[-1] < 0.95 * losses[0]
 
 
 def test_combined_evaluations_are_the_evaluation_of_all_rows():
-    base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
+    base = load_base(str(world.MODEL_DIR), "nf4", "fp32", CPU)
     rows = base.encoder.encode_examples(
-        [qlora_min.data.to_example(r, f"x:{i}") for i, r in enumerate(demo.rows(demo.CONDITIONS, 7, 3))]
+        [qlora_min.data.examples.to_example(r, f"x:{i}") for i, r in enumerate(world.rows(world.CONDITIONS, 7, 3))]
     )
     engine, _, _ = make_engine(base, "auto", 64)
-    whole = evaluate(engine, rows, 8)
-    parts = [evaluate(engine, part, 8) for part in (rows[:4], rows[4:], [])]
+    whole = evaluate_rows(engine, rows, 8)
+    parts = [evaluate_rows(engine, part, 8) for part in (rows[:4], rows[4:], [])]
     assert whole.option_rows == 7 and 0 < whole.token_accuracy < 1
     both = Evaluation.join(parts)
-    assert both.choices.majority == whole.choices.majority
+    assert both.majority == whole.majority is not None and both.option_rows == 7
     a, b = ({k: v for k, v in e.as_dict().items() if k != "majority"} for e in (both, whole))
     assert a == pytest.approx(b, rel=1e-6)
-    assert Evaluation.join([whole]) is whole
-    plain = Evaluation(rows=1, supervised_tokens=3, loss=1.0, token_accuracy=0.5)
-    assert Evaluation.join([plain, plain]) == Evaluation(rows=2, supervised_tokens=6, loss=1.0, token_accuracy=0.5)
+    assert Evaluation.join([whole]) == whole
+    plain = Evaluation(rows=1, supervised_tokens=4, loss_sum=4.0, right_tokens=2)
+    twice = Evaluation.join([plain, plain])
+    assert twice == Evaluation(rows=2, supervised_tokens=8, loss_sum=8.0, right_tokens=4)
+    assert (twice.loss, twice.token_accuracy) == (plain.loss, plain.token_accuracy) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "slice_bytes", "bound", "options"),
+    ("count", "slice_bytes", "bound", "options"),
     [
         (2, 2**25, 1e-9, {}),
         pytest.param(2, 2**15, 1e-3, {}, marks=slow),  # logits' gradients are summed in another order
         pytest.param(2, 2**25, 1e-9, {"quantization": "none"}, marks=slow),
         pytest.param(4, 2**15, 1e-3, {"gradient_checkpointing": "on"}, marks=slow),
     ],
-    ids=["whole head", "sliced head", "unquantised", "4 ranks, checkpointing"],
+    ids=["whole head", "sliced head", "unquantised", "4 processes, checkpointing"],
 )
-def test_a_sharded_base_makes_the_same_run_in_less_memory(run, ranks, slice_bytes, bound, options):
-    """Ragged rows: in some steps a rank has fewer micro-batches than another, or no row at all."""
+def test_a_sharded_base_makes_the_same_run_in_less_memory(run, count, slice_bytes, bound, options):
+    """Ragged rows: in some steps a process has fewer micro-batches than another, or no row at all."""
 
-    def change(rank):
+    def change(index):
         sharding.SLICE = slice_bytes
         prepare = Trainer._prepare
 
         def wrapped(self, *args):
             prepare(self, *args)
-            held = memory.stored_bytes(self.model) - 4 * sum(w.numel() for w in self.trained.values())
-            layer = self.model.model.layers[0]
-            buffer = layer.whole.untyped_storage().nbytes() if sharding.is_sharded(self.model) else 0
+            model, trained = self.base.model, lora_parameters(self.base.model)
+            held = forecast.stored_bytes(model) - 4 * sum(w.numel() for w in trained.values())
+            buffer = model.model.layers[0].whole.untyped_storage().nbytes() if self.base.sharded else 0
             print(f"holds {held - buffer}", file=sys.stderr)  # in a model this small the buffer is most of it
 
         Trainer._prepare = wrapped
 
     options = {**options, "micro_batch_tokens": 120}
     whole, parts = (
-        run(ranks, name, change=change, shard=how, **options) for name, how in (("whole", False), ("parts", True))
+        run(count, name, change=change, shard=how, **options) for name, how in (("whole", False), ("parts", True))
     )
     assert_equal_runs(parts.run, whole.run, bound)
     for name in ("before", "after"):  # by the modules, which gather too
         said = [[json.loads(s)[name] for s in (r.run / "samples.jsonl").open()] for r in (whole, parts)]
         assert said[0] == said[1] and said[0][0]
     held = [max(int(re.search(r"holds (\d+)", err)[1]) for err in r.err) for r in (whole, parts)]
-    assert held[1] < (1 / ranks + 0.1) * held[0]
+    assert held[1] < (1 / count + 0.1) * held[0]
 
 
 def test_a_sharded_run_stops_and_goes_on(run):
@@ -299,21 +315,21 @@ def test_an_error_in_a_sharded_pass_ends_all(run):
 
     done = run(2, shard=True, change=before_step(2, fail), expect=None)
     assert 0 not in done.codes
-    assert "rank 1: no such luck" in done.err[1]
+    assert "process 1: no such luck" in done.err[1]
 
 
 def test_a_signal_during_a_sharded_evaluation_abandons_it_on_all(run):
-    def change(rank):
-        inner, batches = qlora_min.evaluate._measure, []
+    def change(index):
+        inner, batches = qlora_min.evaluation._measure, []
 
         def signalled(*args):
             batches.append(1)
-            if rank == 1 and len(batches) == 7:  # the second of five of the evaluation at step 3
+            if index == 1 and len(batches) == 7:  # the second of five of the evaluation at step 3
                 os.kill(os.getpid(), signal.SIGTERM)
             return inner(*args)
 
-        qlora_min.evaluate._measure = signalled
-        qlora_min.train.EVALUATED = 1  # row at a time
+        qlora_min.evaluation._measure = signalled
+        loop.EVALUATED = 1  # row at a time
 
     whole = run(2, "whole", shard=True, change=change_nothing_but_evaluated)
     stopped = run(2, shard=True, change=change, expect=143)
@@ -322,23 +338,23 @@ def test_a_signal_during_a_sharded_evaluation_abandons_it_on_all(run):
     assert_same(result(run(2, resume=True, change=change_nothing_but_evaluated).run), result(whole.run))
 
 
-def change_nothing_but_evaluated(rank: int) -> None:
-    qlora_min.train.EVALUATED = 1
+def change_nothing_but_evaluated(index: int) -> None:
+    loop.EVALUATED = 1
 
 
 def test_want_of_memory_in_a_sharded_evaluation_is_said(run):
-    """A rank that tried fewer rows by itself would gather layers with others' embeddings."""
+    """A process that tried fewer rows by itself would gather layers with others' embeddings."""
 
-    def change(rank):
+    def change(index):
         def fail(*args):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        if rank == 1:
-            qlora_min.decoder.Decoder.hidden_states = fail
+        if index == 1:
+            qlora_min.fused.decoder.Decoder.hidden_states = fail
 
     done = run(2, shard=True, change=change, expect=None)
     assert 0 not in done.codes
-    assert "error: rank 1: evaluating 4 rows takes more memory than there is" in done.err[1]
+    assert "error: process 1: evaluating 4 rows takes more memory than there is" in done.err[1]
     assert "Traceback" not in done.err[1]
 
 
@@ -353,27 +369,28 @@ def test_what_cant_be_sharded_is_said(run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def stop(trainer: Trainer) -> None:
+def stop(trainer: Trainer | None = None) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-    if distributed.size() > 1:  # torchrun passes on what may have come already
+    if processes.world_size() > 1:  # torchrun passes on what may have come already
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("engine", ["fused", pytest.param("modules", marks=slow)])
-def test_a_signal_to_one_rank_stops_all_and_they_go_on_bit_for_bit(run, engine):
+def test_a_signal_to_one_process_stops_all_and_they_go_on_bit_for_bit(run, engine):
     options = {"optimizer": "paged_adamw8bit", "engine": engine, "max_steps": 7}
     whole = run(2, "whole", **options)
 
-    def change(rank):
-        inner = Trainer._sum_over_ranks
+    def change(index):
+        inner, sums = processes.Processes.sum_step, []
 
-        def behind(self, loss):
-            summed = inner(self, loss)
-            if rank == 1 and self.progress.step == 4:
-                stop(self)
+        def behind(self, loss, grads):
+            summed = inner(self, loss, grads)
+            sums.append(summed)
+            if index == 1 and len(sums) == 5:  # four steps lie behind it
+                stop()
             return summed
 
-        Trainer._sum_over_ranks = behind
+        processes.Processes.sum_step = behind
 
     stopped = run(2, "stopped", **options, change=change, expect=143)
     assert checkpoint.checkpoint_steps(stopped.run)[-1] == 6  # the step in which all learned of it
@@ -397,17 +414,19 @@ def test_a_run_goes_on_in_another_number_of_processes(run, before, after):
 
 
 def test_a_signal_during_an_evaluation_abandons_it_on_all(run):
-    def change(rank):
-        inner = Trainer.evaluate
+    def change(index):
+        inner, evaluations = loop.evaluate_rows, []
 
-        def interrupted(self):
-            if rank == 1 and self.progress.step == 3:
+        def interrupted(engine, rows, batch_size, label, n_tokens, before_each):
+            evaluations.append(1)
+            if index == 1 and len(evaluations) == 2:  # that at step 3
+                before_each()
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
                 raise AssertionError("not abandoned")
-            return inner(self)
+            return inner(engine, rows, batch_size, label, n_tokens, before_each)
 
-        Trainer.evaluate = interrupted
+        loop.evaluate_rows = interrupted
 
     stopped = run(2, change=change, expect=143)
     assert [e["step"] for e in events(stopped.run, "eval")] == [0]
@@ -416,54 +435,55 @@ def test_a_signal_during_an_evaluation_abandons_it_on_all(run):
     assert [e["step"] for e in events(resumed.run, "eval")] == [0, 3, 6, 9]
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(run):
+def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(run):
     """The adapters would part otherwise, which the next evaluation checks."""
 
-    def change(rank):
-        inner = Trainer._sum_over_ranks
+    def change(index):
+        inner, sums = processes.Processes.sum_step, []
 
-        def broken(self, loss):
-            if rank == 1 and self.progress.step == 1:
-                self.stepper.params[0].grad.view(-1)[0] = math.inf
-            return inner(self, loss)
+        def broken(self, loss, grads):
+            sums.append(loss)
+            if index == 1 and len(sums) == 2:
+                grads[0] = math.inf
+            return inner(self, loss, grads)
 
-        Trainer._sum_over_ranks = broken
+        processes.Processes.sum_step = broken
 
     done = run(2, change=change, max_steps=4)
     assert [e["skipped"] for e in events(done.run, "train")] == [0, 1, 1, 1]
     assert "step 2: skipped, a gradient is not finite" in done.out[0]
 
 
-def test_ranks_that_part_are_noticed(run):
+def test_processes_that_part_are_noticed(run):
     def nudge(trainer):
         trainer.stepper.params[0].data.view(-1)[0] += 1e-6
 
     done = run(2, change=before_step(4, nudge), expect=2)
-    assert re.search(r"^error: rank 1 has another adapter than rank 0: ", done.err[0], re.M)
+    assert re.search(r"^error: process 1 has another adapter than process 0: ", done.err[0], re.M)
     assert done.err[1] == "" and checkpoint.checkpoint_steps(done.run)[-1] == 3
 
 
-@pytest.mark.parametrize(("ranks", "where"), [(2, 1), pytest.param(2, 0, marks=slow), pytest.param(4, 2, marks=slow)])
-def test_a_rank_that_is_killed_ends_the_rest(run, ranks, where):
+@pytest.mark.parametrize(("count", "where"), [(2, 1), pytest.param(2, 0, marks=slow), pytest.param(4, 2, marks=slow)])
+def test_a_process_that_is_killed_ends_the_rest(run, count, where):
     start = time.monotonic()
-    done = run(ranks, change=before_step(4, lambda _: os.kill(os.getpid(), signal.SIGKILL), where=where), expect=None)
+    done = run(count, change=before_step(4, lambda _: os.kill(os.getpid(), signal.SIGKILL), where=where), expect=None)
     assert time.monotonic() - start < 60
-    assert done.codes == [-signal.SIGKILL if rank == where else 1 for rank in range(ranks)]
-    for rank in set(range(ranks)) - {where}:
-        (line,) = [x for x in done.err[rank].splitlines() if x.startswith("error: ")]
-        assert re.match(rf"error: rank {rank}: the process of rank .*\b{where}\b.* has ended \(", line)
-        assert "continue with: torchrun" in line and "Traceback" not in done.err[rank]
-        assert rank or f"last good checkpoint: {done.run}/checkpoints/step-3; " in line
+    assert done.codes == [-signal.SIGKILL if index == where else 1 for index in range(count)]
+    for index in set(range(count)) - {where}:
+        (line,) = [x for x in done.err[index].splitlines() if x.startswith("error: ")]
+        assert re.match(rf"error: process {index}: process .*\b{where}\b.* has ended \(", line)
+        assert "continue with: torchrun" in line and "Traceback" not in done.err[index]
+        assert index or f"last good checkpoint: {done.run}/checkpoints/step-3; " in line
     with checkpoint.Lock(done.run):  # which the lost ones have left; now it is ours
         refused = run(2, resume=True, expect=2)
     assert "is training there" in refused.err[0] and refused.err[0].count("\n") == 1 and refused.err[1] == ""
 
 
 @slow
-def test_a_rank_that_hangs_is_given_up(run):
-    def change(rank):
-        distributed.TIMEOUT = 5.0
-        before_step(4, lambda _: time.sleep(12))(rank)
+def test_a_process_that_hangs_is_given_up(run):
+    def change(index):
+        processes.TIMEOUT = 5.0
+        before_step(4, lambda _: time.sleep(12))(index)
 
     done = run(2, change=change, expect=None)
     assert done.codes[0] == 1
@@ -471,10 +491,10 @@ def test_a_rank_that_hangs_is_given_up(run):
 
 
 def little_memory(tokens: int, at: int = 4, where: int = 1):
-    """A change for `run`: on one rank, memory runs out above so many tokens from a step on, behind its gradients."""
+    """A change for `run`: in one process, memory runs out above so many tokens from a step on, behind its gradients."""
 
     def limit(trainer):
-        inner, tried = trainer.engine.loss_and_gradients, []
+        inner, tried = trainer.feed.engine.loss_and_gradients, []
 
         def limited(batch, *args):
             tried.append(batch.n_tokens)
@@ -484,19 +504,24 @@ def little_memory(tokens: int, at: int = 4, where: int = 1):
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return loss
 
-        trainer.engine.loss_and_gradients = limited
+        trainer.feed.engine.loss_and_gradients = limited
 
     return before_step(at, limit, where)
 
 
-def test_memory_that_runs_out_on_one_rank_halves_the_micro_batches_of_all(run):
-    """The same run as without, and as on one rank."""
+def test_memory_that_runs_out_in_one_process_halves_the_micro_batches_of_all(run):
+    """The same run as without, and as in one process."""
     whole = run(1, "whole")
 
-    def change(rank):
-        little_memory(200, at=3)(rank)
-        finish = Trainer._finish
-        Trainer._finish = lambda self: print(f"tokens {self.tokens}", file=sys.stderr) or finish(self)
+    def change(index):
+        little_memory(200, at=3)(index)
+        finish = qlora_min.run.trainer.finish
+
+        def told(trainer):
+            print(f"tokens {trainer.feed.n_tokens}", file=sys.stderr)
+            finish(trainer)
+
+        qlora_min.run.trainer.finish = told
 
     halved = run(2, "halved", change=change)
     assert re.search(r"^note: step [4-9]: out of memory; its gradients are computed again, ", halved.out[0], re.M)
@@ -512,23 +537,23 @@ def test_a_row_that_does_not_fit_ends_a_process_with_code_1(run):
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole base", "sharded base"])
-def test_a_row_that_does_not_fit_on_one_rank_ends_all(run, shard):
+def test_a_row_that_does_not_fit_in_one_process_ends_all(run, shard):
     done = run(2, change=little_memory(10), shard=shard, expect=None)
     assert 1 in done.codes if shard else done.codes == [1, 1]
-    where = done.err[shard]  # a rank whose others wait for it in a layer says it itself
-    assert re.search(r"^error: rank 1: out of memory at step 5, in a micro-batch of", where, re.M), done.err
+    where = done.err[shard]  # a process whose others wait for it in a layer says it itself
+    assert re.search(r"^error: process 1: out of memory at step 5, in a micro-batch of", where, re.M), done.err
     assert "last good checkpoint" in where and "Traceback" not in done.err[1]
     assert shard or done.err[1] == ""
 
 
 def test_a_disk_that_fails_ends_all(run):
-    """Rank 0 alone writes, and tells the others that it gave up."""
+    """The first alone writes, and tells the others that it gave up."""
 
-    def change(rank):
+    def change(index):
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        qlora_min.train.RETRY_SECONDS = 0.0
+        qlora_min.run.writer.RETRY_SECONDS = 0.0
         checkpoint.save_checkpoint = full
 
     done = run(2, change=change, expect=1, epochs=30)
@@ -546,25 +571,25 @@ def test_what_a_user_can_cause_is_said_once(run, options, words):
     assert done.err[1] == "" and not done.run.exists()
 
 
-def test_what_only_one_rank_finds_wrong_is_said_by_rank_0(run):
+def test_what_only_one_process_finds_wrong_is_said_by_the_first(run):
     """Another host may lack the file, or hold another one."""
 
-    def lacks(rank):
+    def lacks(index):
         def refuse(*args):
             raise ValueError("no such file")
 
-        if rank == 1:
-            qlora_min.train.read_data = refuse
+        if index == 1:
+            qlora_min.run.trainer.read_data = refuse
 
     done = run(2, change=lacks, expect=2)
-    assert done.err == ["error: rank 1: no such file\n", ""] and not done.run.exists()
+    assert done.err == ["error: process 1: no such file\n", ""] and not done.run.exists()
 
-    def other(rank):
-        inner = qlora_min.train.data_hash
-        qlora_min.train.data_hash = lambda *rows: f"{rank}{inner(*rows)}"
+    def other(index):
+        inner = qlora_min.run.resume.data_hash
+        qlora_min.run.resume.data_hash = lambda *rows: f"{index}{inner(*rows)}"
 
     done = run(2, change=other, expect=2)
-    assert done.err[0].startswith("error: rank 1 has another ") and done.err[1] == "" and not done.run.exists()
+    assert done.err[0].startswith("error: process 1 has another ") and done.err[1] == "" and not done.run.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,7 +601,7 @@ def test_what_only_one_rank_finds_wrong_is_said_by_rank_0(run):
 def test_bench_under_torchrun():
     """One table, of both processes' work, with what they wait for each other and take for the sum."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
-    command += [ROOT / "scripts" / "bench.py", "--model", demo.MODEL_DIR, "--device", "cpu", "--max-length", "96"]
+    command += [ROOT / "scripts" / "bench.py", "--model", world.MODEL_DIR, "--device", "cpu", "--max-length", "96"]
     command += ["--steps", "2", "--repeats", "1", "--json"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -587,7 +612,7 @@ def test_bench_under_torchrun():
 
 @slow
 def test_torchrun_ends_saved_by_its_own_signal(tmp_path):
-    """A signal to torchrun goes to all ranks, whose checkpoint then is the last step; another command goes on."""
+    """A signal to torchrun goes to all processes, whose checkpoint then is the last step; another command goes on."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
     command += [str(ROOT / "scripts" / "train.py")]
     options = ["--demo", "--limit", "320", "--batch-size", "8", "--eval-limit", "20", "--log-every", "1"]

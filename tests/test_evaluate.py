@@ -8,83 +8,91 @@ import torch
 from conftest import assert_same
 from test_training import make, on_the_cpu  # noqa: F401
 
-from qlora_min import data, demo
-from qlora_min.engine import Engine, make_engine
-from qlora_min.evaluate import Answers, Evaluation, by_data_set, by_letter, evaluate, generated
+import qlora_min.cli.generated
+from qlora_min import loop
+from qlora_min.base import load_base
+from qlora_min.cli.generated import Answers, generated
+from qlora_min.cli.scores import Choices
+from qlora_min.cli.tables import by_data_set, by_letter
+from qlora_min.data.examples import to_example
+from qlora_min.demo import world
+from qlora_min.engine import Engine
+from qlora_min.evaluation import Choice, Evaluation, evaluate_rows
+from qlora_min.fused.select import make_engine
 from qlora_min.generate import generate
-from qlora_min.model import load_base
-from qlora_min.scores import Choices
+from qlora_min.run.datasets import encode_dataset
 
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base(str(demo.MODEL_DIR), "none", "fp32", torch.device("cpu"))
+    return load_base(str(world.MODEL_DIR), "none", "fp32", torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def rows(base):
-    examples = [data.to_example(r, f"f:{i}") for i, r in enumerate(demo.rows(demo.CONDITIONS, 23, seed=5))]
-    examples.append(data.to_example({"prompt": "Which drug treats it?", "completion": "None."}, "f:23"))
-    return data.encode_all("f", examples, base.encoder, 512).rows
+    examples = [to_example(r, f"f:{i}") for i, r in enumerate(world.rows(world.CONDITIONS, 23, seed=5))]
+    examples.append(to_example({"prompt": "Which drug treats it?", "completion": "None."}, "f:23"))
+    return encode_dataset("f", examples, base.encoder, 512).rows
 
 
 @pytest.fixture(scope="module", params=["modules", "fused"])
 def engine(request, rows) -> Engine:
     """Of a base of its own: an engine moves its weights."""
-    base = load_base(str(demo.MODEL_DIR), "none", "fp32", torch.device("cpu"))
+    base = load_base(str(world.MODEL_DIR), "none", "fp32", torch.device("cpu"))
     return make_engine(base, request.param, max(map(len, rows)))[0]
 
 
 def option_probabilities(base, row) -> torch.Tensor:
     """The slow way: the whole row's logits, at the token before the answer."""
     with torch.no_grad():
-        logits = base.model(input_ids=row.ids[None].long()).logits[0, row.answer_start - 1]
+        logits = base.model(input_ids=row.input_ids[None].long()).logits[0, row.answer_start - 1]
     return logits[list(row.choices[0])].softmax(-1)
 
 
 def test_choices_are_those_of_the_whole_rows_logits(base, engine, rows):
-    result = evaluate(engine, rows, 4)
+    result = evaluate_rows(engine, rows, 4)
     wanted = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         if rows[i].choices:
             p = option_probabilities(base, rows[i])
             wanted.append(("ABCD"[rows[i].choices[1]], "ABCD"[p.argmax()], p.max().item()))
-    assert list(result.choices.right) == [w[0] for w in wanted]
-    assert list(result.choices.chosen) == [w[1] for w in wanted]
-    assert result.choices.confidence.tolist() == pytest.approx([w[2] for w in wanted], abs=1e-5)
-    assert result.option_rows == len(result.choices) == 23
-    assert result.option_accuracy == result.choices.hits.mean()
-    assert 0.25 <= result.choices.confidence.min() < result.choices.confidence.max() < 1
+    choices = Choices.of(result.choices)
+    assert list(choices.right) == [c.right for c in result.choices] == [w[0] for w in wanted]
+    assert list(choices.chosen) == [c.chosen for c in result.choices] == [w[1] for w in wanted]
+    assert choices.confidence.tolist() == [c.probability for c in result.choices]
+    assert choices.confidence.tolist() == pytest.approx([w[2] for w in wanted], abs=1e-5)
+    assert {c.chance for c in result.choices} == {result.chance} == {0.25}
+    assert result.option_rows == len(choices) == 23
+    assert result.option_accuracy == choices.hits.mean()
+    assert 0.25 <= choices.confidence.min() < choices.confidence.max() < 1
 
 
 def test_parts_join_to_the_whole(engine, rows):
-    whole = evaluate(engine, rows, 4)
-    joined = Evaluation.join([evaluate(engine, part, 4) for part in (rows[:9], rows[9:23], rows[23:])])
+    whole = evaluate_rows(engine, rows, 4)
+    joined = Evaluation.join([evaluate_rows(engine, part, 4) for part in (rows[:9], rows[9:23], rows[23:])])
     a, b = whole.as_dict(), joined.as_dict()
     assert a.keys() == b.keys() and a.pop("majority") == b.pop("majority") is not None
     assert all(a[k] == pytest.approx(b[k], rel=1e-5) for k in a)
-    assert sorted(zip(*map(list, (joined.choices.right, joined.choices.chosen)))) == sorted(
-        zip(*map(list, (whole.choices.right, whole.choices.chosen)))
-    )
-    alone = Evaluation.join([evaluate(engine, rows[23:], 4)])
+    assert sorted((c.right, c.chosen) for c in joined.choices) == sorted((c.right, c.chosen) for c in whole.choices)
+    alone = Evaluation.join([evaluate_rows(engine, rows[23:], 4)])
     assert alone.option_accuracy is None and alone.chance is None and alone.option_rows == 0
 
 
 def test_training_keeps_its_figures(engine, rows):
     """What goes into metrics.jsonl and checkpoints is as it was."""
-    assert evaluate(engine, rows, 4).as_dict().keys() == {
+    assert evaluate_rows(engine, rows, 4).as_dict().keys() == {
         "rows", "supervised_tokens", "loss", "token_accuracy", "option_rows", "option_accuracy", "chance", "majority",
         "perplexity",
     }  # fmt: skip
-    json.dumps(evaluate(engine, rows, 4).as_dict())
+    json.dumps(evaluate_rows(engine, rows, 4).as_dict())
 
 
 def test_answers_come_in_the_rows_order(base, rows):
     answers = generated(base, rows, 4, 6)
-    assert answers.where == [r.where for r in rows]
+    assert answers.locations == [r.location for r in rows]
     assert answers.letters == [list("ABCD")] * 23 + [[]]
     for i in (0, 7, 23):
-        prompt = rows[i].ids[: rows[i].answer_start].tolist()
+        prompt = rows[i].input_ids[: rows[i].answer_start].tolist()
         assert answers.answers[i] == generate(base, [prompt], 6)[0]
         assert answers.prompts[i] == base.encoder.tokenizer.decode(prompt)
     assert answers.references[23] == "None." and re.fullmatch(r"[A-D]: \w+", answers.references[0])
@@ -94,14 +102,14 @@ def test_answers_come_in_the_rows_order(base, rows):
 
 
 def test_tables_by_hand():
-    choices = Choices.of([("A", "A", 0.9), ("A", "B", 0.6), ("B", "B", 0.7)])
-    assert [line[:5] for line in by_letter(choices)] == [
+    choices = tuple(Choice(*one, 0.5) for one in (("A", "A", 0.9), ("A", "B", 0.6), ("B", "B", 0.7)))
+    assert [line[:5] for line in by_letter(Choices.of(choices))] == [
         ("right letter", "said A", "said B", "rows", "accuracy"),
         ("A", "1", "1", "2", "50.0%"),
         ("B", "0", "1", "1", "100.0%"),
     ]
-    one = Evaluation(3, 9, 0.5, 0.75, 3, 2 / 3, 0.5, choices)
-    plain = Evaluation(2, 4, 0.25, 0.5)
+    one = Evaluation(3, 8, 4.0, 6, choices)
+    plain = Evaluation(2, 4, 1.0, 2)
     assert by_data_set(["x", "y"], [one, plain], [one, plain])[1:] == [
         ("x", "3", "0.5000 → 0.5000", "75.0% → 75.0%", "66.7% → 66.7%", "20.8-93.9%", "50.0%", "A 66.7%"),
         ("y", "2", "0.2500 → 0.2500", "50.0% → 50.0%", "-", "-", "-", "-"),
@@ -112,11 +120,11 @@ def test_tables_by_hand():
 def adapter(make):  # noqa: F811
     trainer = make("run", held=6, max_steps=3, eval_every=3)
     trainer.train()
-    return trainer.run / "adapter"
+    return trainer.folder / "adapter"
 
 
 def test_the_command(adapter, script, write_rows, tmp_path):
-    files = [write_rows(demo.rows(demo.CONDITIONS, n, seed=n), f"set{n}.jsonl") for n in (12, 5)]
+    files = [write_rows(world.rows(world.CONDITIONS, n, seed=n), f"set{n}.jsonl") for n in (12, 5)]
     options = ["--adapter", adapter, "--dataset", *files, "--generate", 2, "--max-new-tokens", 4]
     out = script("eval.py", *options, "--html", "report.html").stdout
     for label in ("95% interval", "chance", "always [A-D]", "mean confidence", "calibration error", "exact match",
@@ -144,12 +152,10 @@ def test_the_command(adapter, script, write_rows, tmp_path):
 
 
 def test_the_cheap_path_generates_nothing(adapter, script, monkeypatch):
-    import qlora_min.evaluate
-
     def refuse(*args):
         raise AssertionError
 
-    monkeypatch.setattr(qlora_min.evaluate, "generate", refuse)
+    monkeypatch.setattr(qlora_min.cli.generated, "generate", refuse)
     out = script("eval.py", "--adapter", adapter).stdout
     assert "exact match" not in out and "loss" in out
     with pytest.raises(AssertionError):
@@ -170,21 +176,21 @@ def test_evaluation_is_the_same_by_both_engines_and_leaves_no_trace(make, quanti
         trainer = make(name, held=6, engine=name, quantization=quantization)
         with torch.no_grad():
             trainer.engine.adapter.weights.add_(0.05)  # an update that has an effect
-        trainer.backward(trainer.step_batches(0)[0], 9, 0)
+        loop.compute_gradients(trainer.feed, trainer.stepper, 0, trainer.progress, trainer.writer)
         before = torch.get_rng_state(), trainer.engine.adapter.grads.clone(), trainer.engine.adapter.weights.clone()
-        found[name] = [trainer.evaluate()]
-        for count, tokens in ((1, float("inf")), (4, float("inf")), (6, 200)):
-            found[name].append(
-                evaluate(trainer.compute, trainer.held, count, tokens=tokens, before_each=lambda: sizes.append(None))
-            )
+        computing, held, n_tokens = trainer.feed.engine, trainer.held_out, trainer.feed.n_tokens
+        found[name] = [evaluate_rows(computing, held, loop.EVALUATED, n_tokens=n_tokens)]
+        for count, n_tokens in ((1, float("inf")), (4, float("inf")), (6, 200)):
+            found[name].append(evaluate_rows(computing, held, count, None, n_tokens, lambda: sizes.append(None)))
         after = torch.get_rng_state(), trainer.engine.adapter.grads, trainer.engine.adapter.weights
-        assert all(map(torch.equal, before, after)) and before[1].any() and not trainer.model.training
+        assert all(map(torch.equal, before, after)) and before[1].any() and not trainer.base.model.training
     parts, room = 0, 0  # rows in order of length, as many as 200 tokens hold
-    for n in sorted(map(len, trainer.held)):
+    for n in sorted(map(len, trainer.held_out)):
         parts, room = (parts, room - n) if n <= room else (parts + 1, 200 - n)
     assert len(sizes) == 2 * (6 + 2 + parts)
     first = found["modules"][0]
     for other in found["modules"] + found["fused"]:
-        assert_same(other.choices.right.tolist(), first.choices.right.tolist())
-        assert other.choices.confidence.tolist() == pytest.approx(first.choices.confidence.tolist(), abs=1e-4)
+        assert_same([c.right for c in other.choices], [c.right for c in first.choices])
+        confidence = [c.probability for c in first.choices]
+        assert [c.probability for c in other.choices] == pytest.approx(confidence, abs=1e-4)
         assert other.loss == pytest.approx(first.loss, rel=1e-5) and other.token_accuracy == first.token_accuracy

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qlora_min import demo
+from qlora_min.base import add_lora, load_base
 from qlora_min.batches import dropout_seed
-from qlora_min.data import Row
-from qlora_min.engine import make_engine
-from qlora_min.lora import lora_parameters
-from qlora_min.model import add_lora, load_base
+from qlora_min.data.rows import Row
+from qlora_min.demo import world
+from qlora_min.fused.select import make_engine
+from qlora_min.lora import LoraSpec, lora_parameters
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -65,10 +65,10 @@ def test_a_family_by_its_modules_is_its_own_forward(name, tmp_path):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1 if p.dim() > 1 else 0.5)
     model.save_pretrained(tmp_path, save_original_format=False)
-    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(tmp_path)
     base = load_base(str(tmp_path), "none", "fp32", CPU)
     if targets:
-        add_lora(base, targets, 8, 12.0, 0.0)
+        add_lora(base, LoraSpec(8, 12.0, 0.0, targets))
     parameters = list(lora_parameters(base.model).values())
     for p in parameters:
         torch.nn.init.normal_(p, std=0.1)
@@ -82,9 +82,9 @@ def test_a_family_by_its_modules_is_its_own_forward(name, tmp_path):
     loss = engine.loss_and_gradients(engine.pack(rows), torch.tensor(0.25), dropout_seed(0, 0)).item()
     expected, summed = 0.0, [torch.zeros_like(p) for p in parameters]
     for row in rows:
-        logits = base.model(input_ids=row.ids.long()[None], use_cache=False).logits[0, :-1]
+        logits = base.model(input_ids=row.input_ids.long()[None], use_cache=False).logits[0, :-1]
         taught = row.supervised[1:]
-        own = F.cross_entropy(logits[taught], row.ids[1:].long()[taught], reduction="sum")
+        own = F.cross_entropy(logits[taught], row.input_ids[1:].long()[taught], reduction="sum")
         expected += own.item()
         for total, g in zip(summed, torch.autograd.grad(0.25 * own, parameters) if parameters else ()):
             total += g
@@ -96,10 +96,10 @@ def test_a_family_by_its_modules_is_its_own_forward(name, tmp_path):
 @pytest.mark.parametrize("which", ["demo", pytest.param("smollm2", marks=pytest.mark.real)])
 def test_both_engines_compute_the_same_on_real_weights(which, request):
     """fp32, dropout 0.1: losses to 1e-6, gradients to 1e-5."""
-    folder = demo.MODEL_DIR if which == "demo" else request.getfixturevalue("smollm2")
+    folder = world.MODEL_DIR if which == "demo" else request.getfixturevalue("smollm2")
     base = load_base(str(folder), "nf4", "fp32", CPU)
     torch.manual_seed(0)
-    add_lora(base, ATTENTION, 16, 32.0, 0.1)
+    add_lora(base, LoraSpec(16, 32.0, 0.1, ATTENTION))
     for name, p in lora_parameters(base.model).items():
         if name.endswith("B"):
             torch.nn.init.normal_(p, std=0.02)
@@ -125,7 +125,7 @@ def test_a_model_that_overflows_fp16_says_what_to_use(tmp_path):
         if isinstance(projection, torch.nn.Linear):
             projection.weight.data.fill_(30.0)
     model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(tmp_path)
     for precision, fits in (("fp16", False), ("fp32", True)):
         base = load_base(str(tmp_path), "nf4", precision, CPU)
         if fits:

@@ -21,11 +21,15 @@ from conftest import ROOT, assert_same
 from test_resume import outcome
 from test_training import conversations, last_checkpoint, make, on_the_cpu, saved_adapter  # noqa: F401
 
-import qlora_min.train
-from qlora_min import checkpoint
-from qlora_min.files import write_json
+import qlora_min.base
+import qlora_min.run.trainer
 from qlora_min.optim import TrainingError
-from qlora_min.train import Trainer, resume_config
+from qlora_min.run import checkpoint, ending, writer
+from qlora_min.run import resume as resuming
+from qlora_min.run.resume import resume_config
+from qlora_min.run.trainer import Trainer
+from qlora_min.system import files
+from qlora_min.system.files import write_json
 
 slow = pytest.mark.slow
 
@@ -53,7 +57,7 @@ def test_every_call_of_a_save_fails(stride):
     nothing_lost(found)
     if stride == 1:
         cases = found["reported"] + found["tolerated"]
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        readme = (ROOT / "qlora_min" / "run" / "README.md").read_text(encoding="utf-8")
         assert f"every one of the {found['calls in a save']} calls of a save" in readme and f"| {cases} |" in readme
 
 
@@ -78,15 +82,15 @@ def test_the_check_sees_what_is_lost(tmp_path, capsys):
     trainer = faults.make_trainer(tmp_path)
     for step in (1, 2, 3, 4):
         faults.save(trainer, step)
-    assert faults.check(trainer.run, 4, 1) == []
-    assert any("lost" in p for p in faults.check(trainer.run, 5, 1))
-    assert any("lost" in p for p in faults.check(trainer.run, 4, 2))
-    (trainer.run / "metrics.jsonl").write_bytes(b"")
-    assert any("metrics" in p for p in faults.check(trainer.run, 4, 1))
-    os.truncate(trainer.run / "checkpoints" / "step-4" / checkpoint.STATE, 10)
-    assert any("unloadable" in p for p in faults.check(trainer.run, 4, 1))
-    os.truncate(trainer.run / "adapter" / "adapter_model.safetensors", 10)
-    assert any("adapter/ unloadable" in p for p in faults.check(trainer.run, 4, 1))
+    assert faults.check(trainer.folder, 4, 1) == []
+    assert any("lost" in p for p in faults.check(trainer.folder, 5, 1))
+    assert any("lost" in p for p in faults.check(trainer.folder, 4, 2))
+    (trainer.folder / "metrics.jsonl").write_bytes(b"")
+    assert any("metrics" in p for p in faults.check(trainer.folder, 4, 1))
+    os.truncate(trainer.folder / "checkpoints" / "step-4" / checkpoint.STATE, 10)
+    assert any("unloadable" in p for p in faults.check(trainer.folder, 4, 1))
+    os.truncate(trainer.folder / "adapter" / "adapter_model.safetensors", 10)
+    assert any("adapter/ unloadable" in p for p in faults.check(trainer.folder, 4, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,24 +103,24 @@ OPTIONS |= {"patience": 100}
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(qlora_min.train, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, *(pytest.param(e, marks=slow) for e in faults.AWAY)])
 def test_a_failing_disk_changes_nothing_but_warnings(make, monkeypatch, no_waiting, capsys, error):  # noqa: F811
     """One call in 100 fails at random, through a whole run and its end; afterwards all is as in an undisturbed one."""
-    monkeypatch.setattr(qlora_min.train, "SAVE_TRIES", 1000)
+    monkeypatch.setattr(writer, "SAVE_TRIES", 1000)
     whole = make("whole", **OPTIONS)
     whole.train()
     disturbed = make("disturbed", **OPTIONS)
     capsys.readouterr()
     rng = random.Random(error)
-    with faults.Faults(disturbed.run, lambda n: rng.random() < 0.01, error) as made:
+    with faults.Faults(disturbed.folder, lambda n: rng.random() < 0.01, error) as made:
         disturbed.train()
     assert len(made.calls) > 400
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) >= 3 and all(str(disturbed.run) in w and os.strerror(error) in w for w in warnings)
-    results = [outcome(t.run, all_of_it=False) for t in (whole, disturbed)]
+    assert len(warnings) >= 3 and all(str(disturbed.folder) in w and os.strerror(error) in w for w in warnings)
+    results = [outcome(t.folder, all_of_it=False) for t in (whole, disturbed)]
     assert_same(results[1], results[0])
 
 
@@ -124,7 +128,7 @@ def test_a_failing_disk_changes_nothing_but_warnings(make, monkeypatch, no_waiti
 def test_a_disk_that_stays_away_ends_the_run_after_ten_tries(make, no_waiting, capsys, error):  # noqa: F811
     trainer = make(**OPTIONS)
     step = trainer.stepper.step
-    away = faults.Faults(trainer.run, lambda n: True, error)
+    away = faults.Faults(trainer.folder, lambda n: True, error)
 
     def leave():
         if trainer.progress.step == 5:
@@ -138,46 +142,46 @@ def test_a_disk_that_stays_away_ends_the_run_after_ten_tries(make, no_waiting, c
     finally:
         away.__exit__()
     assert "10 times in a row" in str(end.value) and os.strerror(error) in str(end.value)
-    assert str(trainer.run / "checkpoints" / "step-4") in str(end.value)
-    assert str(end.value).endswith(f"when it can be, continue with: python scripts/train.py --resume {trainer.run}")
+    assert str(trainer.folder / "checkpoints" / "step-4") in str(end.value)
+    assert str(end.value).endswith(f"when it can be, continue with: python scripts/train.py --resume {trainer.folder}")
     assert sum(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines()) == 9
-    assert last_checkpoint(trainer.run)["progress"]["step"] == 4
-    resumed = Trainer(*resume_config(str(trainer.run), {}))
+    assert last_checkpoint(trainer.folder)["progress"]["step"] == 4
+    resumed = Trainer(*resume_config(str(trainer.folder), {}))
     assert resumed.progress.step == 4
 
 
 def test_tries_are_spread_over_time_and_the_last_save_insists(make, monkeypatch, capsys):  # noqa: F811
     """While training, a new try comes only after RETRY_SECONDS; at the end the run waits for it."""
     slept = []
-    monkeypatch.setattr(qlora_min.train.time, "sleep", slept.append)
-    monkeypatch.setattr(qlora_min.train.time, "monotonic", lambda: 1000.0)  # no time passes
+    monkeypatch.setattr(writer.time, "sleep", slept.append)
+    monkeypatch.setattr(writer.time, "monotonic", lambda: 1000.0)  # no time passes
     trainer = make(**OPTIONS)
-    away = faults.Faults(trainer.run, lambda n: len(slept) < 3)
+    away = faults.Faults(trainer.folder, lambda n: len(slept) < 3)
     with away:
         trainer.train()
     assert slept == [30.0] * 3
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 4  # at the start, and three times at the end
-    assert checkpoint.is_finished(trainer.run)
+    assert checkpoint.is_finished(trainer.folder)
 
 
 def test_a_folder_in_the_place_of_a_drive_is_not_written_to(make, no_waiting):  # noqa: F811
     trainer = make(**OPTIONS)
-    trainer.run.rename(trainer.run.with_name("elsewhere"))
+    trainer.folder.rename(trainer.folder.with_name("elsewhere"))
     with pytest.raises(TrainingError, match=r"config\.json"):
         trainer.train()
-    assert not trainer.run.exists()
+    assert not trainer.folder.exists()
 
 
 def test_samples_that_cannot_be_written_are_a_warning(make, monkeypatch, capsys):  # noqa: F811
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(qlora_min.train, "write_jsonl", fail)
+    monkeypatch.setattr(ending, "write_jsonl", fail)
     trainer = make(**OPTIONS)
     trainer.train()
     assert "warning: no samples or curves" in capsys.readouterr().out
-    assert checkpoint.is_finished(trainer.run)
+    assert checkpoint.is_finished(trainer.folder)
 
 
 def test_a_half_written_line_is_cut_before_the_next(tmp_path):
@@ -197,10 +201,10 @@ def test_a_half_written_line_is_cut_before_the_next(tmp_path):
 
 def test_rusts_errors_are_the_disks(tmp_path):
     """safetensors and tokenizers report a full disk as an error of their own; one that isn't the disk's stays."""
-    with pytest.raises(OSError) as error, checkpoint.atomic_folder(tmp_path / "x"):
+    with pytest.raises(OSError) as error, files.atomic_folder(tmp_path / "x"):
         raise Exception("No space left on device (os error 28)")
     assert error.value.errno == errno.ENOSPC
-    with pytest.raises(KeyError), checkpoint.atomic_folder(tmp_path / "x"):
+    with pytest.raises(KeyError), files.atomic_folder(tmp_path / "x"):
         raise KeyError("y")
     assert list(tmp_path.iterdir()) == []
 
@@ -228,8 +232,8 @@ def cut(make):  # noqa: F811
     trainer.stepper.step = crash
     with pytest.raises(Crash):
         trainer.train()
-    assert checkpoint.checkpoint_steps(trainer.run) == [4, 6]
-    return trainer.run
+    assert checkpoint.checkpoint_steps(trainer.folder) == [4, 6]
+    return trainer.folder
 
 
 def flip(path: Path) -> None:
@@ -250,7 +254,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_step_written_again(cut, make,
     assert aside.exists()
     whole = make("whole", **{**OPTIONS, "held": 0})
     whole.train()
-    assert_same(outcome(cut, all_of_it=False), outcome(whole.run, all_of_it=False))
+    assert_same(outcome(cut, all_of_it=False), outcome(whole.folder, all_of_it=False))
 
 
 @pytest.mark.parametrize("lost", ["adapter", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"])
@@ -262,7 +266,7 @@ def test_the_adapter_is_made_again(cut, lost):
     else:
         flip(cut / lost)
     resumed = Trainer(*resume_config(str(cut), {}))
-    resumed._write_all()
+    resumed.writer.write_all(resumed.progress)
     assert_same(saved_adapter(cut), expected)
     json.loads((cut / "adapter" / "adapter_config.json").read_text())
 
@@ -289,8 +293,8 @@ def test_what_changed_is_named(cut, make, monkeypatch, tmp_path):  # noqa: F811
     for option, value in {"save_every": 7, "rank": 8, "dataset": ("x.jsonl",)}.items():
         with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} was"):
             resume_config(str(cut), {option: value})
-    load = qlora_min.train.load_base
-    monkeypatch.setattr(qlora_min.train, "load_base", lambda *args: replace(load(*args), fingerprint="another"))
+    load = qlora_min.base.load_base
+    monkeypatch.setattr(qlora_min.run.trainer, "load_base", lambda *args: replace(load(*args), fingerprint="another"))
     with pytest.raises(ValueError, match="the base changed: fingerprint was"):
         Trainer(*resume_config(str(cut), {}))
 
@@ -336,8 +340,8 @@ def test_a_record_that_lost_a_value_is_no_traceback(cut, key):
 
 
 def test_another_version_or_gpu_is_a_note(cut, monkeypatch, capsys):
-    now = {**qlora_min.train.versions(), "torch": "0.1", "gpu": "another"}
-    monkeypatch.setattr(qlora_min.train, "versions", lambda: now)
+    now = {**resuming.versions(), "torch": "0.1", "gpu": "another"}
+    monkeypatch.setattr(resuming, "versions", lambda: now)
     Trainer(*resume_config(str(cut), {}))
     out = capsys.readouterr().out
     assert "now 0.1: the run goes on, but not bitwise" in out and "note: gpu was None, now another" in out
@@ -408,12 +412,12 @@ def test_of_two_trainings_that_start_at_once_one_wins(tmp_path):
 
 def test_the_lock_outlives_clean_and_ends_with_the_run(make):  # noqa: F811
     trainer = make(**OPTIONS)
-    checkpoint.clean(trainer.run)
+    checkpoint.clean(trainer.folder)
     with pytest.raises(ValueError, match="is training there"):
-        checkpoint.Lock(trainer.run)
+        checkpoint.Lock(trainer.folder)
     assert not os.get_inheritable(trainer.lock.file.fileno())
     trainer.train()
-    checkpoint.Lock(trainer.run).file.close()
+    checkpoint.Lock(trainer.folder).file.close()
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])  # the last also without fcntl
@@ -452,7 +456,7 @@ def test_a_directory_that_cannot_be_written_to_names_its_option(make, cut, monke
     with pytest.raises(ValueError, match=r"--resume .*cut: can't be written to \(Read-only file system\)"):
         Trainer(*resume_config(str(cut), {}))
     monkeypatch.undo()
-    monkeypatch.setattr(qlora_min.train, "write_json", refuse)
+    monkeypatch.setattr(qlora_min.run.trainer, "write_json", refuse)
     with pytest.raises(ValueError, match=r"--output-dir .*new: can't be written to \(Read-only"):
         make("new", **OPTIONS)
 

@@ -11,30 +11,42 @@ import torch
 from conftest import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qlora_min import checkpoint, demo, memory, ops
+from qlora_min import loop
+from qlora_min.base import add_lora, load_base
 from qlora_min.batches import dropout_seed, pack
 from qlora_min.config import Config
-from qlora_min.data import Row
-from qlora_min.decoder import Decoder
-from qlora_min.engine import Captured, Modules, attention, captured, make_engine
-from qlora_min.lora import lora_parameters
-from qlora_min.model import add_lora, dequantized_weight, load_base, resolve_precision
-from qlora_min.train import Trainer, resume_config
+from qlora_min.data.rows import Row
+from qlora_min.demo import world
+from qlora_min.evaluation import Evaluation, evaluate_rows
+from qlora_min.fused.decoder import Decoder
+from qlora_min.fused.graphs import Captured
+from qlora_min.fused.probe import modules_of
+from qlora_min.fused.select import captured, make_engine
+from qlora_min.lora import LoraSpec, lora_parameters
+from qlora_min.ops import formulas, masks
+from qlora_min.ops.attention import attention
+from qlora_min.run import checkpoint
+from qlora_min.run.resume import resume_config
+from qlora_min.run.trainer import Trainer
+from qlora_min.system import device
+from qlora_min.system.bits import dequantized_weight
+from qlora_min.system.device import resolve_precision
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def options(demo_data, run, **more):
     train, held = demo_data
-    files = {"model": str(demo.MODEL_DIR), "dataset": (str(train),), "eval_dataset": (str(held),)}
+    files = {"model": str(world.MODEL_DIR), "dataset": (str(train),), "eval_dataset": (str(held),)}
     fixed = {"limit": 128, "eval_limit": 32, "batch_size": 4, "grad_accum": 2, "max_steps": 12, "log_every": 1}
     return Config(**{**files, **fixed, "output_dir": str(run), "learning_rate": 2e-3, **more})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_forward_backward_and_dequantize_use_one_weight(precision):
-    base = load_base(str(demo.MODEL_DIR), "nf4", precision, CUDA)
+    base = load_base(str(world.MODEL_DIR), "nf4", precision, CUDA)
     layer = base.model.model.layers[0].mlp.down_proj
     x = torch.randn(2000, layer.in_features, device=CUDA, dtype=base.dtype, requires_grad=True)
     y = layer(x)
@@ -60,43 +72,49 @@ def test_checkpointing_changes_no_gradient(demo_data, tmp_path, precision, engin
     for on in ("on", "off"):
         how = {"gradient_checkpointing": on, "engine": engine, "micro_batch_tokens": 300}
         trainer = Trainer(options(demo_data, tmp_path / on, precision=precision, dropout=0.1, **how))
-        for batch in trainer.step_batches(0):
-            trainer.compute.loss_and_gradients(batch, torch.tensor(0.1), dropout_seed(1, 0))
+        for batch in trainer.feed[0][0]:
+            trainer.feed.engine.loss_and_gradients(batch, torch.tensor(0.1), dropout_seed(1, 0))
         grads.append(trainer.engine.adapter.grads.clone())
     assert torch.equal(*grads) and grads[0].norm() > 0
 
 
+def evaluation(trainer: Trainer) -> Evaluation:
+    """Of the held-out rows, as the loop makes it."""
+    return evaluate_rows(trainer.feed.engine, trainer.held_out_here, loop.EVALUATED, None, trainer.feed.n_tokens)
+
+
 def test_gpu_and_cpu_agree(demo_data, tmp_path, monkeypatch):
-    on_gpu = Trainer(options(demo_data, tmp_path / "gpu", precision="fp32")).evaluate()
-    monkeypatch.setattr("qlora_min.train.pick_device", lambda: torch.device("cpu"))
-    on_cpu = Trainer(options(demo_data, tmp_path / "cpu", precision="fp32")).evaluate()
+    on_gpu = evaluation(Trainer(options(demo_data, tmp_path / "gpu", precision="fp32")))
+    monkeypatch.setattr("qlora_min.run.trainer.pick_device", lambda: torch.device("cpu"))
+    on_cpu = evaluation(Trainer(options(demo_data, tmp_path / "cpu", precision="fp32")))
     assert on_gpu.loss == pytest.approx(on_cpu.loss, rel=1e-3)  # the two quantise absmaxes a code apart here and there
 
 
 @ENGINES
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_resume_is_bitwise(demo_data, tmp_path, precision, engine):
+def test_resume_is_bitwise(demo_data, tmp_path, monkeypatch, precision, engine):
     whole = Trainer(options(demo_data, tmp_path / "whole", precision=precision, eval_every=4, engine=engine))
     whole.train()
     part = Trainer(options(demo_data, tmp_path / "part", precision=precision, eval_every=4, engine=engine))
-    part.total_steps, total = 8, part.total_steps
-    part._finish = lambda: part.progress
-    part.train()
+    part.schedule.total_steps, total = 8, part.schedule.total_steps
+    with monkeypatch.context() as m:
+        m.setattr("qlora_min.run.trainer.finish", lambda trainer: None)
+        part.train()
     assert part.progress.step < total
     torch.cuda.manual_seed_all(0)  # the checkpoint's own state must come back
     again = Trainer(*resume_config(str(tmp_path / "part"), {}))
     again.train()
-    for (name, a), b in zip(lora_parameters(whole.model).items(), lora_parameters(again.model).values()):
+    for (name, a), b in zip(lora_parameters(whole.base.model).items(), lora_parameters(again.base.model).values()):
         assert torch.equal(a, b), name
 
 
 def test_adapters_start_equal_on_gpu_and_cpu():
     made = []
-    for device in (CUDA, torch.device("cpu")):
+    for where in (CUDA, CPU):
         torch.manual_seed(3)
-        base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", device)
+        base = load_base(str(world.MODEL_DIR), "nf4", "fp32", where)
         torch.manual_seed(3)
-        add_lora(base, ("q_proj",), 8, 16, 0.0)
+        add_lora(base, LoraSpec(8, 16.0, 0.0, ("q_proj",)))
         made.append([p.cpu() for p in lora_parameters(base.model).values()])
     assert all(torch.equal(a, b) for a, b in zip(*made))
 
@@ -107,8 +125,8 @@ def test_adapters_start_equal_on_gpu_and_cpu():
 
 
 def plain(function, *args, **kwargs):
-    """What the formula in ops.py computes on the GPU."""
-    with ops.formulas():
+    """What the formula in ops/formulas.py computes on the GPU."""
+    with formulas.formulas():
         return function(*args, **kwargs)
 
 
@@ -137,36 +155,37 @@ def test_kernels_compute_the_formulas(dtype):
         draw(n, d, dtype=torch.float32),
     )
     for more in (None, delta):
-        mine, reference = ops.add_norm(x, more, w, 1e-6, dtype), plain(ops.add_norm, x, more, w, 1e-6, dtype)
+        mine, reference = formulas.add_norm(x, more, w, 1e-6, dtype), plain(formulas.add_norm, x, more, w, 1e-6, dtype)
         for a, b in zip(mine, reference):
             near(a, b)
     dy, rstd = draw(n, d), mine[2]
     for a, b in zip(
-        ops.norm_backward(dy, x, rstd, w, dres.clone()), plain(ops.norm_backward, dy, x, rstd, w, dres.clone())
+        formulas.norm_backward(dy, x, rstd, w, dres.clone()),
+        plain(formulas.norm_backward, dy, x, rstd, w, dres.clone()),
     ):
         near(a, b, dtype)
     gate_up, dh = draw(n, 2 * inner), draw(n, inner)
-    near(ops.swiglu(gate_up), plain(ops.swiglu, gate_up))
+    near(formulas.swiglu(gate_up), plain(formulas.swiglu, gate_up))
     a, b = gate_up.clone(), gate_up.clone()
-    ops.swiglu_backward_(dh, a), plain(ops.swiglu_backward_, dh, b)
+    formulas.swiglu_backward_(dh, a), plain(formulas.swiglu_backward_, dh, b)
     near(a, b)
     qkv, positions = draw(n, (heads + 2) * 2 * half), torch.arange(n, device=CUDA)
     angles = torch.rand(100, half, device=CUDA)
     rotary = angles.cos(), angles.sin(), positions, heads
     for norm in (None, (draw(heads, 2 * half, dtype=torch.float32), 1e-6)):
-        a, b = ops.rotate(qkv.clone(), *rotary, norm), plain(ops.rotate, qkv.clone(), *rotary, norm)
+        a, b = formulas.rotate(qkv.clone(), *rotary, norm), plain(formulas.rotate, qkv.clone(), *rotary, norm)
         near(a, b)
         assert torch.equal(a[:, heads * 2 * half :], qkv[:, heads * 2 * half :])
         a, b = draw(*qkv.shape), None
         b = a.clone()
-        ops.rotate_backward_(a, qkv, *rotary, norm), plain(ops.rotate_backward_, b, qkv, *rotary, norm)
+        formulas.rotate_backward_(a, qkv, *rotary, norm), plain(formulas.rotate_backward_, b, qkv, *rotary, norm)
         near(a, b)
     vocab = 151936
     logits, targets = 3 * draw(9, vocab, dtype=torch.float32), torch.randint(vocab, (9,), device=CUDA)
     weights, factor = (torch.arange(9, device=CUDA) < 7).float(), torch.tensor(8.0, device=CUDA)
     for a, b in zip(
-        ops.cross_entropy(logits, targets, weights, factor, dtype),
-        plain(ops.cross_entropy, logits, targets, weights, factor, dtype),
+        formulas.cross_entropy(logits, targets, weights, factor, dtype),
+        plain(formulas.cross_entropy, logits, targets, weights, factor, dtype),
     ):
         near(a, b)
 
@@ -176,15 +195,15 @@ def test_kernels_compute_the_formulas(dtype):
 def test_the_dropout_kernel_draws_the_formulas_bits(dtype, features):
     """As a CPU does, too."""
     row_ids, positions = torch.arange(300) // 7, torch.arange(300) % 7
-    keys = ops.dropout_keys(torch.tensor(5, dtype=torch.int32), row_ids, positions)
-    on_gpu = ops.dropout_keys(torch.tensor(5, dtype=torch.int32, device=CUDA), row_ids.cuda(), positions.cuda())
+    keys = masks.dropout_keys(torch.tensor(5, dtype=torch.int32), row_ids, positions)
+    on_gpu = masks.dropout_keys(torch.tensor(5, dtype=torch.int32, device=CUDA), row_ids.cuda(), positions.cuda())
     assert torch.equal(keys, on_gpu.cpu())
     x = torch.randn(300, features, device=CUDA, dtype=dtype).abs() + 1
-    y = ops.dropout(x, 0.05, on_gpu, 3)
-    assert torch.equal((y != 0).cpu(), ops.dropout_mask(keys, 0.05, 3, features))
-    assert torch.equal(y, plain(ops.dropout, x, 0.05, on_gpu, 3))
+    y = formulas.dropout(x, 0.05, on_gpu, 3)
+    assert torch.equal((y != 0).cpu(), masks.dropout_mask(keys, 0.05, 3, features))
+    assert torch.equal(y, plain(formulas.dropout, x, 0.05, on_gpu, 3))
     dx, reference = torch.ones_like(x), torch.ones_like(x)
-    ops.dropout_backward_(dx, x, 0.05, on_gpu, 3), plain(ops.dropout_backward_, reference, x, 0.05, on_gpu, 3)
+    formulas.dropout_backward_(dx, x, 0.05, on_gpu, 3), plain(formulas.dropout_backward_, reference, x, 0.05, on_gpu, 3)
     near(dx, reference)
 
 
@@ -225,12 +244,12 @@ def test_attention_stays_within_rows_and_windows(monkeypatch, dtype, window, cap
 
 def test_without_triton_a_gpu_computes_what_a_cpu_does(monkeypatch):
     """Dropout included, and as graphs."""
-    monkeypatch.setattr(ops, "why_formulas", "a test")
+    monkeypatch.setattr(formulas, "why_formulas", "a test")
     base, mine, batches = engine_and_batches("fp32")
     graphs = captured(mine, 384, 384)
     assert isinstance(graphs, Captured)
-    twin = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
-    add_lora(twin, ("q_proj", "k_proj", "v_proj", "o_proj"), 16, 32.0, 0.1)
+    twin = load_base(str(world.MODEL_DIR), "nf4", "fp32", CPU)
+    add_lora(twin, LoraSpec(16, 32.0, 0.1, ATTENTION))
     with torch.no_grad():
         for a, b in zip(lora_parameters(twin.model).values(), lora_parameters(base.model).values()):
             a.copy_(b)
@@ -246,9 +265,9 @@ def test_without_triton_a_gpu_computes_what_a_cpu_does(monkeypatch):
 @pytest.mark.parametrize("how", ["raises", "differs"])
 @pytest.mark.parametrize("name", ["rotate", "dropout", "cross_entropy", "Dequantizer"])
 def test_a_kernel_that_fails_leaves_the_formulas(monkeypatch, name, how):
-    from qlora_min import kernels
+    from qlora_min.ops import kernels
 
-    monkeypatch.setattr(ops, "why_formulas", "")
+    monkeypatch.setattr(formulas, "why_formulas", "")
     real = getattr(kernels, name)
 
     def broken(*args):
@@ -263,10 +282,12 @@ def test_a_kernel_that_fails_leaves_the_formulas(monkeypatch, name, how):
 
     monkeypatch.setattr(kernels, name, broken)
     base, engine, batches = engine_and_batches("fp16")
-    assert ("does not compile (RuntimeError)" if how == "raises" else "computes something else") in ops.why_formulas
+    assert (
+        "does not compile (RuntimeError)" if how == "raises" else "computes something else"
+    ) in formulas.why_formulas
     batch = pack(batches[0], None, 320, 128, 8).to(CUDA)
     loss = engine.loss_and_gradients(batch, torch.tensor(0.5, device=CUDA), dropout_seed(1, 1).to(CUDA))
-    modules = Modules(base, 384)
+    modules = modules_of(base, 384)
     reference = modules.loss_and_gradients(batch, torch.tensor(0.5, device=CUDA), dropout_seed(1, 1).to(CUDA))
     assert loss.item() == pytest.approx(reference.item(), rel=3e-3)
 
@@ -288,20 +309,20 @@ def test_the_demo_trains_on_a_t4_as_software_sees_it(tmp_path, triton, engine):
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_kernel_dequantises_as_bitsandbytes_does(precision, quantization):
-    base = load_base(str(demo.MODEL_DIR), quantization, precision, CUDA)
+    base = load_base(str(world.MODEL_DIR), quantization, precision, CUDA)
     mine = Decoder(base, 64)
     for i, layer in enumerate(mine.layers):
         mine.scratch.fill_(float("nan"))
         mine._dequantize(i)
         for p in layer.projections:
-            assert torch.equal(p.weight, torch.cat([dequantized_weight(m) for m in p.bases]))
+            assert torch.equal(p.weight, torch.cat([dequantized_weight(m) for m in p.linears]))
 
 
 def engine_and_batches(precision, checkpointing=False, dropout=0.1, engine="fused"):
     rng = random.Random(0)
-    base = load_base(str(demo.MODEL_DIR), "nf4", precision, CUDA)
+    base = load_base(str(world.MODEL_DIR), "nf4", precision, CUDA)
     torch.manual_seed(0)
-    add_lora(base, ("q_proj", "k_proj", "v_proj", "o_proj"), 16, 32.0, dropout)
+    add_lora(base, LoraSpec(16, 32.0, dropout, ATTENTION))
     for name, p in lora_parameters(base.model).items():
         if name.endswith("B"):
             torch.nn.init.normal_(p, std=0.02)
@@ -327,7 +348,7 @@ def test_both_engines_compute_the_same(precision, checkpointing):
     factor, seed = torch.tensor(0.5, device=CUDA), dropout_seed(1, 1).to(CUDA)
     loss = fused.loss_and_gradients(batch, factor, seed).item()
     grads = fused.adapter.grads.clone()
-    modules = Modules(base, 384)
+    modules = modules_of(base, 384)
     modules.checkpointing = checkpointing
     assert not modules.mixing
     reference = modules.loss_and_gradients(batch, factor, seed).item()
@@ -347,7 +368,7 @@ def test_graphs_change_nothing(precision, checkpointing, engine):
         losses = []
         mine.adapter.grads.zero_()
         for i in range(100):
-            batch = pack(batches[i % 6], None, 320 + 64 * (i % 2), 128, 8, longest=384).to(device)
+            batch = pack(batches[i % 6], None, 320 + 64 * (i % 2), 128, 8, max_seqlen=384).to(device)
             factor = torch.tensor(0.1, device=CUDA)
             losses.append(compute.loss_and_gradients(batch, factor, dropout_seed(1, i).to(device)).clone())
         return torch.stack(losses), mine.adapter.grads.clone()
@@ -374,33 +395,40 @@ SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, 
 def test_the_peak_is_within_10_percent_of_what_was_measured_before(tmp_path, family, engine, checkpointing):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE)).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(tmp_path / "base")
     rows = [Row(torch.arange(300, dtype=torch.int32), torch.arange(300) > 250, "") for _ in range(32)]
     for tokens in (1200, 4800):
-        memory.release()
+        device.release()
         before = torch.cuda.memory_allocated()  # what other tests left
         trainer = memory_trainer(tmp_path, rows, engine=engine, gradient_checkpointing=checkpointing, tokens=tokens)
-        memory.release()
+        device.release()
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
-            trainer.take_step()
+        take_steps(trainer)
         expected = trainer.footprint.total(tokens)
         assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected, rel=0.1, abs=24 * 2**20)
         del trainer
-        memory.release()
+        device.release()
 
 
 def memory_trainer(tmp_path, rows, tokens=None, **more):
     import numpy as np
 
-    from qlora_min.data import Encoded, Rows
+    from qlora_min.data.rows import Rows
+    from qlora_min.run.datasets import Encoded
 
     data = Encoded("rows", Rows.write(rows), np.zeros(len(rows), np.uint64), np.ones(len(rows), bool))
     config = Config(
         model=str(tmp_path / "base"), output_dir=tempfile.mkdtemp(dir=tmp_path), precision="bf16",
-        batch_size=4, grad_accum=4, micro_batch_tokens=tokens, save_minutes=0, **more,
+        batch_size=4, grad_accum=4, micro_batch_tokens=tokens, save_minutes=0, max_steps=3, **more,
     )  # fmt: skip
     return Trainer(config, data=([data], []))
+
+
+def take_steps(trainer: Trainer) -> None:
+    """All three, as a run does, but that nothing is saved."""
+    trainer.writer.save = lambda progress, finished: None
+    loop.train(trainer.feed, trainer.stepper, trainer.held_out_here, trainer.config, trainer.progress, trainer.writer)
+    assert trainer.progress.step == 3
 
 
 @ENGINES
@@ -408,23 +436,22 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_smaller_micro_batches(t
     """Memory is taken away behind the plan; the adapter is what it would have been."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SHAPE)).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(tmp_path / "base")
     rows = [Row(torch.arange(300, dtype=torch.int32), torch.arange(300) > 250, "") for _ in range(48)]
     weights = []
     for short in (False, True):
         trainer = memory_trainer(tmp_path, rows, tokens=4800, engine=engine, dropout=0.1, optimizer="adamw")
-        memory.release()
+        device.release()
         if short:
             grows = trainer.footprint.total(4800) - trainer.footprint.total(0)
             most = torch.cuda.memory_reserved() + 0.7 * grows
             torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(0).total_memory)
-        for _ in range(3):
-            trainer.take_step()
+        take_steps(trainer)
         torch.cuda.set_per_process_memory_fraction(1.0)
         weights.append(trainer.engine.adapter.weights.clone())
-        assert (trainer.tokens < 4800) is short
+        assert (trainer.feed.n_tokens < 4800) is short
         del trainer
-        memory.release()
+        device.release()
     assert "out of memory; its gradients are computed again" in capsys.readouterr().out
     assert (weights[0] - weights[1]).norm() < 1e-2 * weights[0].norm()
 
@@ -444,9 +471,9 @@ def test_two_gpus_make_the_run_of_one(tmp_path, how):
     options = ["--demo", "--max-steps", "20", "--dropout", "0", "--optimizer", "adamw", "--precision", "fp32"]
     options += ["--learning-rate", "2e-4", "--eval-every", "10", "--log-every", "1", *how]
     losses = []
-    for ranks in (1, 2):
-        run = tmp_path / str(ranks)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    for count in (1, 2):
+        run = tmp_path / str(count)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
         command += [str(ROOT / "scripts" / "train.py"), *options, "--output-dir", str(run)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]

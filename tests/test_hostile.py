@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+import statistics
 import struct
 import warnings
 import weakref
@@ -12,6 +13,7 @@ from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,28 +22,29 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_scripts import one_line_error
 
-import qlora_min.decoder
-import qlora_min.evaluate
+import qlora_min.fused.decoder
 import qlora_min.generate
-import qlora_min.train
-from qlora_min import demo, memory
-from qlora_min.adapter import (
-    CONFIG,
-    ORIGIN,
-    WEIGHTS,
-    AdapterConfig,
-    load_adapter,
-    load_weights,
-    read_config,
-    save_adapter,
-)
-from qlora_min.config import Config, clipped, redacted, shown
-from qlora_min.data import encode_all, read
-from qlora_min.engine import Engine, make_engine
-from qlora_min.evaluate import evaluate
+import qlora_min.loop
+import qlora_min.lora
+import qlora_min.optim
+import qlora_min.run.ending
+import qlora_min.run.trainer
+from qlora_min.adapter import WEIGHTS, AdapterConfig, load_adapter, load_weights, save_adapter
+from qlora_min.base import Base, add_lora, load_base, load_encoder
+from qlora_min.config import Config
+from qlora_min.data.readers import read
+from qlora_min.demo import world
+from qlora_min.engine import Engine
+from qlora_min.evaluation import evaluate_rows
+from qlora_min.fused.select import make_engine
 from qlora_min.generate import generate
-from qlora_min.lora import lora_parameters
-from qlora_min.model import Base, add_lora, find_model, load_base, load_encoder
+from qlora_min.lora import LoraSpec, lora_parameters
+from qlora_min.run import forecast
+from qlora_min.run.datasets import encode_dataset
+from qlora_min.system import device
+from qlora_min.system.hub import find_model
+from qlora_min.system.peft_files import CONFIG, ORIGIN
+from qlora_min.system.text import clipped, redacted, shown
 
 CPU = torch.device("cpu")
 LONGEST = 330  # characters of a message, without the path of the folder
@@ -58,15 +61,15 @@ ERRORS = {  # the words that libraries have for it
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(qlora_min.train, "pick_device", lambda: CPU)
-    monkeypatch.setattr(qlora_min.train, "SAMPLE_TOKENS", 2)
+    monkeypatch.setattr(qlora_min.run.trainer, "pick_device", lambda: CPU)
+    monkeypatch.setattr(qlora_min.run.ending, "SAMPLE_TOKENS", 2)
 
 
 def adapted(rank: int = 4, dropout: float = 0.0) -> Base:
     """The demo's base with an adapter that has an effect."""
-    base = load_base(str(demo.MODEL_DIR), "none", device=CPU)
+    base = load_base(str(world.MODEL_DIR), "none", device=CPU)
     torch.manual_seed(0)
-    add_lora(base, ("q_proj", "v_proj"), rank, 8.0, dropout)
+    add_lora(base, LoraSpec(rank, 8.0, dropout, ("q_proj", "v_proj")))
     with torch.no_grad():
         for p in lora_parameters(base.model).values():
             p.normal_(std=0.1)
@@ -87,7 +90,7 @@ def message_of(error: pytest.ExceptionInfo, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def held_out(demo_data):
-    return encode_all("demo", read(str(demo_data[1]), 23), load_encoder(str(demo.MODEL_DIR)), 64).rows
+    return encode_dataset("demo", read(str(demo_data[1]), 23), load_encoder(str(world.MODEL_DIR)), 64).rows
 
 
 def engine_of(name: str, longest: int = 64) -> Engine:
@@ -103,7 +106,7 @@ BOTH = pytest.mark.parametrize("name", ["modules", "fused"])
 @pytest.mark.parametrize("words", ERRORS)
 def test_evaluation_goes_on_with_half_the_batch_and_the_same_figures(held_out, monkeypatch, capsys, name, words):
     engine = engine_of(name)
-    expected = evaluate(engine, held_out, 16).as_dict()
+    expected = evaluate_rows(engine, held_out, 16).as_dict()
     rng, inner = random.Random(words), engine.hidden_states
     counted, failed, sizes = [], [], []
 
@@ -117,10 +120,10 @@ def test_evaluation_goes_on_with_half_the_batch_and_the_same_figures(held_out, m
         return inner(batch)
 
     monkeypatch.setattr(engine, "hidden_states", hidden_states)
-    result = evaluate(engine, held_out, 16).as_dict()
+    result = evaluate_rows(engine, held_out, 16).as_dict()
     assert failed and all(n <= m // 2 for m, n in itertools.pairwise(failed))
     assert max(sizes[-3:]) <= max(1, min(failed) // 2)
-    assert sorted(counted) == sorted(tuple(r.ids.tolist()) for r in held_out)  # none twice, none lost
+    assert sorted(counted) == sorted(tuple(r.input_ids.tolist()) for r in held_out)  # none twice, none lost
     for key in ("loss", "perplexity"):
         assert result.pop(key) == pytest.approx(expected.pop(key), rel=1e-6)
     assert result == expected
@@ -150,8 +153,8 @@ def test_a_failed_batch_is_gone_before_the_next_attempt(held_out, monkeypatch):
 
     monkeypatch.setattr(engine, "hidden_states", hidden_states)
     monkeypatch.setattr(engine, "logits", logits)
-    monkeypatch.setattr(memory, "release", release)
-    assert evaluate(engine, held_out, 16).rows == len(held_out)
+    monkeypatch.setattr(device, "release", release)
+    assert evaluate_rows(engine, held_out, 16).rows == len(held_out)
     assert releases == [16, 8]
 
 
@@ -159,10 +162,10 @@ def test_evaluation_without_memory_for_one_row(held_out, monkeypatch):
     engine = engine_of("fused")
     monkeypatch.setattr(engine, "hidden_states", raiser(ERRORS["CUDA"]))
     with pytest.raises(MemoryError, match=r"evaluating one row of \d+ tokens takes .*; lower --max-length"):
-        evaluate(engine, held_out, 16)
+        evaluate_rows(engine, held_out, 16)
     monkeypatch.setattr(engine, "hidden_states", raiser(RuntimeError("mat1 and mat2 have other shapes")))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):  # what is no want of memory stays what it is
-        evaluate(engine, held_out, 16)
+        evaluate_rows(engine, held_out, 16)
 
 
 def raiser(error: BaseException):
@@ -174,7 +177,7 @@ def raiser(error: BaseException):
 
 def test_answers_in_halves(held_out, monkeypatch):
     base = adapted()
-    prompts = [r.ids[: r.answer_start].tolist() for r in held_out[:5]]
+    prompts = [r.input_ids[: r.answer_start].tolist() for r in held_out[:5]]
     expected, inner = generate(base, prompts, 4), qlora_min.generate._generate
     assert len(set(expected)) > 1  # else their order would not show
 
@@ -209,16 +212,34 @@ OPTIONS = (
 )
 
 
-def fail_at(monkeypatch, where: str, calls: Container[int], error: BaseException) -> None:
-    """These calls of a name in train.py fail, counted from 1."""
-    inner, count = getattr(qlora_min.train, where), itertools.count(1)
+def fail_at(monkeypatch, name: str, calls: Container[int], error: BaseException) -> None:
+    """These calls of a name in loop.py fail, counted from 1."""
+    inner, count = getattr(qlora_min.loop, name), itertools.count(1)
 
     def f(*args, **kwargs):
         if next(count) in calls:
             raise error
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(qlora_min.train, where, f)
+    monkeypatch.setattr(qlora_min.loop, name, f)
+
+
+def fail_in_micro_batches(monkeypatch, calls: Container[int], error: BaseException) -> None:
+    """These micro-batches of training fail, counted from 1."""
+    inner, count = qlora_min.loop.compute_gradients, itertools.count(1)
+
+    def compute_gradients(feed, *args):
+        compute = feed.engine.loss_and_gradients
+
+        def loss_and_gradients(*given):
+            if next(count) in calls:
+                raise error
+            return compute(*given)
+
+        with patch.object(feed.engine, "loss_and_gradients", loss_and_gradients):
+            return inner(feed, *args)
+
+    monkeypatch.setattr(qlora_min.loop, "compute_gradients", compute_gradients)
 
 
 def same_adapter(a: Path, b: Path) -> bool:
@@ -231,9 +252,9 @@ def straight(monkeypatch) -> None:
     """What micro-batches take is as said here, whatever the machine: half as much with checkpointing."""
 
     def measure(engine, work, tokens):
-        return memory.Footprint(memory.GIB, 0, 0.0, (1 if engine.checkpointing else 2) * memory.GIB / 100)
+        return forecast.Footprint(device.GIB, 0, 0.0, (1 if engine.checkpointing else 2) * device.GIB / 100)
 
-    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(forecast, "measure", measure)
 
 
 @pytest.mark.parametrize(("name", "words"), [("modules", "Python"), ("fused", "CUDA")])
@@ -241,7 +262,7 @@ def test_a_step_without_memory_is_computed_again_in_halves(script, tmp_path, mon
     """Dropout on: the repeated step draws what it would have drawn, so the run is the one of smaller micro-batches."""
     options = [*OPTIONS, "--engine", name, "--max-steps", 4, "--micro-batch-tokens"]
     with monkeypatch.context() as m:
-        fail_at(m, "dropout_seed", {2}, ERRORS[words])  # the second micro-batch of the first step
+        fail_in_micro_batches(m, {2}, ERRORS[words])  # the second micro-batch of the first step
         done = script("train.py", *options, 500, "--output-dir", "halved")
     notes = re.findall(
         r"^note: step (\d+): out of memory; .* of up to ([\d,]+) tokens, or one row, from now on$", done.stdout, re.M
@@ -261,7 +282,7 @@ def test_training_out_of_memory_says_what_to_change(script, tmp_path, monkeypatc
     options = [*OPTIONS, "--engine", name, "--micro-batch-tokens", 500]
     with monkeypatch.context() as m:
         first = 2 * 2 + 2  # two micro-batches a step: the second of step 3
-        fail_at(m, "dropout_seed", range(first, 10**6), ERRORS["CUDA"])
+        fail_in_micro_batches(m, range(first, 10**6), ERRORS["CUDA"])
         done = script("train.py", *options, "--output-dir", "runs/a b", expect=1)
     sizes = [int(n) for n in re.findall(r"^note: step 3: out of memory; .* up to (\d+) tokens", done.stdout, re.M)]
     assert sizes[:2] == [250, 125] and len(sizes) == 3 and sizes[2] >= 62
@@ -283,25 +304,25 @@ def test_training_out_of_memory_says_what_to_change(script, tmp_path, monkeypatc
     assert same_adapter(tmp_path / "runs/a b", tmp_path / "runs/undisturbed")
 
 
-@pytest.mark.parametrize("where", ["Stepper.step", "evaluate"])
+@pytest.mark.parametrize("where", ["Stepper.step", "evaluate_rows"])
 def test_memory_may_run_out_elsewhere_in_the_loop(script, monkeypatch, where):
-    if where == "evaluate":  # of step 2: the first one is before training
-        fail_at(monkeypatch, "evaluate", {2}, MemoryError("evaluating one row of 33 tokens takes more"))
+    if where == "evaluate_rows":  # of step 2: the first one is before training
+        fail_at(monkeypatch, "evaluate_rows", {2}, MemoryError("evaluating one row of 33 tokens takes more"))
     else:
-        monkeypatch.setattr(qlora_min.train.Stepper, "step", raiser(ERRORS["driver"]))
+        monkeypatch.setattr(qlora_min.optim.Stepper, "step", raiser(ERRORS["driver"]))
     done = script("train.py", *OPTIONS, "--output-dir", "out", expect=1)
     assert "Traceback" not in done.stderr and "last good checkpoint: out/checkpoints/step-0;" in done.stderr
     assert ("error: out of memory at step 1" in done.stderr) == (where == "Stepper.step")
 
 
 def test_another_error_in_a_step_stays_what_it_is(script, monkeypatch):
-    monkeypatch.setattr(qlora_min.train, "dropout_seed", raiser(RuntimeError("something else")))
+    fail_in_micro_batches(monkeypatch, {1}, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         script("train.py", *OPTIONS, "--output-dir", "out")
 
 
 def test_eval_without_memory_is_one_line(script, adapter_folder, demo_data, monkeypatch):
-    monkeypatch.setattr(qlora_min.decoder.Decoder, "hidden_states", raiser(ERRORS["CUDA"]))
+    monkeypatch.setattr(qlora_min.fused.decoder.Decoder, "hidden_states", raiser(ERRORS["CUDA"]))
     done = script("eval.py", "--adapter", adapter_folder, "--dataset", demo_data[1], "--limit", 4, expect=1)
     assert "error: evaluating one row of" in done.stderr and "Traceback" not in done.stderr
 
@@ -310,7 +331,7 @@ def test_eval_without_memory_is_one_line(script, adapter_folder, demo_data, monk
 # The forecast
 # ---------------------------------------------------------------------------------------------------------------------
 
-WORK = memory.Workload(rows=64, longest=100, supervised=20, bits8=True)
+WORK = forecast.Workload(n_rows=64, max_seqlen=100, n_supervised=20, bits8=True)
 
 
 @pytest.mark.parametrize("tokens", [4, 99, 100, 101, 250, 1000])
@@ -327,7 +348,7 @@ def test_measuring_leaves_no_trace(name):
     engine, other = (make_engine(adapted(dropout=0.1), name, 100)[0] for _ in range(2))
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
     before = engine.adapter.weights.clone()
-    memory.measure(engine, WORK, 400)
+    forecast.measure(engine, WORK, 400)
     assert states[0].equal(torch.get_rng_state())
     assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
     assert before.equal(engine.adapter.weights) and not engine.adapter.grads.any()
@@ -343,14 +364,14 @@ def test_measuring_leaves_no_trace(name):
 def test_the_line_goes_through_two_sizes(monkeypatch, name, bits8):
     engine, tried = engine_of(name), []
 
-    def measured(limit: int, tokens: int) -> memory.Footprint:
+    def measured(limit: int, tokens: int) -> forecast.Footprint:
         def added(engine, work, n):
             tried.append(n)
             return None if n > limit else 5000 + 30 * n
 
         tried.clear()
-        monkeypatch.setattr(memory, "_added", added)
-        return memory.measure(engine, replace(WORK, bits8=bits8), tokens)
+        monkeypatch.setattr(forecast, "_added", added)
+        return forecast.measure(engine, replace(WORK, bits8=bits8), tokens)
 
     for limit, tokens, sizes in ((999, 200, [200, 100]), (999, 9**9, [256, 128]), (60, 200, [200, 100, 50, 25])):
         f = measured(limit, tokens)
@@ -367,8 +388,8 @@ def test_the_line_goes_through_two_sizes(monkeypatch, name, bits8):
 def test_more_tokens_are_never_forecast_to_take_less(monkeypatch):
     """However the measurement was disturbed."""
     for sizes in ({100: 10, 50: 900}, {100: -70, 50: -90}):
-        monkeypatch.setattr(memory, "_added", lambda engine, work, tokens, sizes=sizes: sizes.get(tokens, 0))
-        f = memory.measure(engine_of("fused"), WORK, 100)
+        monkeypatch.setattr(forecast, "_added", lambda engine, work, tokens, sizes=sizes: sizes.get(tokens, 0))
+        f = forecast.measure(engine_of("fused"), WORK, 100)
         totals = [f.total(n) for n in (1, 50, 100, 10_000)]
         assert totals == sorted(totals) and totals[0] >= f.base + f.adapter
 
@@ -376,12 +397,12 @@ def test_more_tokens_are_never_forecast_to_take_less(monkeypatch):
 @BOTH
 def test_what_a_larger_micro_batch_takes_is_foreseen(monkeypatch, name):
     """Really measured, as resident memory: malloc's habits are in it. With checkpointing it is less."""
-    monkeypatch.setitem(memory.TRIED_TOKENS, "cpu", 1024)
-    engine, work, totals = engine_of(name, 256), replace(WORK, longest=256), []
+    monkeypatch.setitem(forecast.TRIED_TOKENS, "cpu", 1024)
+    engine, work, totals = engine_of(name, 256), replace(WORK, max_seqlen=256), []
     for engine.checkpointing in (False, True):
-        f = memory.measure(engine, work, 2048)
-        totals.append(f.fixed + 4096 * f.per_token)
-        assert 0.5 < memory._added(engine, work, 4096) / totals[-1] < 2
+        measured = [forecast.measure(engine, work, 2048) for _ in range(5)]  # of which any one may be far off
+        totals.append(statistics.median(f.fixed + 4096 * f.per_token for f in measured))
+        assert 0.5 < forecast._added(engine, work, 4096) / totals[-1] < 2
     assert totals[1] < 0.9 * totals[0]
 
 
@@ -389,10 +410,10 @@ def test_another_error_while_measuring_stays_what_it_is(monkeypatch):
     engine = engine_of("fused")
     monkeypatch.setattr(engine, "loss_and_gradients", raiser(RuntimeError("mat1 and mat2")))
     with pytest.raises(RuntimeError, match="mat1"):
-        memory.measure(engine, WORK, 400)
+        forecast.measure(engine, WORK, 400)
     monkeypatch.setattr(engine, "loss_and_gradients", raiser(ERRORS["Linux"]))
     with pytest.raises(MemoryError, match="not even"):
-        memory.measure(engine, WORK, 400)
+        forecast.measure(engine, WORK, 400)
 
 
 @pytest.mark.parametrize(
@@ -414,19 +435,19 @@ def test_another_error_while_measuring_stays_what_it_is(monkeypatch):
 def test_the_plan_takes_the_most_tokens_that_fit_and_then_checkpointing(monkeypatch, room, asked, tokens, wanted):
     engine = SimpleNamespace(device=CPU, checkpointing=False)
     monkeypatch.setattr(
-        memory, "measure", lambda engine, *_: memory.Footprint(0, 0, 0, 10 if engine.checkpointing else 100)
+        forecast, "measure", lambda engine, *_: forecast.Footprint(0, 0, 0, 10 if engine.checkpointing else 100)
     )
-    work, tried = replace(WORK, rows=16), []
+    work, tried = replace(WORK, n_rows=16), []
 
     def fits(peak: int) -> bool:
         tried.append(peak)
         return peak <= room
 
-    on, n, footprint = memory.plan(engine, work, fits, asked, tokens)
+    on, n, footprint = forecast.plan(engine, work, fits, asked, tokens)
     assert (on, n) == wanted and footprint.per_token == (10 if on else 100)
     assert tried[-1] == footprint.total(n) and all(peak > room for peak in tried[:-1])
-    assert memory.plan(engine, replace(work, rows=10**6), lambda _: True)[1] == memory.MOST_TOKENS["cpu"]
-    assert memory.plan(engine, replace(work, longest=5000), lambda _: True)[1] == 5000
+    assert forecast.plan(engine, replace(work, n_rows=10**6), lambda _: True)[1] == forecast.MOST_TOKENS["cpu"]
+    assert forecast.plan(engine, replace(work, max_seqlen=5000), lambda _: True)[1] == 5000
 
 
 @pytest.fixture
@@ -437,23 +458,23 @@ def ways(monkeypatch):
     """
 
     def find(
-        base: Base | None = None, taken: float = 2 * memory.GIB, lengths=(400, 301, 300, 90), room: float = 0.0,
+        base: Base | None = None, taken: float = 2 * device.GIB, lengths=(400, 301, 300, 90), room: float = 0.0,
         on: bool = False, bits8: bool = True,
     ) -> list[tuple[str, float, str]]:  # fmt: skip
         def measure(engine, work, tokens):
-            size = memory.stored_bytes(engine.base.model)
-            return memory.Footprint(size, 0, 0.0, taken / 400 / (2 if engine.checkpointing else 1))
+            size = forecast.stored_bytes(engine.base.model)
+            return forecast.Footprint(size, 0, 0.0, taken / 400 / (2 if engine.checkpointing else 1))
 
-        monkeypatch.setattr(memory, "measure", measure)
+        monkeypatch.setattr(forecast, "measure", measure)
         engine = make_engine(base or adapted(rank=32), "fused", 400)[0]
         engine.checkpointing = on
-        work = replace(WORK, longest=400, bits8=bits8)
-        footprint = memory.measure(engine, work, 400)
-        lines = memory.ways_to_save(engine, work, footprint, lengths, room)
+        work = replace(WORK, max_seqlen=400, bits8=bits8)
+        footprint = forecast.measure(engine, work, 400)
+        lines = forecast.ways_to_save(engine, work, footprint, lengths, room)
         assert engine.checkpointing is on
         found = [re.fullmatch(r"(--.*): ([\d.]+) -> ([\d.]+) GiB, (.*)", line).groups() for line in lines]
         for _, before, after, _ in found:
-            assert float(before) == round(footprint.total(400) / memory.GIB, 2) >= float(after)
+            assert float(before) == round(footprint.total(400) / device.GIB, 2) >= float(after)
         found = [(option, float(after), effect) for option, _, after, effect in found]
         assert [f[1] for f in found] == sorted(f[1] for f in found)  # in order of effect
         return found
@@ -469,7 +490,7 @@ def test_the_ways_to_save_follow_the_forecast(ways):
 
 
 def test_of_an_options_values_the_mildest_that_fits_is_named(ways):
-    for room, wanted in ((2**60, 300), (1.6 * memory.GIB, 300), (1.2 * memory.GIB, 200), (0.6 * memory.GIB, 100)):
+    for room, wanted in ((2**60, 300), (1.6 * device.GIB, 300), (1.2 * device.GIB, 200), (0.6 * device.GIB, 100)):
         assert [w[0] for w in ways(room=room) if "length" in w[0]] == [f"--max-length {wanted}"]
 
 
@@ -479,8 +500,8 @@ def test_small_parts_are_named_only_where_they_count(ways):
     assert small <= {w[0] for w in ways(**few)}
     assert not small & {w[0] for w in ways(bits8=False)}
     assert "--optimizer paged_adamw8bit" not in [w[0] for w in ways(taken=1000)]
-    quantised = load_base(str(demo.MODEL_DIR), "nf4", device=CPU)
-    add_lora(quantised, ("q_proj",), 32, 8.0, 0.0)
+    quantised = load_base(str(world.MODEL_DIR), "nf4", device=CPU)
+    add_lora(quantised, LoraSpec(32, 8.0, 0.0, ("q_proj",)))
     assert small & {w[0] for w in ways(quantised, **few)} == {"--optimizer paged_adamw8bit"}
 
 
@@ -503,9 +524,8 @@ def base() -> Base:
 def adapter_folder(tmp_path, base) -> Path:
     folder = tmp_path / "adapter"
     folder.mkdir()
-    config = AdapterConfig(
-        4, 8.0, 0.0, ("q_proj", "v_proj"), str(demo.MODEL_DIR), None, base.fingerprint, quantization="none"
-    )
+    spec = LoraSpec(4, 8.0, 0.0, ("q_proj", "v_proj"))
+    config = AdapterConfig(spec, str(world.MODEL_DIR), None, base.fingerprint, quantization="none")
     save_adapter(folder, base.model, config, base.encoder.tokenizer)
     return folder
 
@@ -545,7 +565,7 @@ CASES = [(k, v) for k, values in HOSTILE.items() for v in values]
 def test_hostile_fields(adapter_folder, field, value):
     edit(adapter_folder / CONFIG, **{field: value})
     with pytest.raises(ValueError) as error:
-        read_config(adapter_folder)
+        AdapterConfig.read(adapter_folder)
     message = message_of(error, adapter_folder)
     assert field[:20].split("\n")[0] in message and "abcdefghijkl" not in message
 
@@ -557,7 +577,7 @@ def test_hostile_fields(adapter_folder, field, value):
 def test_hostile_origin(adapter_folder, field, value):
     edit(adapter_folder / ORIGIN, **{field: value})
     with pytest.raises(ValueError, match=field) as error:
-        read_config(adapter_folder)
+        AdapterConfig.read(adapter_folder)
     message_of(error, adapter_folder)
 
 
@@ -580,7 +600,7 @@ def test_broken_json(adapter_folder, file, name):
     content, words = BROKEN_JSON[name]
     (adapter_folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=words) as error:
-        read_config(adapter_folder)
+        AdapterConfig.read(adapter_folder)
     assert file in message_of(error, adapter_folder)
 
 
@@ -589,7 +609,7 @@ def test_numbers_that_json_reads_as_infinite(adapter_folder, alpha):
     path = adapter_folder / CONFIG
     path.write_text(path.read_text().replace('"lora_alpha": 8', f'"lora_alpha": {alpha}'))
     with pytest.raises(ValueError, match=r"lora_alpha -?inf, expected a number above 0"):
-        read_config(adapter_folder)
+        AdapterConfig.read(adapter_folder)
 
 
 @pytest.mark.parametrize("rank", [65, 10**6, 10**12, 2**62])
@@ -606,7 +626,7 @@ def test_a_rank_larger_than_the_layer_allocates_nothing(adapter_folder, rank, mo
 def test_a_rank_above_the_smaller_side_only_is_loaded(tmp_path):
     """No use, but no harm: rank 256 on key projections of 896 x 128 is common, and PEFT trains it."""
     base = adapted(rank=64)  # v_proj is 32 x 64
-    config = AdapterConfig(64, 8.0, 0.0, ("q_proj", "v_proj"), base.name, None, base.fingerprint, "none")
+    config = AdapterConfig(LoraSpec(64, 8.0, 0.0, ("q_proj", "v_proj")), base.name, None, base.fingerprint, "none")
     save_adapter(tmp_path, base.model, config, base.encoder.tokenizer)
     assert load_adapter(tmp_path)
 
@@ -621,7 +641,7 @@ def test_many_unknown_targets_are_a_short_message(adapter_folder):
 def test_what_names_may_be(adapter_folder):
     """The checks leave room for what is usual."""
     for field, values in {
-        "base_model_name_or_path": ["Qwen/Qwen2-0.5B-Instruct", "gpt2", "./local", str(demo.MODEL_DIR), "models/mine",
+        "base_model_name_or_path": ["Qwen/Qwen2-0.5B-Instruct", "gpt2", "./local", str(world.MODEL_DIR), "models/mine",
                                     "/home/a user/modèle", "C:\\models\\qwen", "a..b/c"],
         "revision": [None, "main", "refs/pr/1", "v1.0", "0123456789abcdef0123456789abcdef01234567", "my-branch_2"],
         "lora_dropout": [None, 0, 0.5], "target_modules": [["self_attn.q_proj"], ["fc1"]],
@@ -630,7 +650,7 @@ def test_what_names_may_be(adapter_folder):
         for value in values:
             before = (adapter_folder / CONFIG).read_text()
             edit(adapter_folder / CONFIG, **{field: value})
-            read_config(adapter_folder)
+            AdapterConfig.read(adapter_folder)
             (adapter_folder / CONFIG).write_text(before)
 
 
@@ -643,7 +663,7 @@ def test_a_base_that_is_no_model(adapter_folder, name):
 
 def test_a_base_at_an_absolute_path_must_be_the_recorded_one(adapter_folder, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(demo.MODEL_DIR, other)
+    shutil.copytree(world.MODEL_DIR, other)
     edit(adapter_folder / CONFIG, base_model_name_or_path=str(other))
     assert load_adapter(adapter_folder).folder == other  # a copy is as good
     flip(other / "model.safetensors", -1000)
@@ -713,7 +733,7 @@ def test_an_edited_alpha_is_named(adapter_folder):
     """Another scaling of the update fits the weights, and would pass in silence."""
     edit(adapter_folder / CONFIG, lora_alpha=7)
     with pytest.raises(ValueError) as error:
-        read_config(adapter_folder)
+        AdapterConfig.read(adapter_folder)
     assert "lora_alpha 7.0, but the weights were trained with 8.0" in message_of(error, adapter_folder)
 
 
@@ -747,7 +767,7 @@ def test_hostile_headers(adapter_folder, base, tmp_path, name):
         load_weights(adapter_folder, base.model)
     message_of(error, adapter_folder)
     folder = tmp_path / "model"
-    shutil.copytree(demo.MODEL_DIR, folder)
+    shutil.copytree(world.MODEL_DIR, folder)
     raw_file(folder / "model.safetensors", *HEADERS[name])
     with pytest.raises(ValueError, match="damaged or missing weights") as error:
         load_base(str(folder), device=CPU)
@@ -781,7 +801,7 @@ def test_strange_tensors_are_counted_not_listed(adapter_folder, base):
 @pytest.fixture
 def model_folder(tmp_path) -> Path:
     folder = tmp_path / "model"
-    shutil.copytree(demo.MODEL_DIR, folder)
+    shutil.copytree(world.MODEL_DIR, folder)
     return folder
 
 
@@ -900,7 +920,7 @@ def test_the_hubs_cache_goes_on_to_work(tmp_path, monkeypatch):
     for folder in (repo / "blobs", repo / "refs", snapshot):
         folder.mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40)
-    for i, path in enumerate(sorted(demo.MODEL_DIR.iterdir())):
+    for i, path in enumerate(sorted(world.MODEL_DIR.iterdir())):
         shutil.copy(path, repo / "blobs" / str(i))
         (snapshot / path.name).symlink_to(f"../../blobs/{i}")
     import huggingface_hub.constants
@@ -911,7 +931,7 @@ def test_the_hubs_cache_goes_on_to_work(tmp_path, monkeypatch):
     assert load_base(str(snapshot), "none", device=CPU).fingerprint == base.fingerprint
 
     (tmp_path / "hub" / "blobs").mkdir()
-    shutil.copy(demo.MODEL_DIR / "config.json", tmp_path / "hub" / "blobs" / "x")
+    shutil.copy(world.MODEL_DIR / "config.json", tmp_path / "hub" / "blobs" / "x")
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to("../../../blobs/x")  # another repository's
     for name in ("some/model", str(snapshot)):

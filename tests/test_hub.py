@@ -17,10 +17,14 @@ from huggingface_hub import ModelCard
 from test_hostile import TOKEN, assert_nothing_leaks, one_line_error
 from test_training import make, on_the_cpu  # noqa: F401
 
-from qlora_min import demo, hub
 from qlora_min.adapter import AdapterConfig, load_adapter
-from qlora_min.config import Config, read_toml
-from qlora_min.merge import merge
+from qlora_min.cli import push
+from qlora_min.config import Config
+from qlora_min.demo import world
+from qlora_min.lora import LoraSpec
+from qlora_min.merging import merge_adapter
+from qlora_min.run import cards
+from qlora_min.run.options import read_toml
 
 SHORT = {"rows": 6, "held": 2, "batch_size": 1, "grad_accum": 1, "eval_every": 6, "epochs": 1.0}
 IDS = torch.arange(5, 29).view(2, 12)
@@ -32,7 +36,7 @@ RECORD = {
     "data": {"sha256": "0" * 64},
     "versions": {"qlora_min": "1", "torch": "2"},
 }  # fmt: skip
-ADAPTER = AdapterConfig(8, 12.5, 0.0, ("q_proj", "v_proj"), "a/base", "abc123", "f" * 64)
+ADAPTER = AdapterConfig(LoraSpec(8, 12.5, 0.0, ("q_proj", "v_proj")), "a/base", "abc123", "f" * 64)
 RESULT = {"rows": 25, "loss": 1.5, "perplexity": 4.48, "token_accuracy": 0.5, "option_accuracy": 0.2, "chance": 0.25,
           "majority": ["A", 0.328]}  # fmt: skip
 
@@ -43,7 +47,7 @@ RESULT = {"rows": 25, "loss": 1.5, "perplexity": 4.48, "token_accuracy": 0.5, "o
 
 
 def test_an_adapters_card_says_all_that_a_stranger_needs():
-    text = hub.adapter_card(ADAPTER, RECORD, RESULT, {**RESULT, "loss": 0.25, "option_accuracy": 0.9}, 40)
+    text = cards.adapter_card(ADAPTER, RECORD, RESULT, {**RESULT, "loss": 0.25, "option_accuracy": 0.9}, 40)
     card = ModelCard(text)
     assert card.data.to_dict() == {
         "base_model": "a/base", "library_name": "peft", "tags": ["qlora", "lora"], "pipeline_tag": "text-generation",
@@ -63,20 +67,20 @@ def test_an_adapters_card_says_all_that_a_stranger_needs():
 
 
 def test_cards_of_other_runs():
-    local = AdapterConfig(8, 16.0, 0.0, ("q_proj",), "/home/me/models/smollm2", quantization="none")
-    card = ModelCard(hub.adapter_card(local, RECORD, None, None, 0))
+    local = AdapterConfig(LoraSpec(8, 16.0, 0.0, ("q_proj",)), "/home/me/models/smollm2", quantization="none")
+    card = ModelCard(cards.adapter_card(local, RECORD, None, None, 0))
     assert "base_model" not in card.data.to_dict() and "/home" not in card.content
     assert "smollm2" in card.content and "unquantised" in card.content and "BitsAndBytes" not in card.content
     assert "None: no rows were held out" in card.content
     only_loss = {**RESULT, "option_accuracy": None, "chance": None}
-    text = hub.adapter_card(ADAPTER, RECORD, only_loss, only_loss, 1)
+    text = cards.adapter_card(ADAPTER, RECORD, only_loss, only_loss, 1)
     assert "| loss | 1.5000 |" in text and "option accuracy" not in text
 
 
 def test_a_card_shows_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     record = {**RECORD, "versions": {"torch": f"2+{TOKEN}"}}
-    assert TOKEN not in hub.adapter_card(ADAPTER, record, None, None, 0)
+    assert TOKEN not in cards.adapter_card(ADAPTER, record, None, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_a_card_shows_no_secret(monkeypatch):
      ("m", "m"), ("/a/b.csv (held out)", "b.csv (held out)"), ("o/d (held out)", "o/d (held out)")],
 )  # fmt: skip
 def test_names_without_their_place(name, shown):
-    assert hub.named(name) == shown
+    assert cards.named(name) == shown
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +98,12 @@ def made(tmp_path_factory):
     import contextlib
     import io
 
-    from qlora_min.train import Trainer
+    from qlora_min.run.trainer import Trainer
 
     folder = tmp_path_factory.mktemp("made")
-    train, held = demo.write_data(folder)
+    train, held = world.write_data(folder)
     config = Config(
-        model=str(demo.MODEL_DIR), dataset=(str(train),), eval_dataset=(str(held),), limit=32, eval_limit=16,
+        model=str(world.MODEL_DIR), dataset=(str(train),), eval_dataset=(str(held),), limit=32, eval_limit=16,
         max_steps=4, learning_rate=1e-2, quantization="none", precision="fp32", batch_size=8, grad_accum=1,
         output_dir=str(folder / "run"),
     )  # fmt: skip
@@ -118,7 +122,7 @@ def test_the_card_of_a_run(made, tmp_path):
     (tmp_path / "run.toml").write_text(re.search(r"```toml\n(.*?)```", card.content, re.DOTALL)[1])
     record = json.loads((run / "config.json").read_text())
     written = Config(**read_toml(str(tmp_path / "run.toml"))).as_dict()
-    places = {"model": "demo_model", "dataset": ["train.jsonl"], "eval_dataset": ["held_out.jsonl"], "output_dir": None}
+    places = {"model": "model", "dataset": ["train.jsonl"], "eval_dataset": ["held_out.jsonl"], "output_dir": None}
     for name, value in record["options"].items():
         assert written[name] == (value if name not in places else written[name]), name
     assert not any("/" in str(written[name]) for name in places)
@@ -130,7 +134,7 @@ def test_the_cards_code_loads_the_adapter(made):
     run, _ = made
     code = re.search(r"```python\n(.*?)```", (run / "adapter" / "README.md").read_text(), re.DOTALL)[1]
     names: dict = {}
-    exec(code.replace("BASE", str(demo.MODEL_DIR)).replace("FOLDER", str(run / "adapter")), names)
+    exec(code.replace("BASE", str(world.MODEL_DIR)).replace("FOLDER", str(run / "adapter")), names)
     assert isinstance(names["model"], peft.PeftModel) and names["tokenizer"].chat_template
     base = load_adapter(run / "adapter")
     with torch.no_grad():
@@ -140,7 +144,8 @@ def test_the_cards_code_loads_the_adapter(made):
 
 def test_a_merged_checkpoints_card(made, tmp_path):
     run, progress = made
-    result = merge(run / "adapter", tmp_path / "merged", "fp16")
+    card = cards.merged_card(run / "adapter", "dequantized", "fp16")
+    result = merge_adapter(run / "adapter", tmp_path / "merged", "fp16", card=card)
     card = ModelCard.load(tmp_path / "merged" / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     for words in (
@@ -161,7 +166,8 @@ def test_an_adapter_that_lies_in_no_run_is_merged_with_a_shorter_card(made, tmp_
     import shutil
 
     shutil.copytree(made[0] / "adapter", tmp_path / "elsewhere" / "adapter")
-    merge(tmp_path / "elsewhere" / "adapter", tmp_path / "merged", "fp32")
+    card = cards.merged_card(tmp_path / "elsewhere" / "adapter", "dequantized", "fp32")
+    merge_adapter(tmp_path / "elsewhere" / "adapter", tmp_path / "merged", "fp32", card=card)
     card = ModelCard.load(tmp_path / "merged" / "README.md")
     assert "merged into its base" in card.content and "## Results" not in card.content
 
@@ -270,7 +276,7 @@ def test_train_pushes_the_adapter_privately(fake, script, tmp_path):
     assert "README.md" in fake.files["me/mine"] and fake.tokens - {""} == {f"Bearer {TOKEN}"}
     assert not any(b"push" in p.read_bytes() for p in tmp_path.glob("out/*.json*"))  # of the run, not of its record
     assert_nothing_leaks(done, tmp_path)
-    assert done.stdout.startswith(f"note: the adapter will name its base as '{demo.MODEL_DIR}'")
+    assert done.stdout.startswith(f"note: the adapter will name its base as '{world.MODEL_DIR}'")
     assert fake.asked.index("GET /api/whoami-v2") < fake.asked.index("POST /api/repos/create")
 
 
@@ -325,7 +331,7 @@ def test_a_repository_made_public_meanwhile_is_refused(fake, script, made, tmp_p
     """create_repo(private=True) leaves one that exists as it is."""
     fake.repos["me/mine"], fake.files["me/mine"] = False, {}
     with pytest.raises(ValueError, match="--push-to-hub me/mine: that repository is public; add --public"):
-        hub.push(made[0] / "adapter", "me/mine", public=False)
+        push.push(made[0] / "adapter", "me/mine", public=False)
     assert fake.files["me/mine"] == {}
 
 

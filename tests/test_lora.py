@@ -10,18 +10,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qlora_min import ops
-from qlora_min.lora import (
-    Dropout,
-    FlatLoRA,
-    LoRALinear,
-    Tokens,
-    inject_lora,
-    lora_disabled,
-    lora_layers,
-    lora_parameters,
-)
-from qlora_min.model import dequantized_weight
+from qlora_min.lora import LoRALinear, LoraSpec, inject_lora, lora_disabled, lora_layers, lora_parameters
+from qlora_min.ops import formulas, masks
+from qlora_min.ops.dropout import Dropout, Tokens
+from qlora_min.ops.flat import FlatLoRA
+from qlora_min.system.bits import dequantized_weight
 
 IN, OUT, RANK, ALPHA = 128, 96, 16, 24  # alpha / rank = 1.5 is no power of two: scaling rounds, so its place shows
 
@@ -42,7 +35,7 @@ def base_linear(kind: str, bias: bool = True, seed: int = 0) -> nn.Module:
 def pair(kind: str, dropout: float = 0.0, bias: bool = True) -> tuple[LoRALinear, nn.Module]:
     """Our layer and peft's around one base, with the same random A and B."""
     base = base_linear(kind, bias)
-    ours = LoRALinear(base, RANK, ALPHA, dropout)
+    ours = LoRALinear(base, LoraSpec(RANK, ALPHA, dropout))
     nn.init.normal_(ours.lora_B)
 
     holder = nn.Module()
@@ -108,7 +101,7 @@ def test_dropout_stands_where_pefts_stands(kind, seeded):
     ours, theirs = pair(kind, dropout=0.3)
     theirs.lora_dropout.default = ours.dropout
     if seeded:
-        ours.dropout.tokens.keys = ops.dropout_keys(torch.tensor(3), torch.arange(21) // 7, torch.arange(21) % 7)
+        ours.dropout.tokens.keys = masks.dropout_keys(torch.tensor(3), torch.arange(21) // 7, torch.arange(21) % 7)
     results = run_both(ours, theirs)
     for name, mine, reference in results:
         assert torch.equal(mine, reference), name
@@ -119,10 +112,10 @@ def test_dropout_stands_where_pefts_stands(kind, seeded):
 
 
 def test_dropouts_gradient_is_the_mask_of_the_gradient():
-    """Against autograd through `ops.dropout_mask`: bit for bit."""
+    """Against autograd through `masks.dropout_mask`: bit for bit."""
     keys = torch.randint(2**31, (21,)).int()
     x, upstream = torch.randn(3, 7, 33), torch.randn(3, 7, 33)
-    mask = ops.dropout_mask(keys, 0.3, 5, 33).view(3, 7, 33)
+    mask = masks.dropout_mask(keys, 0.3, 5, 33).view(3, 7, 33)
     dropout = Dropout(0.3, Tokens(keys), stream=5).train()
     mine, reference = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, expected = dropout(mine), reference * mask * (1 / (1 - 0.3))
@@ -137,8 +130,8 @@ def test_the_layer_is_equation_3(kind):
     """y = W x + b + (alpha / r) B A x, in float64 from the tensors: peft is not the only witness."""
     ours, _ = pair(kind)
     x = torch.randn(5, IN)
-    W, A, B = (t.double() for t in (dequantized_weight(ours.base), ours.lora_A, ours.lora_B))
-    expected = x.double() @ W.T + ours.base.bias.double() + (ALPHA / RANK) * (x.double() @ A.T @ B.T)
+    W, A, B = (t.double() for t in (dequantized_weight(ours.linear), ours.lora_A, ours.lora_B))
+    expected = x.double() @ W.T + ours.linear.bias.double() + (ALPHA / RANK) * (x.double() @ A.T @ B.T)
     torch.testing.assert_close(ours(x).double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
@@ -155,7 +148,7 @@ def test_delta_is_pefts_bit_for_bit(kind):
 def test_merged_weight_is_pefts_bit_for_bit():
     """On a plain linear, where peft's merge does not quantise again."""
     ours, theirs = pair("plain")
-    expected = dequantized_weight(ours.base) + ours.delta()  # before peft's merge writes into the shared base
+    expected = dequantized_weight(ours.linear) + ours.delta()  # before peft's merge writes into the shared base
     theirs.merge()
     assert torch.equal(expected, theirs.base_layer.weight)
 
@@ -165,7 +158,7 @@ def test_merged_weight_computes_what_the_layer_computes(kind):
     ours, _ = pair(kind)
     x = torch.randn(5, IN)
     y = ours(x)
-    merged = F.linear(x, dequantized_weight(ours.base) + ours.delta(), ours.base.bias)
+    merged = F.linear(x, dequantized_weight(ours.linear) + ours.delta(), ours.linear.bias)
     assert (merged - y).norm() / y.norm() < 1e-6
 
 
@@ -180,19 +173,19 @@ def test_fresh_adapter_changes_nothing(kind):
     x = torch.randn(4, IN)
     expected = base(x)
     for mode in (True, False):
-        assert torch.equal(LoRALinear(base, RANK, ALPHA, dropout=0.5).train(mode)(x), expected)
+        assert torch.equal(LoRALinear(base, LoraSpec(RANK, ALPHA, dropout=0.5)).train(mode)(x), expected)
 
 
 def test_first_gradient_reaches_B_alone():
     """dL/dA carries a factor B, which starts at zero."""
-    _, _, dA, dB = run(layer := LoRALinear(base_linear("plain"), RANK, ALPHA), layer.lora_A, layer.lora_B)
+    _, _, dA, dB = run(layer := LoRALinear(base_linear("plain"), LoraSpec(RANK, ALPHA)), layer.lora_A, layer.lora_B)
     assert not dA.any()
     assert dB.all()
 
 
 def test_init_is_kaiming_uniform_and_zero():
     """A is U(-1/sqrt(in), 1/sqrt(in)), whose standard deviation is 1/sqrt(3 in); B is zero; both are fp32."""
-    layer = LoRALinear(nn.Linear(1024, 64), 64, ALPHA)  # 65,536 draws
+    layer = LoRALinear(nn.Linear(1024, 64), LoraSpec(64, ALPHA))  # 65,536 draws
     bound = 1 / math.sqrt(1024)
     assert 0.999 * bound < layer.lora_A.abs().max() <= bound
     assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
@@ -208,7 +201,7 @@ def test_init_follows_the_seed():
 
     def drawn(seed):
         torch.manual_seed(seed)
-        return LoRALinear(base, RANK, ALPHA).lora_A
+        return LoRALinear(base, LoraSpec(RANK, ALPHA)).lora_A
 
     assert torch.equal(drawn(3), drawn(3))
     assert not torch.equal(drawn(3), drawn(4))
@@ -217,7 +210,7 @@ def test_init_follows_the_seed():
 @pytest.mark.parametrize(("rank", "dropout"), [(0, 0.0), (-1, 0.0), (4, 1.0), (4, -0.1)])
 def test_impossible_ranks_and_dropouts_are_refused(rank, dropout):
     with pytest.raises(ValueError, match=f"got {rank if rank < 1 else dropout}"):
-        LoRALinear(nn.Linear(8, 8), rank, ALPHA, dropout)
+        LoraSpec(rank, ALPHA, dropout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +254,7 @@ def randomise_B(model):
 
 def test_injected_names_are_returned_in_the_models_order():
     model = Model()
-    names = inject_lora(model, ["up_proj", "q_proj"], 4, 6)
+    names = inject_lora(model, LoraSpec(4, 6, targets=("up_proj", "q_proj")))
     assert names == ["layers.0.q_proj", "layers.0.up_proj", "layers.1.q_proj", "layers.1.up_proj"]
     assert names == list(lora_layers(model))
     assert all(type(model.get_submodule(n)) is LoRALinear for n in names)
@@ -271,19 +264,19 @@ def test_injected_names_are_returned_in_the_models_order():
 @pytest.mark.parametrize(
     ("targets", "within", "expected"),
     [
-        (["0.q_proj"], "", ["layers.0.q_proj"]),  # more of the name's end
-        (["layers.1.up_proj"], "", ["layers.1.up_proj"]),  # all of it
-        (["head"], "", ["head"]),
-        (["q_proj", "1.q_proj"], "layers.1.", ["layers.1.q_proj"]),  # named twice, wrapped once
+        (("0.q_proj",), "", ["layers.0.q_proj"]),  # more of the name's end
+        (("layers.1.up_proj",), "", ["layers.1.up_proj"]),  # all of it
+        (("head",), "", ["head"]),
+        (("q_proj", "1.q_proj"), "layers.1.", ["layers.1.q_proj"]),  # named twice, wrapped once
     ],
 )
 def test_a_target_is_the_end_of_a_name(targets, within, expected):
-    assert inject_lora(Model(), targets, 4, 6, within=within) == expected
+    assert inject_lora(Model(), LoraSpec(4, 6, targets=targets), within=within) == expected
 
 
 def test_exactly_A_and_B_train():
     model = Model()
-    names = inject_lora(model, ["q_proj"], 4, 6)
+    names = inject_lora(model, LoraSpec(4, 6, targets=("q_proj",)))
     expected = {f"{n}.{k}" for n in names for k in ("lora_A", "lora_B")}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == expected == set(lora_parameters(model))
     randomise_B(model)
@@ -298,7 +291,7 @@ def test_projections_of_one_input_share_a_mask():
     for i in "01":
         blocks = {part: nn.ModuleDict({n: nn.Linear(8, 8) for n in names}) for part, names in parts.items()}
         model[i] = nn.ModuleDict(blocks)
-    inject_lora(model, sum(parts.values(), ()), 4, 6, dropout=0.5)
+    inject_lora(model, LoraSpec(4, 6, dropout=0.5, targets=sum(parts.values(), ())))
     layers = lora_layers(model)
     expected = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
     streams = {}
@@ -308,19 +301,19 @@ def test_projections_of_one_input_share_a_mask():
     x, keys = torch.ones(5, 8), torch.arange(5, dtype=torch.int32)
     next(iter(layers.values())).dropout.tokens.keys = keys
     for layer in layers.values():
-        assert torch.equal(layer.dropout.train()(x), ops.dropout(x, 0.5, keys, layer.dropout.stream))
+        assert torch.equal(layer.dropout.train()(x), formulas.dropout(x, 0.5, keys, layer.dropout.stream))
 
 
 def test_injection_changes_nothing():
     model = Model()
     before = model(IDS)
-    inject_lora(model, ["q_proj", "up_proj", "head"], 4, 6, dropout=0.5)
+    inject_lora(model, LoraSpec(4, 6, dropout=0.5, targets=("q_proj", "up_proj", "head")))
     assert torch.equal(model.train()(IDS), before)
 
 
 def test_parameter_count_is_r_times_in_plus_out():
     model = Model()
-    inject_lora(model, ["q_proj", "up_proj"], 5, 6)
+    inject_lora(model, LoraSpec(5, 6, targets=("q_proj", "up_proj")))
     assert sum(p.numel() for p in lora_parameters(model).values()) == 2 * (5 * (32 + 16) + 5 * (16 + 32))
 
 
@@ -330,7 +323,7 @@ def test_parameter_count_of_qwen2_half_b():
                          num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
-        inject_lora(model, ["q_proj", "k_proj", "v_proj", "o_proj"], 16, 32)
+        inject_lora(model, LoraSpec(16, 32, targets=("q_proj", "k_proj", "v_proj", "o_proj")))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128)) == 2_162_688
 
@@ -338,34 +331,34 @@ def test_parameter_count_of_qwen2_half_b():
 @pytest.mark.parametrize(
     ("targets", "within", "words"),
     [
-        (["q_porj"], "", ["'q_porj'", "head, q_proj, up_proj"]),  # a typo injects nothing silently
-        (["q_proj", "k_proj", "gate"], "", ["'k_proj', 'gate'", "q_proj"]),  # one that matches does not save the rest
-        (["proj"], "", ["'proj'"]),  # part of a word is no match
-        (["norm"], "", ["'norm'"]),  # there, but no linear layer
-        (["head"], "layers.", ["'head'", "q_proj, up_proj"]),  # outside of the decoder
-        ([], "", ["none given", "q_proj"]),
+        (("q_porj",), "", ["'q_porj'", "head, q_proj, up_proj"]),  # a typo injects nothing silently
+        (("q_proj", "k_proj", "gate"), "", ["'k_proj', 'gate'", "q_proj"]),  # one that matches does not save the rest
+        (("proj",), "", ["'proj'"]),  # part of a word is no match
+        (("norm",), "", ["'norm'"]),  # there, but no linear layer
+        (("head",), "layers.", ["'head'", "q_proj, up_proj"]),  # outside of the decoder
+        ((), "", ["none given", "q_proj"]),
     ],
 )
 def test_a_target_without_a_match_lists_the_candidates(targets, within, words):
     model = Model()
     with pytest.raises(ValueError, match="targets") as error:
-        inject_lora(model, targets, 4, 6, within=within)
+        inject_lora(model, LoraSpec(4, 6, targets=targets), within=within)
     assert all(w in str(error.value) for w in words), error.value
     assert not lora_layers(model), "half injected"
 
 
 def test_a_second_injection_is_refused():
     model = Model()
-    inject_lora(model, ["q_proj"], 4, 6)
+    inject_lora(model, LoraSpec(4, 6, targets=("q_proj",)))
     with pytest.raises(ValueError, match="already"):
-        inject_lora(model, ["up_proj"], 4, 6)
+        inject_lora(model, LoraSpec(4, 6, targets=("up_proj",)))
     assert len(lora_layers(model)) == 2
 
 
 def test_disabled_computes_the_base_and_comes_back():
     model = Model()
     before = model(IDS)
-    inject_lora(model, ["q_proj", "up_proj"], 4, 6)
+    inject_lora(model, LoraSpec(4, 6, targets=("q_proj", "up_proj")))
     randomise_B(model)
     adapted = model(IDS)
     assert not torch.equal(adapted, before)
@@ -379,7 +372,7 @@ def test_disabled_computes_the_base_and_comes_back():
 
 def test_disabled_comes_back_after_an_error():
     model = Model()
-    inject_lora(model, ["q_proj", "up_proj"], 4, 6)
+    inject_lora(model, LoraSpec(4, 6, targets=("q_proj", "up_proj")))
     first, *rest = lora_layers(model).values()
     first.enabled = False  # what was off stays off
     with pytest.raises(RuntimeError, match="inside"), lora_disabled(model):
@@ -396,10 +389,10 @@ def test_disabled_comes_back_after_an_error():
 def flat_lora(rank: int) -> tuple[FlatLoRA, dict[str, nn.Parameter], dict[str, torch.Tensor]]:
     """(all in one, the parameters, what they were before): at rank 64 the last B alone is below 4,096 elements."""
     model = nn.ModuleDict({"q_proj": nn.Linear(64, 128), "o_proj": nn.Linear(128, 32)})
-    inject_lora(model, list(model), rank, 24)
+    inject_lora(model, LoraSpec(rank, 24, targets=tuple(model)))
     randomise_B(model)
     before = {n: p.detach().clone() for n, p in lora_parameters(model).items()}
-    return FlatLoRA(model, torch.device("cpu")), lora_parameters(model), before
+    return FlatLoRA(lora_layers(model).values(), torch.device("cpu")), lora_parameters(model), before
 
 
 def test_one_flat_tensor_holds_all_that_trains():

@@ -12,17 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import qlora_min.train
-from qlora_min import demo, loss
+import qlora_min.run.trainer
+from qlora_min import loss
+from qlora_min.base import add_lora, load_base
 from qlora_min.batches import Packed, cut, optimizer_steps, pack
 from qlora_min.config import Config
-from qlora_min.data import Row
-from qlora_min.engine import Engine, make_engine
-from qlora_min.lora import lora_parameters
+from qlora_min.data.rows import Row
+from qlora_min.demo import world
+from qlora_min.engine import Engine
+from qlora_min.fused.select import make_engine
+from qlora_min.lora import LoraSpec, lora_parameters
 from qlora_min.loss import masked_loss
-from qlora_min.model import add_lora, load_base
 from qlora_min.optim import Stepper
-from qlora_min.train import Trainer
+from qlora_min.run.trainer import Trainer
 
 CPU = torch.device("cpu")
 D, V = 16, 50
@@ -50,7 +52,7 @@ def over_all_logits(hidden, head, rows) -> torch.Tensor:
     """The same sum as everybody computes it: logits everywhere, shifted, labels -100 where nothing is supervised."""
     total = torch.zeros(())
     for states, row in zip(hidden.split([len(r) for r in rows]), rows):
-        labels = row.ids.long().masked_fill(~row.supervised, -100)
+        labels = row.input_ids.long().masked_fill(~row.supervised, -100)
         total = total + F.cross_entropy(head(states)[:-1], labels[1:], ignore_index=-100, reduction="sum")
     return total
 
@@ -114,14 +116,14 @@ def test_position_0_never_counts(case):
         outcomes.append((*computed(hidden, head, rows), pack(rows).n_supervised))
     assert torch.equal(outcomes[0][0], outcomes[1][0]) and torch.equal(outcomes[0][1], outcomes[1][1])
     assert outcomes[0][2] == outcomes[1][2] > 0
-    only_first = [Row(r.ids, torch.arange(len(r)) == 0, "") for r in rows]
+    only_first = [Row(r.input_ids, torch.arange(len(r)) == 0, "") for r in rows]
     assert pack(only_first).n_supervised == len(pack(only_first).targets) == 0
 
 
 def test_nothing_supervised_is_a_sum_of_zero_without_nan(case):
     hidden, head, rows = case
-    nothing = [Row(r.ids, torch.zeros(len(r), dtype=torch.bool), "") for r in rows]
-    for padding in ({}, {"supervised": 3}):  # positions of weight 0, too
+    nothing = [Row(r.input_ids, torch.zeros(len(r), dtype=torch.bool), "") for r in rows]
+    for padding in ({}, {"n_supervised": 3}):  # positions of weight 0, too
         total, gradient = computed(hidden, head, nothing, **padding)
         assert total.item() == 0 and not gradient.any()
 
@@ -133,7 +135,7 @@ def test_the_head_sees_supervised_positions_only(case):
     computed(hidden, head, rows)
     n = sum(int(r.supervised[1:].sum()) for r in rows)
     assert seen == [(n, V)] and n < sum(LENGTHS) - len(rows)
-    targets = [row.ids[t].item() for row in rows for t in range(1, len(row)) if row.supervised[t]]
+    targets = [row.input_ids[t].item() for row in rows for t in range(1, len(row)) if row.supervised[t]]
     assert pack(rows).targets.tolist() == targets
 
 
@@ -150,7 +152,7 @@ def random_base(tmp_path_factory) -> Path:
     numbers, and rounding alone moves them by up to 1e-5.
     """
     folder = tmp_path_factory.mktemp("random")
-    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    tokenizer = AutoTokenizer.from_pretrained(world.MODEL_DIR)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -171,7 +173,7 @@ def randomise_B(model) -> None:
 def engine(request, random_base) -> Engine:
     """Of the random base in NF4, in fp32 on the CPU, with LoRA and dropout."""
     base = load_base(str(random_base), "nf4", "fp32", CPU)
-    add_lora(base, ("q_proj", "k_proj", "v_proj", "o_proj"), 16, 24, dropout=0.1)
+    add_lora(base, LoraSpec(16, 24, dropout=0.1, targets=("q_proj", "k_proj", "v_proj", "o_proj")))
     randomise_B(base.model)
     return make_engine(base, request.param, 512)[0]
 
@@ -212,11 +214,11 @@ def check_cuts(engine, rows: list[Row], seed: int) -> None:
     """Steps of 8 rows as 1x8, 2x4, 4x2 and 8x1, and cut by tokens, and the last one, incomplete: one loss, gradient."""
     reference = None
     for size in (8, 4, 2, 1, 60):
-        steps = optimizer_steps(len(rows), min(size, 8), 8 // min(size, 8), seed, epoch=0)
-        assert [sum(map(len, s)) for s in steps] == [8, len(rows) - 8]
+        steps = optimizer_steps(len(rows), 8, seed, epoch=0)
+        assert list(map(len, steps)) == [8, len(rows) - 8]
         outcome = []
         for step in steps:
-            mine = [rows[i] for part in step for i in part]
+            mine = [rows[i] for i in step]
             parts = [range(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
             if size == 60:
                 parts = cut([len(r) for r in mine], 60)
@@ -244,7 +246,7 @@ def test_the_loops_gradients_depend_neither_on_the_cut_nor_on_the_engine(
     random_base, tmp_path, write_rows, monkeypatch
 ):
     """Of `Trainer.train` itself, dropout on, whose steps are recorded instead of taken: 11 rows of 1 to 3 questions."""
-    questions = iter(demo.rows(demo.CONDITIONS, 33, seed=0))
+    questions = iter(world.rows(world.CONDITIONS, 33, seed=0))
     rows = []
     for i in range(11):
         turns = [next(questions) for _ in range(1 + i % 3)]
@@ -258,12 +260,12 @@ def test_the_loops_gradients_depend_neither_on_the_cut_nor_on_the_engine(
     recorded = {}
 
     def record(stepper):
-        recorded[at].append({n: p.grad.clone() for n, p in trainer.trained.items()})
+        recorded[at].append({n: p.grad.clone() for n, p in lora_parameters(trainer.base.model).items()})
         stepper.optimizer.zero_grad(set_to_none=False)
         return 1.0, True
 
     monkeypatch.setattr(Stepper, "step", record)
-    monkeypatch.setattr(qlora_min.train, "pick_device", lambda: CPU)
+    monkeypatch.setattr(qlora_min.run.trainer, "pick_device", lambda: CPU)
     for engine in ("modules", "fused"):
         for batch_size, tokens in ((1, 60), (2, 100), (4, 200), (8, 4000)):
             at = engine, tokens
@@ -275,7 +277,7 @@ def test_the_loops_gradients_depend_neither_on_the_cut_nor_on_the_engine(
             )  # fmt: skip
             trainer = Trainer(config)
             assert trainer.record["engine"] == engine
-            randomise_B(trainer.model)
+            randomise_B(trainer.base.model)
             trainer.train()
     for (engine, tokens), steps in recorded.items():
         assert len(steps) == 2
@@ -289,7 +291,7 @@ def test_padding_never_counts(engine):
     torch.manual_seed(1)
     rows = [Row(torch.randint(1, 500, (n,)), torch.rand(n) < 0.5, "") for n in (31, 12, 23)]
     n = pack(rows).n_supervised
-    batch = pack(rows, tokens=66 + 27, supervised=n + 9, count=5)
+    batch = pack(rows, n_tokens=66 + 27, n_supervised=n + 9, n_rows=5)
     expected_loss, expected = gradients(engine, [batch])
     for pad in (1, 7, 499):
         ids, targets = batch.input_ids.clone(), batch.targets.clone()

@@ -15,15 +15,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-import qlora_min.merge
-from qlora_min import checkpoint, data, demo
+import qlora_min.merging
 from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
-from qlora_min.engine import make_engine
-from qlora_min.files import write_json, write_jsonl
+from qlora_min.base import add_lora, load_base
+from qlora_min.cli.merges import compare_merges
+from qlora_min.data import readers
+from qlora_min.demo import world
+from qlora_min.fused.select import make_engine
 from qlora_min.generate import end_ids, generate
-from qlora_min.lora import lora_layers, lora_parameters
-from qlora_min.merge import BOUNDS, MergeError, compare_merges, fold, merge
-from qlora_min.model import DTYPES, add_lora, dequantized_weight, load_base
+from qlora_min.lora import LoraSpec, lora_layers, lora_parameters
+from qlora_min.merging import BOUNDS, MergeError, decoder_linears, fold, merge_adapter
+from qlora_min.run import checkpoint, datasets
+from qlora_min.system import files
+from qlora_min.system.bits import dequantized_weight
+from qlora_min.system.device import DTYPES
+from qlora_min.system.files import write_json, write_jsonl
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -31,10 +37,11 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, demo_data) -> Path:
     """An adapter with real effect: 20 steps of AdamW on the demo's data at a high learning rate."""
-    base = load_base(str(demo.MODEL_DIR), "nf4")
+    base = load_base(str(world.MODEL_DIR), "nf4")
     torch.manual_seed(0)
-    add_lora(base, TARGETS, 8, 16.0, 0.0)
-    rows = data.encode_all("demo", data.read(str(demo_data[0]), 320), base.encoder, 64).rows
+    spec = LoraSpec(8, 16.0, 0.0, TARGETS)
+    add_lora(base, spec)
+    rows = datasets.encode_dataset("demo", readers.read(str(demo_data[0]), 320), base.encoder, 64).rows
     engine, *_ = make_engine(base, "auto", 64)
     optimizer = torch.optim.AdamW(lora_parameters(base.model).values(), lr=5e-3)
     losses = []
@@ -47,7 +54,7 @@ def trained(tmp_path_factory, demo_data) -> Path:
         losses.append((loss * factor).item())
     assert losses[-1] < losses[0]
     folder = tmp_path_factory.mktemp("trained")
-    config = AdapterConfig(8, 16.0, 0.0, TARGETS, base.name, None, base.fingerprint)
+    config = AdapterConfig(spec, base.name, None, base.fingerprint)
     save_adapter(folder, base.model, config, base.encoder.tokenizer)
     return folder
 
@@ -71,25 +78,25 @@ def some_ids() -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["dequantized", "original"])
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_the_file_computes_what_the_adapter_did(trained, tmp_path, dtype, base):
+def test_the_file_computes_what_the_adapter_did(trained, tmp_path, dtype, onto):
     out = tmp_path / "merged"
-    result = merge(trained, out, dtype, base)
+    result = merge_adapter(trained, out, dtype, onto)
     bound = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}[dtype]
     assert result.bound == BOUNDS[dtype] == bound
     assert 0 <= result.difference <= bound and result.agreement > 0.9
 
     # Our own measurement, on other rows than merge's.
-    reference = load_adapter(trained, quantization=None if base == "dequantized" else "none")
+    reference = load_adapter(trained, quantization=None if onto == "dequantized" else "none")
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     ids = some_ids()
     assert distance(logits(merged, ids), logits(reference.model, ids)) <= bound
     with torch.no_grad():
         assert distance(merged(ids).logits, logits(reference.model, ids)) <= bound
-    without = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32).eval()
+    without = AutoModelForCausalLM.from_pretrained(world.MODEL_DIR, dtype=torch.float32).eval()
     assert distance(logits(without, ids), logits(reference.model, ids)) > 0.05  # the adapter has an effect
-    if base == "dequantized":
+    if onto == "dequantized":
         assert result.from_trained == result.difference
     else:
         assert result.from_trained > 10 * BOUNDS["fp32"]  # NF4's error
@@ -105,8 +112,8 @@ def test_the_file_computes_what_the_adapter_did(trained, tmp_path, dtype, base):
 
 
 def test_each_way_to_merge_is_evaluated_by_its_own_weights(trained, demo_data):
-    encoder = load_base(str(demo.MODEL_DIR), "nf4").encoder
-    rows = data.encode_all("demo", data.read(str(demo_data[1]), 20), encoder, 64).rows
+    encoder = load_base(str(world.MODEL_DIR), "nf4").encoder
+    rows = datasets.encode_dataset("demo", readers.read(str(demo_data[1]), 20), encoder, 64).rows
     losses = {name: e.loss for name, e in compare_merges(trained, rows, None, "fp32", 8).items()}
     bare, adapted, merged, again, original = losses.values()
     assert merged == pytest.approx(adapted, rel=1e-5) and adapted < bare
@@ -115,13 +122,13 @@ def test_each_way_to_merge_is_evaluated_by_its_own_weights(trained, demo_data):
 
 def test_the_merged_folder_is_complete(trained, tmp_path):
     out = tmp_path / "merged"
-    merge(trained, out, "fp32")
-    original = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    merge_adapter(trained, out, "fp32")
+    original = AutoTokenizer.from_pretrained(world.MODEL_DIR)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == original.chat_template is not None
     assert tokenizer.get_vocab() == original.get_vocab()
     generation = json.loads((out / "generation_config.json").read_text())
-    before = json.loads((demo.MODEL_DIR / "generation_config.json").read_text())
+    before = json.loads((world.MODEL_DIR / "generation_config.json").read_text())
     assert generation["eos_token_id"] == before["eos_token_id"]
 
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -132,9 +139,9 @@ def test_the_merged_folder_is_complete(trained, tmp_path):
 
 def test_merged_generates_the_same_tokens(trained, tmp_path, demo_data):
     out = tmp_path / "merged"
-    merge(trained, out, "fp32")
+    merge_adapter(trained, out, "fp32")
     adapter, merged = load_adapter(trained), load_base(str(out), "none")
-    examples = list(data.read(str(demo_data[1]), 8))
+    examples = list(readers.read(str(demo_data[1]), 8))
     prompts = [adapter.encoder.prompt(e.messages[:-1]) for e in examples]
     assert prompts == [merged.encoder.prompt(e.messages[:-1]) for e in examples]
     answers = generate(adapter, prompts, 16)
@@ -153,21 +160,22 @@ def test_a_tied_head_of_qwen2_0_5b_s_shape(tmp_path):
     config = Qwen2Config(
         vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=2, num_attention_heads=14,
         num_key_value_heads=2, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        bos_token_id=None, eos_token_id=AutoTokenizer.from_pretrained(demo.MODEL_DIR).eos_token_id,
+        bos_token_id=None, eos_token_id=AutoTokenizer.from_pretrained(world.MODEL_DIR).eos_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(tmp_path / "base")
     base = load_base(str(tmp_path / "base"), "nf4", "fp32", torch.device("cpu"))
-    add_lora(base, TARGETS, 16, 32.0, 0.0)
+    spec = LoraSpec(16, 32.0, 0.0, TARGETS)
+    add_lora(base, spec)
     with torch.no_grad():
         for p in lora_parameters(base.model).values():
             p.normal_(std=0.05)
     (tmp_path / "adapter").mkdir()
-    described = AdapterConfig(16, 32.0, 0.0, TARGETS, base.name, None, base.fingerprint)
+    described = AdapterConfig(spec, base.name, None, base.fingerprint)
     save_adapter(tmp_path / "adapter", base.model, described, base.encoder.tokenizer)
     base.model.eval()
-    merge(tmp_path / "adapter", tmp_path / "merged", "fp32")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", "fp32")
     assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
     merged = load_base(str(tmp_path / "merged"), "none", "fp32", torch.device("cpu"))
     assert merged.model.get_output_embeddings().weight is merged.model.get_input_embeddings().weight
@@ -179,12 +187,12 @@ def test_a_tied_head_of_qwen2_0_5b_s_shape(tmp_path):
 
 
 def test_a_difference_above_the_bound_keeps_nothing(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(qlora_min.merge, "BOUNDS", dict.fromkeys(BOUNDS, 0.0))
+    monkeypatch.setattr(qlora_min.merging, "BOUNDS", dict.fromkeys(BOUNDS, 0.0))
     out = tmp_path / "merged"
     with pytest.raises(
         MergeError, match=r"logits are \d\.\de-\d\d from the adapter's, the bound for fp16 is 0\.0e\+00"
     ):
-        merge(trained, out, "fp16")
+        merge_adapter(trained, out, "fp16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,16 +208,16 @@ def test_a_wrong_merge_is_noticed(trained, tmp_path, monkeypatch):
             spoil(model)
             fold(model)
 
-        monkeypatch.setattr(qlora_min.merge, "fold", spoiled)
+        monkeypatch.setattr(qlora_min.merging, "fold", spoiled)
         with pytest.raises(MergeError):
-            merge(trained, tmp_path / "merged", "fp32")
+            merge_adapter(trained, tmp_path / "merged", "fp32")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_not_a_number_is_above_any_bound(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(qlora_min.merge, "_distance", lambda a, b: float("nan"))
+    monkeypatch.setattr(qlora_min.merging, "_distance", lambda a, b: float("nan"))
     with pytest.raises(MergeError):
-        merge(trained, tmp_path / "merged")
+        merge_adapter(trained, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,36 +227,47 @@ def test_an_existing_output_is_never_overwritten(trained, tmp_path):
     (tmp_path / "file").write_text("keep me too")
     for name in ("full", "file"):
         with pytest.raises(ValueError, match=f"--output-dir {tmp_path / name}: exists and is not an empty directory"):
-            merge(trained, tmp_path / name)
+            merge_adapter(trained, tmp_path / name)
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert (tmp_path / "file").read_text() == "keep me too"
     (tmp_path / "empty").mkdir()
-    merge(trained, tmp_path / "empty")
+    merge_adapter(trained, tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").is_file()
 
 
 def test_fold_adds_the_update_to_the_weight_that_computes():
-    base = load_base(str(demo.MODEL_DIR), "nf4")
-    add_lora(base, ("q_proj",), 4, 6.0, 0.0)
+    base = load_base(str(world.MODEL_DIR), "nf4")
+    add_lora(base, LoraSpec(4, 6.0, 0.0, ("q_proj",)))
     with torch.no_grad():
         for p in lora_parameters(base.model).values():
             p.normal_()
     expected = {}
     for name, module in base.model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            expected[name.removesuffix(".base")] = dequantized_weight(module).clone()
+            expected[name.removesuffix(".linear")] = dequantized_weight(module).clone()
     for name, layer in lora_layers(base.model).items():
         expected[name] += (layer.lora_B @ layer.lora_A).detach() * (6.0 / 4)
-    biases = {n: p.clone() for n, p in base.model.named_parameters() if n.endswith("bias")}
+    biases = {n.replace(".linear.", "."): p.clone() for n, p in base.model.named_parameters() if n.endswith("bias")}
     fold(base.model)
     linears = {n: m for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
     assert linears.keys() == expected.keys() and {type(m) for m in linears.values()} == {torch.nn.Linear}
     assert all(torch.equal(m.weight, expected[n]) for n, m in linears.items())
-    assert {n.replace(".base.", "."): 0 for n in biases} == {
-        f"{n}.bias": 0 for n, m in linears.items() if m.bias is not None
-    }
-    assert all(torch.equal(b, linears[n.replace(".base.", ".").removesuffix(".bias")].bias) for n, b in biases.items())
+    assert biases.keys() == {f"{n}.bias" for n, m in linears.items() if m.bias is not None}
+    assert all(torch.equal(b, linears[n.removesuffix(".bias")].bias) for n, b in biases.items())
+
+
+def test_a_models_own_layer_of_any_name_is_folded():
+    """Zamba's decoder layers have a linear layer called `linear`, as LoRALinear calls the one that it wraps."""
+    base = load_base(str(world.MODEL_DIR), "none")
+    add_lora(base, LoraSpec(4, 6.0, 0.0, ("q_proj",)))
+    mlp = base.model.get_decoder().layers[0].mlp
+    mlp.linear = torch.nn.Linear(64, 64, dtype=torch.float16)
+    names = [name for name, _ in decoder_linears(base.model)]
+    assert "model.layers.0.mlp.linear" in names and "model.layers.0.self_attn.q_proj" in names
+    assert not any("q_proj." in name for name in names)
+    fold(base.model)
+    assert mlp.linear.weight.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,13 +281,13 @@ def everything(folder: Path) -> dict[str, str]:
 
 def test_atomic_folder_appears_whole(tmp_path):
     out = tmp_path / "a" / "b"
-    with checkpoint.atomic_folder(out) as new:
+    with files.atomic_folder(out) as new:
         assert new.parent == out.parent and not out.exists()
         (new / "deep").mkdir()
         (new / "deep" / "x").write_text("1")
         assert not out.exists()
     assert everything(tmp_path) == {"a/b/deep/x": "1"}
-    with checkpoint.atomic_folder(out) as new:
+    with files.atomic_folder(out) as new:
         (new / "y").write_text("2")
         assert everything(out) == {"deep/x": "1"}
     assert everything(tmp_path) == {"a/b/y": "2"}
@@ -282,7 +301,7 @@ def test_atomic_folder_leaves_nothing_behind_after_an_error(tmp_path, former, er
     if former:
         out.mkdir()
         (out / "x").write_text("former")
-    with pytest.raises(error), checkpoint.atomic_folder(out) as new:
+    with pytest.raises(error), files.atomic_folder(out) as new:
         (new / "x").write_text("half")
         raise error
     assert everything(tmp_path) == ({"out/x": "former"} if former else {})
@@ -301,7 +320,7 @@ def test_atomic_folder_keeps_the_former_content_when_the_rename_fails(tmp_path, 
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", full_disk)
-    with pytest.raises(OSError, match="No space"), checkpoint.atomic_folder(out) as new:
+    with pytest.raises(OSError, match="No space"), files.atomic_folder(out) as new:
         (new / "x").write_text("latter")
     assert everything(tmp_path) == {"out/x": "former"}
 
@@ -512,7 +531,7 @@ def test_the_newest_unfinished_run(tmp_path):
 # Reading weights runs no code
 # ---------------------------------------------------------------------------------------------------------------------
 
-SOURCES = sorted([*(ROOT / "qlora_min").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
+SOURCES = sorted([*(ROOT / "qlora_min").rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
 FORBIDDEN_CALLS = {"torch.load", "torch.save", "eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads",
                    "np.load", "np.save", "numpy.load", "numpy.save"}  # fmt: skip
 FORBIDDEN_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle", "importlib", "runpy",
@@ -540,7 +559,7 @@ def offences(code: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_pickle_and_no_remote_code(path):
     code = path.read_text(encoding="utf-8")
     peers = {"bench_peers.py": {"peft", "trl"}}.get(path.name, set())  # which it measures, in processes of their own
@@ -553,4 +572,4 @@ def test_the_reader_of_the_code_finds_what_it_looks_for():
     assert offences(code) == ["1: pickle", "2: peft", "3: torch.load", "4: trust_remote_code"]
     assert offences("f(trust_remote_code=False)\nf(trust_remote_code=x)") == ["2: trust_remote_code"]
     assert offences("import importlib.util\n__import__(name)") == ["1: importlib.util", "2: __import__"]
-    assert len(SOURCES) > 15
+    assert len(SOURCES) > 60

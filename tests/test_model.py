@@ -18,33 +18,28 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_min import data, demo
 from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
+from qlora_min.base import add_lora, decoder_prefix, load_base, load_encoder
 from qlora_min.batches import pack
-from qlora_min.engine import Modules, make_engine
-from qlora_min.files import weight_files
+from qlora_min.data import examples, rows
+from qlora_min.demo import world
+from qlora_min.fused.select import make_engine
 from qlora_min.generate import generate
-from qlora_min.lora import lora_parameters
-from qlora_min.merge import merge
-from qlora_min.model import (
-    DTYPES,
-    add_lora,
-    autocast,
-    decoder_prefix,
-    dequantized_weight,
-    find_model,
-    load_base,
-    load_encoder,
-    parameter_count,
-    resolve_precision,
-)
+from qlora_min.lora import LoraSpec, lora_parameters
+from qlora_min.merging import merge_adapter
+from qlora_min.run import datasets
+from qlora_min.run.plan import parameter_count
+from qlora_min.system.bits import dequantized_weight
+from qlora_min.system.device import DTYPES, autocast, resolve_precision
+from qlora_min.system.hub import find_model
+from qlora_min.system.weights import weight_files
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 290, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 def demo_base(quantization: str = "nf4", precision: str = "fp32"):
-    return load_base(str(demo.MODEL_DIR), quantization, precision, CPU)
+    return load_base(str(world.MODEL_DIR), quantization, precision, CPU)
 
 
 @torch.no_grad()
@@ -61,7 +56,7 @@ def layer_linears(model) -> dict[str, nn.Linear]:
 def model_copy(tmp_path) -> Path:
     """A copy of the demo's model folder, to be damaged."""
     folder = tmp_path / "model"
-    shutil.copytree(demo.MODEL_DIR, folder)
+    shutil.copytree(world.MODEL_DIR, folder)
     return folder
 
 
@@ -83,7 +78,7 @@ def edit_config(folder: Path, **values) -> None:
 
 def test_unquantised_it_is_transformers_own_model():
     base = demo_base("none")
-    theirs = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(world.MODEL_DIR, dtype=torch.float32).eval()
     assert base.model.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(base.model.state_dict().values(), theirs.state_dict().values()))
     buffers = dict(theirs.named_buffers())
@@ -97,7 +92,7 @@ def test_unquantised_it_is_transformers_own_model():
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_what_is_quantised_and_what_is_not(quantization, precision):
     base = demo_base(quantization, precision)
-    model, dtype, original = base.model, DTYPES[precision], load_file(demo.MODEL_DIR / "model.safetensors")
+    model, dtype, original = base.model, DTYPES[precision], load_file(world.MODEL_DIR / "model.safetensors")
     linears = layer_linears(model)
     assert len(linears) == 7 * model.config.num_hidden_layers
     for name, layer in linears.items():
@@ -177,9 +172,9 @@ def test_a_stored_copy_of_a_tied_weight_is_no_error(model_copy):
 
 
 def test_sharded_weights(tmp_path):
-    whole = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    whole = AutoModelForCausalLM.from_pretrained(world.MODEL_DIR)
     whole.save_pretrained(tmp_path, max_shard_size="100KB")
-    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(tmp_path)
     files = weight_files(tmp_path)
     assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
     assert torch.equal(logits(load_base(str(tmp_path), device=CPU).model), logits(demo_base().model))
@@ -195,7 +190,7 @@ def test_the_fingerprint_is_the_bases_own(model_copy):
     assert load_base(str(model_copy), device=CPU).fingerprint == fingerprint
     edit_config(model_copy, rms_norm_eps=1e-5)
     assert load_base(str(model_copy), device=CPU).fingerprint != fingerprint
-    edit_config(model_copy, rms_norm_eps=json.loads((demo.MODEL_DIR / "config.json").read_text())["rms_norm_eps"])
+    edit_config(model_copy, rms_norm_eps=json.loads((world.MODEL_DIR / "config.json").read_text())["rms_norm_eps"])
     assert load_base(str(model_copy), device=CPU).fingerprint == fingerprint
 
     def nudge(tensors):
@@ -211,11 +206,10 @@ import sys
 for name in ("accelerate", "peft", "trl"):
     sys.modules[name] = None  # importing it is an ImportError
 import torch
-from qlora_min import demo
-from qlora_min.model import add_lora, load_base
-demo.MODEL_DIR = type(demo.MODEL_DIR)(sys.argv[1])
-base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", torch.device("cpu"))
-add_lora(base, ("q_proj",), 4, 8.0, 0.0)
+from qlora_min.base import add_lora, load_base
+from qlora_min.lora import LoraSpec
+base = load_base(sys.argv[1], "nf4", "fp32", torch.device("cpu"))
+add_lora(base, LoraSpec(4, 8.0, 0.0, ("q_proj",)))
 base.model(torch.arange(8)[None]).logits.sum().backward()
 assert any(p.grad is not None and p.grad.any() for p in base.model.parameters())
 try:
@@ -223,7 +217,7 @@ try:
 except ImportError:
     print("trained without it")
 """
-    command = [sys.executable, "-c", code, str(demo.MODEL_DIR)]
+    command = [sys.executable, "-c", code, str(world.MODEL_DIR)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == "trained without it\n", done.stderr
 
@@ -358,7 +352,7 @@ def tiny(config_class, tokenizer, **values):
 
 
 def test_rows_that_bitsandbytes_dequantises_wrongly_on_a_cpu(tmp_path):
-    tokenizer = load_encoder(str(demo.MODEL_DIR)).tokenizer
+    tokenizer = load_encoder(str(world.MODEL_DIR)).tokenizer
     name = save_family(tmp_path, tiny(transformers.Qwen2Config, tokenizer, intermediate_size=96), tokenizer)
     with pytest.raises(
         ValueError, match=r"down_proj\.weight' has rows of 96, no multiple of 64, .* --quantization none"
@@ -399,7 +393,7 @@ def test_precision_on_a_gpu(monkeypatch, name, capability, auto):
             resolve_precision("bf16", gpu)
 
 
-ROWS_OF_IDS = [data.Row(ids.int(), torch.arange(16) > 3, "") for ids in IDS]
+ROWS_OF_IDS = [rows.Row(ids.int(), torch.arange(16) > 3, "") for ids in IDS]
 
 
 @pytest.mark.parametrize("mixing", ["", "a row at a time"])
@@ -409,11 +403,11 @@ def test_checkpointing_runs_each_layer_twice_and_changes_nothing(precision, mixi
     for checkpointing in (False, True):
         base = demo_base("nf4", precision)
         torch.manual_seed(5)
-        add_lora(base, ("q_proj", "v_proj"), 4, 8.0, 0.3)
+        add_lora(base, LoraSpec(4, 8.0, 0.3, ("q_proj", "v_proj")))
         with torch.no_grad():
             for p in lora_parameters(base.model).values():
                 p.normal_(std=0.1)
-        engine, runs = Modules(base, 16), []
+        engine, runs = make_engine(base, "modules", 16)[0], []
         engine.mixing, engine.checkpointing = mixing, checkpointing
         for layer in base.model.get_decoder().layers:
             layer.input_layernorm.register_forward_hook(lambda *_, runs=runs: runs.append(1))
@@ -432,10 +426,10 @@ def test_checkpointing_runs_each_layer_twice_and_changes_nothing(precision, mixi
 def test_the_base_stays_in_eval_mode():
     """Its own dropout never acts; ours does in a step, and not before or behind it."""
     base = demo_base()
-    add_lora(base, ("q_proj", "v_proj"), 4, 8.0, 0.3)
+    add_lora(base, LoraSpec(4, 8.0, 0.3, ("q_proj", "v_proj")))
     for p in lora_parameters(base.model).values():
         nn.init.normal_(p, std=0.1)
-    engine, batch = Modules(base, 16), pack(ROWS_OF_IDS)
+    engine, batch = make_engine(base, "modules", 16)[0], pack(ROWS_OF_IDS)
     before, seen = engine.hidden_states(batch), []
     modules = dict(base.model.named_modules())
     layers = base.model.get_decoder().layers
@@ -447,7 +441,7 @@ def test_the_base_stays_in_eval_mode():
 
 
 def test_parameter_count_by_formula():
-    c = json.loads((demo.MODEL_DIR / "config.json").read_text())
+    c = json.loads((world.MODEL_DIR / "config.json").read_text())
     d, inner, vocab, layers = (c[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers"))
     kv = d // c["num_attention_heads"] * c["num_key_value_heads"]
     layer = (d * d + d) + 2 * (d * kv + kv) + d * d + 3 * d * inner + 2 * d
@@ -456,7 +450,7 @@ def test_parameter_count_by_formula():
     for quantization in ("nf4", "none"):
         base = demo_base(quantization)
         assert parameter_count(base.model) == expected
-        names = add_lora(base, ("q_proj", "down_proj"), 4, 8.0, 0.0)
+        names = add_lora(base, LoraSpec(4, 8.0, 0.0, ("q_proj", "down_proj")))
         assert len(names) == 2 * layers
         assert parameter_count(base.model) == expected + layers * 4 * ((d + d) + (inner + d))
 
@@ -518,7 +512,7 @@ BY_MODULES = {"gemma3", "phi3", "mistral"}  # Mistral's window of 8 tokens is sh
 def make_family(name: str, folder: Path) -> str:
     """A random tiny model of a family, saved."""
     config_class, options, template, special, _, _ = FAMILIES[name]
-    tokenizer = copy.deepcopy(load_encoder(str(demo.MODEL_DIR)).tokenizer)
+    tokenizer = copy.deepcopy(load_encoder(str(world.MODEL_DIR)).tokenizer)
     tokenizer.add_tokens([t for t in special if t not in tokenizer.get_vocab()], special_tokens=True)
     tokenizer.chat_template = template
     return save_family(folder, tiny(getattr(transformers, config_class), tokenizer, **options), tokenizer)
@@ -549,21 +543,21 @@ def test_a_family_end_to_end(name, tmp_path):
     assert 0 < (logits(base.model) - reference).norm() / reference.norm() < 0.5
 
     # Encoding: the answers and their end tokens.
-    rows = data.encode_all("rows", [data.to_example(r, "r") for r in ROWS], base.encoder, 128).rows
+    rows = datasets.encode_dataset("rows", [examples.to_example(r, "r") for r in ROWS], base.encoder, 128).rows
     tokenizer = base.encoder.tokenizer
-    learned = [tokenizer.decode(r.ids[r.supervised].tolist()) for r in rows]
+    learned = [tokenizer.decode(r.input_ids[r.supervised].tolist()) for r in rows]
     assert learned[0] == f"Bekoxol.{end}" and learned[1] == f"Hello{end}\n1 <|im_end|> </s>{end}"
 
     # Training: packed rows are apart, and the engine's logits are the model's own.
     torch.manual_seed(0)
-    add_lora(base, targets, 4, 6.0, 0.1)
+    add_lora(base, LoraSpec(4, 6.0, 0.1, targets))
     parameters = list(lora_parameters(base.model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     engine, kind, why = make_engine(base, "auto", 128)
     assert kind == ("modules" if name in BY_MODULES else "fused") and not getattr(engine, "mixing", ""), why
     engine.checkpointing = True
     batch, losses = engine.pack(rows), []
-    own = torch.cat([logits(base.model, r.ids.long()[None])[0] for r in rows])
+    own = torch.cat([logits(base.model, r.input_ids.long()[None])[0] for r in rows])
     mine = engine.logits(engine.hidden_states(batch))
     assert (mine - own).norm() / own.norm() < 1e-5
     for step in range(6):
@@ -577,7 +571,7 @@ def test_a_family_end_to_end(name, tmp_path):
     # Saving and loading: bitwise the same.
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    config = AdapterConfig(4, 6.0, 0.0, targets, folder, None, base.fingerprint)
+    config = AdapterConfig(LoraSpec(4, 6.0, 0.0, targets), folder, None, base.fingerprint)
     save_adapter(adapter, base.model, config, tokenizer)
     trained = logits(base.model)
     again = load_adapter(adapter, device=CPU)
@@ -585,22 +579,22 @@ def test_a_family_end_to_end(name, tmp_path):
     assert (trained - logits(load_base(folder, "nf4", device=CPU).model)).norm() / trained.norm() > 1e-3
 
     # Merging and generating.
-    merge(adapter, tmp_path / "merged", "fp32")
+    merge_adapter(adapter, tmp_path / "merged", "fp32")
     merged = load_base(str(tmp_path / "merged"), "none", device=CPU)
     assert (logits(merged.model) - trained).norm() / trained.norm() <= 1e-5
-    prompts = [base.encoder.prompt(data.to_example(ROWS[0], "r").messages[:-1])]
+    prompts = [base.encoder.prompt(examples.to_example(ROWS[0], "r").messages[:-1])]
     assert generate(again, prompts, 8) == generate(merged, prompts, 8)
 
 
 def test_fused_projections_say_what_to_pass(tmp_path):
     base = load_base(make_family("phi3", tmp_path), device=CPU)
     with pytest.raises(ValueError) as error:
-        add_lora(base, ATTENTION, 4, 8.0, 0.0)
+        add_lora(base, LoraSpec(4, 8.0, 0.0, ATTENTION))
     assert str(error.value) == (
         "targets: 'q_proj', 'k_proj', 'v_proj' matches no linear layer of the model's decoder layers; "
         "expected names among: down_proj, gate_up_proj, o_proj, qkv_proj"
     )
-    assert len(add_lora(base, ("qkv_proj", "o_proj"), 4, 8.0, 0.0)) == 4
+    assert len(add_lora(base, LoraSpec(4, 8.0, 0.0, ("qkv_proj", "o_proj")))) == 4
 
 
 def test_logits_that_are_changed_in_an_unknown_way_are_refused(monkeypatch):
@@ -621,6 +615,6 @@ def test_logits_that_are_changed_in_an_unknown_way_are_refused(monkeypatch):
 def test_the_fingerprint_is_the_same_in_every_version():
     """It is written beside adapters: another value for the same base would refuse them all."""
     assert (
-        load_base(str(demo.MODEL_DIR), device=CPU).fingerprint
+        load_base(str(world.MODEL_DIR), device=CPU).fingerprint
         == "997bcd7cc4c07ddc53b4ce35c7f43ecaef8dd6856d5d1a12842de3ce49979d84"
     )

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch.nn as nn
 from conftest import assert_same
 from transformers import get_cosine_schedule_with_warmup
 
-from qlora_min.checkpoint import flatten, unflatten
-from qlora_min.lora import inject_lora, lora_layers, lora_parameters
+from qlora_min.config import Config
+from qlora_min.lora import LoraSpec, inject_lora, lora_layers, lora_parameters
+from qlora_min.ops.flat import FlatLoRA
 from qlora_min.optim import SKIPS_IN_A_ROW, Stepper, TrainingError, cosine_with_warmup, make_optimizer
+from qlora_min.run.checkpoint import flatten, unflatten
 
 CPU = torch.device("cpu")
 LR = 1e-2
@@ -55,27 +58,22 @@ def test_schedule_trains_at_every_step_and_stays_at_zero_after_the_end():
 
 
 class Setup:
-    """Two LoRA layers: their A have 4,096 elements (8-bit state), their B 512 (fp32 state)."""
+    """Two LoRA layers: at width 256 their A have 4,096 elements (8-bit state), their B 512 (fp32 state)."""
 
-    def __init__(self, optimizer: str, fp16: bool = True, max_grad_norm: float = 1.0):
+    def __init__(self, optimizer: str, fp16: bool = True, max_grad_norm: float = 1.0, width: int = 256):
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(256, 32), nn.Linear(32, 256), nn.Linear(256, 32))
-        inject_lora(self.model, ["0", "2"], 16, 24)
+        self.model = nn.Sequential(nn.Linear(width, 32), nn.Linear(32, width), nn.Linear(width, 32))
+        self.width = width
+        inject_lora(self.model, LoraSpec(16, 24, targets=("0", "2")))
         for layer in lora_layers(self.model).values():
             nn.init.normal_(layer.lora_B)
         self.params = lora_parameters(self.model)
-        self.stepper = Stepper(
-            make_optimizer(optimizer, list(self.params.values()), LR, weight_decay=0.0),
-            LR,
-            cosine_with_warmup(50, 0.1),
-            max_grad_norm,
-            fp16,
-            CPU,
-        )
+        config = Config(optimizer=optimizer, learning_rate=LR, warmup_ratio=0.1, max_grad_norm=max_grad_norm)
+        self.stepper = Stepper(FlatLoRA(lora_layers(self.model).values(), CPU), config, 50, fp16)
 
     def backward(self, seed: int, size: float = 1.0) -> None:
         g = torch.Generator().manual_seed(seed)
-        loss = size * self.model(torch.randn(8, 256, generator=g)).square().mean()
+        loss = size * self.model(torch.randn(8, self.width, generator=g)).square().mean()
         self.stepper.scaler.scale(loss).backward()
 
     def step(self, seed: int) -> tuple[float, bool]:
@@ -202,7 +200,7 @@ def test_clipping_is_to_the_unscaled_gradients_norm(optimizer, fp16):
         clipped, lrs = seen[-1]
         for g, c in zip(grads, clipped, strict=True):
             torch.testing.assert_close(c.double(), g * min(1.0, 0.5 / expected_norm), rtol=5e-6, atol=1e-12)
-        assert lrs == [pytest.approx(LR * factors[i], rel=1e-12)]
+        assert lrs == [pytest.approx(LR * factors[i], rel=1e-12)] * 2  # of 8-bit state, and of fp32
     assert len(seen) == 3
 
 
@@ -244,26 +242,55 @@ def test_reloaded_state_goes_on_bit_for_bit(optimizer):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def optimizer_of(
+    name: str,
+    large: list[nn.Parameter],
+    small: list[nn.Parameter] | tuple = (),
+    learning_rate: float = LR,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Of these tensors as they are, which `FlatLoRA` would choose itself."""
+    adapter = SimpleNamespace(large=large, small=list(small), largest=max(p.numel() for p in [*large, *small]))
+    return make_optimizer(adapter, Config(optimizer=name, learning_rate=learning_rate, weight_decay=weight_decay))
+
+
 def test_paged_adamw8bit_keeps_8_bits_from_4096_elements_on():
-    params = [nn.Parameter(torch.randn(n)) for n in (4095, 4096, 20_000)]
-    optimizer = make_optimizer("paged_adamw8bit", params, LR, 0.0)
+    """And pages from 100,000 on."""
+    params = [nn.Parameter(torch.randn(n)) for n in (4095, 4096, 100_000)]
+    optimizer = optimizer_of("paged_adamw8bit", params)
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
     kinds = [{optimizer.state[p][k].dtype for k in ("state1", "state2")} for p in params]
     assert kinds == [{torch.float32}, {torch.uint8}, {torch.uint8}]
     assert optimizer.is_paged
+    assert not optimizer_of("paged_adamw8bit", [nn.Parameter(torch.randn(99_999))]).is_paged
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_each_tensor_has_its_own_state(optimizer):
-    """One list of tensors in one group: nothing is flattened into buffers large enough to be paged."""
+    """Where blocks of 8-bit state would span two matrices, each matrix is stepped by itself: nothing is flattened."""
+    setup = Setup(optimizer, width=260)  # 260 x 16 is no multiple of 256
+    setup.step(0)
+    opt = setup.stepper.optimizer
+    first_A, first_B, second_A, second_B = map(id, setup.params.values())
+    assert [[id(p) for p in group["params"]] for group in opt.param_groups] == [
+        [first_A, second_A],
+        [first_B, second_B],
+    ]
+    assert set(map(id, opt.state)) == set(map(id, setup.params.values()))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_flat_tensor_has_one_state_and_is_not_paged_for_its_size(optimizer):
     setup = Setup(optimizer)
     setup.step(0)
     opt = setup.stepper.optimizer
-    (group,) = opt.param_groups
-    assert [id(p) for p in group["params"]] == [id(p) for p in setup.params.values()]
-    assert set(map(id, opt.state)) == set(map(id, setup.params.values()))
+    assert [[p.numel() for p in group["params"]] for group in opt.param_groups] == [[2 * 4096], [2 * 512]]
+    assert [p.numel() for p in opt.state] == [2 * 4096, 2 * 512]
+    assert not getattr(opt, "is_paged", False)
+    if optimizer == "paged_adamw8bit":
+        assert [state["state1"].dtype for state in opt.state.values()] == [torch.uint8, torch.float32]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -273,7 +300,7 @@ def test_the_first_step_is_adamws(optimizer):
     start, grad = torch.randn(1000), torch.randn(1000)
     p = nn.Parameter(start.clone())
     p.grad = grad.clone()
-    make_optimizer(optimizer, [p], LR, weight_decay=0.1).step()
+    optimizer_of(optimizer, [p], weight_decay=0.1).step()
     expected = start * (1 - LR * 0.1) - LR * grad / (grad.abs() + 1e-8)
     torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-6)
 
@@ -287,8 +314,8 @@ def test_a_flat_tensor_steps_as_its_matrices_do(name):
     large, small = (
         nn.Parameter(torch.cat([w.detach().flatten() for w in part])) for part in (matrices[:3], matrices[3:])
     )
-    apart = make_optimizer(name, matrices, 1e-3, 0.01)
-    together = make_optimizer(name, [large], 1e-3, 0.01, small=[small], paged=False)
+    apart = optimizer_of(name, matrices, (), 1e-3, 0.01)
+    together = optimizer_of(name, [large], [small], 1e-3, 0.01)
     for _ in range(20):
         for w in matrices:
             w.grad = 1e-3 * torch.randn_like(w)

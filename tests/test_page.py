@@ -7,10 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qlora_min import checkpoint, page
-from qlora_min.evaluate import Answers, Evaluation
-from qlora_min.files import write_text
-from qlora_min.scores import Choices, between
+from qlora_min.cli import page
+from qlora_min.cli.generated import Answers
+from qlora_min.cli.scores import Choices, between
+from qlora_min.evaluation import Choice, Evaluation
+from qlora_min.run import checkpoint
+from qlora_min.system.files import write_text
 
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -73,8 +75,8 @@ def check(text: str) -> Reader:
 
 def result(loss: float, hits: int, letters: str | list[str] = "ABCD") -> Evaluation:
     said = [i % 4 if i < hits else (i + 1) % 4 for i in range(20)]
-    choices = Choices.of([(letters[i % 4], letters[c], 0.3 + 0.05 * (i % 13)) for i, c in enumerate(said)])
-    return Evaluation(20, 90, loss, 0.5, 20, hits / 20, 0.25, choices)
+    choices = (Choice(letters[i % 4], letters[c], 0.3 + 0.05 * (i % 13), 0.25) for i, c in enumerate(said))
+    return Evaluation(20, 90, 90 * loss, 45, tuple(choices))
 
 
 @pytest.fixture
@@ -125,7 +127,7 @@ def test_figures_of_the_page_are_those_of_the_evaluation(adapter):
     made = page.evaluation(adapter, ["one"], [[result(3.0, 5)], [result(0.5, 15)]], [], "fp32")
     text = " ".join("".join(check(made).text).split())
     assert "3.0000 → 0.5000" in text and "25.0% → 75.0%" in text
-    assert between(result(0.5, 15).choices.interval) in text
+    assert between(Choices.of(result(0.5, 15).choices).interval) in text
     assert "Each data set" not in text
     assert made.count('<td class="heat of-adapter"') == 16
     points = re.findall(r'<path d="M (\S+) (\S+) \nL (\S+) (\S+) \n" style="fill: none; stroke: #ff7f0e', made)[0]
@@ -140,7 +142,7 @@ def test_damaged_samples_cost_nothing_but_themselves(adapter, damaged):
 
 
 def test_rows_without_options_and_no_run(tmp_path, adapter):
-    plain = Evaluation(3, 9, 0.5, 0.75)
+    plain = Evaluation(3, 8, 4.0, 6)
     for name in ("config.json", "metrics.jsonl"):
         (adapter.parent / name).unlink()
     made = page.evaluation(adapter, ["one"], [[plain], [plain]], [], "bf16")

@@ -1,24 +1,27 @@
-"""The README says what is so: its snippets print what stands below them, its commands parse, its names exist."""
+"""The READMEs say what is so: their snippets print what stands below them, their commands parse, their names exist."""
 
+import ast
 import doctest
 import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from qlora_min.cli import COMMANDS, make_parser
-from qlora_min.config import FIELDS, flag
+from qlora_min.cli.main import COMMANDS, make_parser
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+README = ROOT / "README.md"
+COURSE = ROOT / "qlora_min" / "README.md"
+PAGES = [README, *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("qlora_min/*/README.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 
 
 def commands() -> list[list[str]]:
-    """Every command of the README's shell snippets, as words."""
+    """Every command of the pages' shell snippets, as words."""
     found = []
-    for block in SHELL:
+    for block in re.findall(r"^```sh\n(.*?)^```", "\n".join(TEXTS.values()), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line.lstrip("!"), posix=True, punctuation_chars="&|;")
             lexer.whitespace_split = True
@@ -33,7 +36,7 @@ def commands() -> list[list[str]]:
 
 
 def test_the_snippets_print_what_stands_below_them():
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    result = doctest.testfile(str(COURSE), module_relative=False)
     assert result.attempted > 20 and result.failed == 0
 
 
@@ -54,36 +57,52 @@ def test_every_command_is_one(words):
 
 def test_the_names_in_the_course_exist():
     """`module.py`, `Name`: the lines that compute it are there."""
-    named = re.findall(r"`(\w+)\.py`, `([A-Z_a-z.0-9]+)`", TEXT)
+    named = re.findall(r"`([\w/]+)\.py`, `([A-Z_a-z.0-9]+)`", TEXTS[COURSE])
     named = [(m, n) for m, n in named if not n.endswith(".py")]
     assert len(named) >= 10
     for module, name in named:
-        thing = importlib.import_module(f"qlora_min.{module}")
+        thing = importlib.import_module("qlora_min." + module.replace("/", "."))
         for part in name.split("."):
             thing = getattr(thing, part)
 
 
-def test_every_module_is_in_the_reading_order():
-    part = TEXT.partition("### In which order to read")[2].partition("\n## ")[0]
-    modules = {p.name for p in (ROOT / "qlora_min").glob("*.py")} - {"__init__.py", "bits.py"}
-    assert modules == set(re.findall(r"`(\w+\.py)`", part))
+def test_every_file_of_the_core_is_in_the_reading_order():
+    table = TEXTS[COURSE].partition("## QLoRA")[0]
+    core = {p.name for p in (ROOT / "qlora_min").glob("*.py")} - {"__init__.py"}
+    assert core == set(re.findall(r"^\| (.*?) \|", table, re.M) and re.findall(r"`(\w+\.py)`", table)) & core
+    folders = {p.parent.name for p in (ROOT / "qlora_min").glob("*/__init__.py")}
+    assert folders == set(re.findall(r"^\| `(\w+)/`", TEXTS[README], re.MULTILINE))
 
 
-def test_every_option_is_in_the_table_with_its_default():
-    table = TEXT.partition("### Options of train.py")[2].partition("\n### ")[0]
-    for name, field in FIELDS.items():
-        line = next((line for line in table.splitlines() if f"`{flag(name)}`" in line), None)
-        assert line, name
-        default = field.default
-        shown = ",".join(default) if isinstance(default, tuple) else default
-        if isinstance(default, str) or (isinstance(default, int | float) and not isinstance(default, bool)):
-            plain = str(int(shown)) if isinstance(shown, float) and shown == int(shown) else str(shown)
-            plain = {"0.0002": "2e-4"}.get(plain, plain)
-            assert re.search(rf"(?<![\w.]){re.escape(plain)}(?![\w.]*\d)", line.split("|", 2)[2]), (name, plain, line)
+def test_links_lead_somewhere():
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if "://" in target:
+                continue
+            path, _, anchor = target.partition("#")
+            there = (page.parent / path).resolve() if path else page
+            there = there / "README.md" if there.is_dir() else there
+            assert there.exists(), (page, target)
+            if anchor and there.suffix == ".md":
+                headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+                assert anchor in anchors, (page, target)
 
 
-def test_links_within_lead_somewhere():
-    headings = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
-    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert (link[1:] in anchors) if link.startswith("#") else (ROOT / link).exists() or "://" in link, link
+def defined_at(path: Path) -> dict[str, int]:
+    """Name -> line of each function and class of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name: node.lineno for node in ast.walk(tree) if isinstance(node, kinds)}
+
+
+def test_links_to_lines_lead_to_what_they_name():
+    links = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", TEXTS[README])
+    assert len(links) >= 15
+    right = {(name, path): defined_at(ROOT / path).get(name) for name, path, _ in links}
+    wrong = [(n, p, f"#L{line}, is #L{right[n, p]}") for n, p, line in links if int(line) != right[n, p]]
+    assert not wrong, wrong
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS[README].splitlines()) <= 250

@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from test_training import make, on_the_cpu  # noqa: F401
 
-from qlora_min import checkpoint, report
-from qlora_min.checkpoint import read_metrics
-from qlora_min.train import Trainer
+from qlora_min.cli import compare, main
+from qlora_min.run import checkpoint, curves
+from qlora_min.run.checkpoint import read_metrics
+from qlora_min.run.trainer import Trainer
 
 SHORT = {"rows": 6, "held": 2, "batch_size": 1, "grad_accum": 1, "eval_every": 3, "epochs": 1.0}
 
@@ -47,8 +48,8 @@ def expected(run) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_says_what_metrics_say(make):  # noqa: F811
     trainer = make(**SHORT, tensorboard=True)
     trainer.train()
-    shown = scalars(trainer.run)
-    assert shown == expected(trainer.run)
+    shown = scalars(trainer.folder)
+    assert shown == expected(trainer.folder)
     assert {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "eval/loss"} <= shown.keys()
     assert [s for s, _ in shown["train/loss"]] == [1, 2, 3, 4, 5, 6] and [s for s, _ in shown["eval/loss"]] == [0, 3, 6]
 
@@ -56,30 +57,30 @@ def test_tensorboard_says_what_metrics_say(make):  # noqa: F811
 def test_without_the_option_there_is_none(make):  # noqa: F811
     trainer = make(**SHORT)
     trainer.train()
-    assert not (trainer.run / "tensorboard").exists()
+    assert not (trainer.folder / "tensorboard").exists()
 
 
 def test_what_a_resumed_run_forgets_tensorboard_forgets(make):  # noqa: F811
     """Lines after the checkpoint are cut from metrics.jsonl; the first process has already shown them."""
     trainer = make(**SHORT, tensorboard=True)
-    take = trainer.take_step
+    take = trainer.stepper.step
 
     def killed():
         if trainer.progress.step == 5:
             raise KeyboardInterrupt
         return take()
 
-    trainer.take_step = killed
+    trainer.stepper.step = killed
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert [s for s, _ in scalars(trainer.run)["train/loss"]] == [1, 2, 3, 4, 5]
-    with (trainer.run / "metrics.jsonl").open("r+b") as f:
+    assert [s for s, _ in scalars(trainer.folder)["train/loss"]] == [1, 2, 3, 4, 5]
+    with (trainer.folder / "metrics.jsonl").open("r+b") as f:
         f.write(b"x")  # a damaged line, here the first evaluation, ends nothing
-    again = Trainer(trainer.config, trainer.run)
+    again = Trainer(trainer.config, trainer.folder)
     assert again.progress.step == 3
     again.train()
-    assert scalars(trainer.run) == expected(trainer.run) and len(scalars(trainer.run)["train/loss"]) == 6
-    assert len(list((trainer.run / "tensorboard").iterdir())) == 2
+    assert scalars(trainer.folder) == expected(trainer.folder) and len(scalars(trainer.folder)["train/loss"]) == 6
+    assert len(list((trainer.folder / "tensorboard").iterdir())) == 2
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SummaryWriter's own
@@ -87,21 +88,21 @@ def test_what_a_resumed_run_forgets_tensorboard_forgets(make):  # noqa: F811
 def test_a_disk_that_fails_only_warns_and_nothing_is_lost(make, monkeypatch, capsys, away):  # noqa: F811
     """TensorBoard's files fail for a while, a record half written; metrics.jsonl does not: in the end all is there."""
     trainer = make(**SHORT, tensorboard=True)
-    update, calls, write = trainer.board.update, [], LocalFileSystem._write
+    update, calls, write = trainer.writer.board.update, [], LocalFileSystem._write
     monkeypatch.setattr(LocalFileSystem, "_write", lambda fs, name, *args: write(fs, os.fsdecode(name), *args))
 
     def on_a_bad_disk():
         failing = trainer.progress.step in away
-        with faults.Faults(trainer.run / "tensorboard", lambda n: trainer.progress.step in away, errno.ENOSPC) as w:
+        with faults.Faults(trainer.folder / "tensorboard", lambda n: trainer.progress.step in away, errno.ENOSPC) as w:
             update()
-        assert trainer.board.failed == failing
+        assert trainer.writer.board.failed == failing
         calls.extend(call for call, _ in w.calls)
 
-    trainer.board.update = on_a_bad_disk
+    trainer.writer.board.update = on_a_bad_disk
     trainer.train()
     assert capsys.readouterr().out.count("warning: no TensorBoard for now ([Errno 28]") == 1
-    assert {"mkdir", "open"} <= set(calls) and trainer.failures == 0 and checkpoint.is_finished(trainer.run)
-    assert scalars(trainer.run) == expected(trainer.run) and len(scalars(trainer.run)["train/loss"]) == 6
+    assert {"mkdir", "open"} <= set(calls) and trainer.writer.failures == 0 and checkpoint.is_finished(trainer.folder)
+    assert scalars(trainer.folder) == expected(trainer.folder) and len(scalars(trainer.folder)["train/loss"]) == 6
 
 
 def test_tensorboard_that_is_missing_is_one_line_before_any_work(make, monkeypatch, tmp_path):  # noqa: F811
@@ -135,11 +136,11 @@ def fake_run(folder, losses: dict[int, float], held: str = "4 rows, sha256 0", f
 
 def test_runs_beside_each_other(tmp_path, capsys, monkeypatch):
     drawn = []
-    draw = report.draw_curves
-    monkeypatch.setattr(report, "draw_curves", lambda runs, path: drawn.append(list(runs)) or draw(runs, path))
+    draw = curves.draw_curves
+    monkeypatch.setattr(compare, "draw_curves", lambda runs, path: drawn.append(list(runs)) or draw(runs, path))
     runs = [fake_run(tmp_path / "a", {5: 0.9, 10: 0.5, 15: 0.6}, rank=8),
             fake_run(tmp_path / "b", {5: 0.8, 10: 0.7}, finished=False)]  # fmt: skip
-    rows = report.compare(runs, tmp_path / "out.png")
+    rows = compare.compare_runs(runs, tmp_path / "out.png")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["best", "loss", "at", "step", "option", "accuracy", "tokens/s", "peak", "GiB"]
     assert lines[1].split() == ["rank", "8", "0.5000", "10", "5.0%", "1,234", "1.15"]
@@ -153,7 +154,7 @@ def test_runs_beside_each_other(tmp_path, capsys, monkeypatch):
 def test_a_label_is_what_differs(tmp_path):
     def labels(*options: dict) -> list[str]:
         records = [{"options": {"rank": 16, "learning_rate": 2e-4, "targets": ["q", "v"], **o}} for o in options]
-        return report.labels([tmp_path / f"run{i}" for i in range(len(records))], records)
+        return compare.labels([tmp_path / f"run{i}" for i in range(len(records))], records)
 
     assert labels({"rank": 8}, {}, {"rank": 64}) == ["rank 8", "rank 16", "rank 64"]
     assert labels({"rank": 8, "learning_rate": 1e-3}, {}) == [
@@ -167,22 +168,22 @@ def test_a_label_is_what_differs(tmp_path):
     assert labels({"of_the_future": 3}, {}) == ["of the future 3", "of the future None"]
     assert labels({}) == ["run0"]
     assert labels({"model": "m" * 60}, {"model": "n"}) == ["run0", "run1"]  # too long for a legend
-    same = report.labels([Path("a/run"), Path("b/run")], [{"options": {"rank": 8}}] * 2)
+    same = compare.labels([Path("a/run"), Path("b/run")], [{"options": {"rank": 8}}] * 2)
     assert same == ["a/run", "b/run"]
 
 
 def test_losses_on_different_rows_do_not_compare(tmp_path, capsys):
     runs = [fake_run(tmp_path / "a", {1: 1.0}), fake_run(tmp_path / "b", {1: 1.0}, held="4 rows, sha256 9")]
-    report.compare(runs, tmp_path / "out.png")
+    compare.compare_runs(runs, tmp_path / "out.png")
     assert "note: they were evaluated on different rows" in capsys.readouterr().out
-    report.compare([runs[0], fake_run(tmp_path / "c", {1: 1.0}, rank=2)], tmp_path / "other.png")
+    compare.compare_runs([runs[0], fake_run(tmp_path / "c", {1: 1.0}, rank=2)], tmp_path / "other.png")
     assert "different rows" not in capsys.readouterr().out
 
 
 def test_runs_without_evaluations_or_events(tmp_path, capsys):
     runs = [fake_run(tmp_path / "a", {1: 1.0}), fake_run(tmp_path / "b", {1: 1.0}, rank=8)]
     (runs[1] / "metrics.jsonl").unlink()
-    report.compare(runs, tmp_path / "out.png")
+    compare.compare_runs(runs, tmp_path / "out.png")
     assert capsys.readouterr().out.splitlines()[2].split() == [
         "rank", "8", "(unfinished,", "step", "0)", "-", "-", "-", "-", "-"
     ]  # fmt: skip
@@ -191,7 +192,7 @@ def test_runs_without_evaluations_or_events(tmp_path, capsys):
 def test_the_command(tmp_path, monkeypatch, capsys):
     for rank in (2, 4):
         fake_run(tmp_path / f"r{rank}", {1: 1 / rank}, rank=rank)
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "qlora_min.report", "r2", "r4"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "qlora_min.cli.main", "compare", "r2", "r4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == "" and "rank 4 " in done.stdout, done
@@ -206,9 +207,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (("r2/metrics.jsonl", "--output", "x.png"), "error: 'r2/metrics.jsonl' holds no run"),
         (("--otput", "x.png", "r2"), "error: unknown option '--otput', did you mean --output?"),
     ):
-        monkeypatch.setattr(sys, "argv", ["report.py", *words])
+        monkeypatch.setattr(sys, "argv", ["qlora-min", "compare", *words])
         with pytest.raises(SystemExit) as end:
-            report.main()
+            main.main()
         error = capsys.readouterr().err
         assert end.value.code == 2 and error.startswith(message) and error.count("\n") == 1, error
     assert picture.stat().st_mtime_ns == before

@@ -19,13 +19,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_same
-from test_training import last_checkpoint, make, on_the_cpu, saved_adapter  # noqa: F401
+from test_training import last_checkpoint, make, on_the_cpu, saved_adapter, trained  # noqa: F401
 
-import qlora_min.train
-from qlora_min import checkpoint
-from qlora_min.files import write_json
+from qlora_min import loop
 from qlora_min.optim import TrainingError
-from qlora_min.train import Trainer, resume_config
+from qlora_min.run import checkpoint, ending, writer
+from qlora_min.run import resume as resuming
+from qlora_min.run.resume import resume_config
+from qlora_min.run.trainer import Trainer
+from qlora_min.system.files import write_json
 
 CLOCK = {"seconds", "window_seconds", "tokens_per_second", "peak_memory_gib"}
 STEPS = 20
@@ -45,24 +47,30 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def worse(monkeypatch):
+    """The held-out loss of a `hard` run is least at step 12 on every machine: early stopping has something to count."""
+    evaluate = loop.evaluate_rows
+
+    def evaluate_worse(engine, *args):
+        result, trainer = evaluate(engine, *args), getattr(engine, "hard", None)
+        if trainer is None:
+            return result
+        loss = result.loss / 1000 + abs(trainer.progress.step - 12)
+        return replace(result, loss_sum=loss * result.supervised_tokens)
+
+    monkeypatch.setattr(loop, "evaluate_rows", evaluate_worse)
+
+
 def hard(trainer: Trainer, also=lambda trainer: None) -> Trainer:
-    """Make a run depend on all that a checkpoint must hold: a scale that moves, a skipped step.
-
-    The held-out loss is least at step 12 on every machine, so that early stopping has something to count.
-    """
-    evaluate = trainer.evaluate
-
-    def worse():
-        result = evaluate()
-        return replace(result, loss=result.loss / 1000 + abs(trainer.progress.step - 12))
-
-    trainer.evaluate = worse
+    """Make a run depend on all that a checkpoint must hold: a scale that moves, a skipped step, and see `worse`."""
+    trainer.feed.engine.hard = trainer
     trainer.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=4)
-    step, names = trainer.stepper.step, list(trainer.trained)
+    step, names = trainer.stepper.step, list(trained(trainer))
 
     def wrapped():
         if trainer.progress.step == 5:
-            trainer.trained[names[-1]].grad[0, 0] = float("inf")
+            trained(trainer)[names[-1]].grad[0, 0] = float("inf")
         also(trainer)
         return step()
 
@@ -75,8 +83,8 @@ def resume(run: Path, monkeypatch) -> Trainer:
     random.seed(999), np.random.seed(999), torch.manual_seed(999)
     config, run = resume_config(str(run), {})
     with monkeypatch.context() as m:  # `hard` has to come before the checkpoint's state
-        restore = Trainer._restore
-        m.setattr(Trainer, "_restore", lambda self: restore(hard(self)))
+        restore = resuming.restore
+        m.setattr(resuming, "restore", lambda trainer: restore(hard(trainer)))
         return Trainer(config, resume=run)
 
 
@@ -113,7 +121,7 @@ def snapshots(make, tmp_path, monkeypatch, request):  # noqa: F811
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "save_checkpoint", keep)
         trainer.train()
-    result = outcome(trainer.run)
+    result = outcome(trainer.folder)
     assert list(found) == list(range(STEPS + 1))
     train = [e for e in result["events"] if e["event"] == "train"]
     assert [e["step"] for e in train] == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
@@ -134,7 +142,7 @@ def test_killed_after_any_step(snapshots, monkeypatch, steps):
         resumed = resume(found[step], monkeypatch)
         assert resumed.progress.step == step
         resumed.train()
-        assert_same(outcome(resumed.run), whole, f"killed after step {step}")
+        assert_same(outcome(resumed.folder), whole, f"killed after step {step}")
 
 
 @pytest.mark.parametrize("steps", [[12], pytest.param(range(1, STEPS), marks=pytest.mark.slow)], ids=["some", "all"])
@@ -156,12 +164,12 @@ def test_a_signal_at_any_step(make, monkeypatch, capsys, steps):  # noqa: F811
             stopped.train()
         assert end.value.code == 128 + number
         assert signal.getsignal(number) is before
-        assert f"--resume '{stopped.run}'" in capsys.readouterr().err
-        state = last_checkpoint(stopped.run)["progress"]
+        assert f"--resume '{stopped.folder}'" in capsys.readouterr().err
+        state = last_checkpoint(stopped.folder)["progress"]
         assert (state["step"], state["evaluated"]) == (at, (at - 1) // 3 * 3)
-        resumed = resume(stopped.run, monkeypatch)
+        resumed = resume(stopped.folder, monkeypatch)
         resumed.train()
-        assert_same(outcome(resumed.run), outcome(whole.run), f"stopped after step {at}")
+        assert_same(outcome(resumed.folder), outcome(whole.folder), f"stopped after step {at}")
 
 
 @pytest.mark.parametrize("where", ["first evaluation", "evaluation", "samples"])
@@ -170,30 +178,32 @@ def test_a_signal_while_nothing_can_be_lost_ends_it_at_once(make, monkeypatch, w
     options = {**OPTIONS, "save_every": None, "max_steps": 6, "precision": "fp32"}
     whole = hard(make("whole", **options))
     whole.train()
-    name, at = {"first evaluation": ("evaluate", 0), "evaluation": ("evaluate", 3), "samples": ("_write_samples", 6)}[
-        where
-    ]
+    owner, name, at = {
+        "first evaluation": (loop, "evaluate_rows", 0),
+        "evaluation": (loop, "evaluate_rows", 3),
+        "samples": (ending, "write_samples", 6),
+    }[where]
     with monkeypatch.context() as m:
-        inner = getattr(Trainer, name)
+        inner = getattr(owner, name)
 
-        def interrupted(self, *args):
-            result = inner(self, *args)
-            if self.progress.step == at:
+        def interrupted(*args):
+            result = inner(*args)
+            if stopped.progress.step == at:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
                 raise AssertionError("not abandoned")
             return result
 
-        m.setattr(Trainer, name, interrupted)
+        m.setattr(owner, name, interrupted)
         stopped = hard(make("stopped", **options))
         with pytest.raises(SystemExit, match="143"):
             stopped.train()
-    assert last_checkpoint(stopped.run)["progress"]["step"] == at
-    assert sum(e["event"] == "eval" for e in checkpoint.read_metrics(stopped.run)) == {0: 0, 3: 1, 6: 3}[at]
-    assert not checkpoint.is_finished(stopped.run)
-    resumed = resume(stopped.run, monkeypatch)
+    assert last_checkpoint(stopped.folder)["progress"]["step"] == at
+    assert sum(e["event"] == "eval" for e in checkpoint.read_metrics(stopped.folder)) == {0: 0, 3: 1, 6: 3}[at]
+    assert not checkpoint.is_finished(stopped.folder)
+    resumed = resume(stopped.folder, monkeypatch)
     resumed.train()
-    assert_same(outcome(resumed.run), outcome(whole.run))
+    assert_same(outcome(resumed.folder), outcome(whole.folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,16 +230,24 @@ def at(state: dict, path: tuple):
 CONSTANT = {"options", "growth_factor", "backoff_factor", "growth_interval", "qmap1", "qmap2", "param_groups"}
 
 
+def state_of(trainer: Trainer) -> dict:
+    return trainer.writer.state(trainer.progress)
+
+
+def restore(trainer: Trainer) -> None:
+    trainer.progress = resuming.restore(trainer)
+
+
 def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make, monkeypatch):  # noqa: F811
     """What a resumed run would save at once is what was saved; and each part differs from a fresh run's."""
     _, found, options = snapshots
-    fresh = hard(make("fresh", **options))._state()
+    fresh = state_of(hard(make("fresh", **options)))
     step, state = checkpoint.newest_checkpoint(found[17])
     state["progress"] |= {"stopped_early": True}  # these two are as in a fresh run at step 17
     state["stepper"]["skipped_in_a_row"] = 1
     monkeypatch.setattr(checkpoint, "newest_checkpoint", lambda run: (step, copy.deepcopy(state)))
     resumed = resume(found[17], monkeypatch)
-    assert_same(resumed._state(), state)
+    assert_same(state_of(resumed), state)
 
     paths = list(parts(state))
     assert ("progress", "loss_sum") in {p[:2] for p in paths}
@@ -251,12 +269,12 @@ def test_all_of_the_state_comes_back_and_nothing_may_be_missing(snapshots, make,
         parent, key = at(state, path[:-1]), path[-1]
         value = parent.pop(key)
         with pytest.raises((ValueError, KeyError, AssertionError)):
-            resumed._restore()
+            restore(resumed)
             parent[key] = value
-            assert_same(resumed._state(), state)
+            assert_same(state_of(resumed), state)
         parent[key] = value
-    resumed._restore()
-    assert_same(resumed._state(), state)  # whole again, so it was not for another reason
+    restore(resumed)
+    assert_same(state_of(resumed), state)  # whole again, so it was not for another reason
 
 
 @pytest.mark.parametrize("engine", ["modules", "fused"])
@@ -265,17 +283,17 @@ def test_training_draws_no_random_numbers_of_libraries(make, engine):  # noqa: F
     adapters = []
     for disturbed in (False, True):
         trainer = make(f"{engine}{disturbed}", engine=engine, dropout=0.2, max_steps=4)
-        step = trainer.take_step
+        save = trainer.writer.save
 
-        def take_step(step=step, disturbed=disturbed):
+        def disturb(*args, save=save, disturbed=disturbed):
             if disturbed:
                 for seed in (random.seed, np.random.seed, torch.manual_seed):
                     seed(7)
-            return step()
+            return save(*args)
 
-        trainer.take_step = take_step
+        trainer.writer.save = disturb
         trainer.train()
-        adapters.append(saved_adapter(trainer.run))
+        adapters.append(saved_adapter(trainer.folder))
     assert_same(*adapters)
 
 
@@ -284,7 +302,9 @@ def test_training_draws_no_random_numbers_of_libraries(make, engine):  # noqa: F
     ("engine", "modules", "it began with --engine 'modules', put that back"),
 ])  # fmt: skip
 def test_another_way_to_compute_is_refused(make, key, value, words):  # noqa: F811
-    run = make("run", rows=8, max_steps=1).run
+    trainer = make("run", rows=8, max_steps=1)
+    run = trainer.folder
+    trainer.lock.file.close()
     record = checkpoint.read_record(run)
     write_json(run / "config.json", record | {key: value})
     config, run = resume_config(str(run), {})
@@ -295,14 +315,14 @@ def test_another_way_to_compute_is_refused(make, key, value, words):  # noqa: F8
 @pytest.mark.parametrize(("asked", "resolved"), [("auto", "fused"), ("fused", "fused"), ("modules", "modules")])
 def test_the_engine_is_recorded_and_kept(make, asked, resolved):  # noqa: F811
     trainer = make("run", rows=8, max_steps=1, engine=asked)
-    record = checkpoint.read_record(trainer.run)
+    record = checkpoint.read_record(trainer.folder)
     assert record["engine"] == record["options"]["engine"] == resolved
     trainer.lock.file.close()
     other = {"modules": "fused", "fused": "modules"}[resolved]
     with pytest.raises(ValueError, match=f"--engine was '{resolved}' when the run began, now '{other}'"):
-        resume_config(str(trainer.run), {"engine": other})
+        resume_config(str(trainer.folder), {"engine": other})
     for given in ({}, {"engine": "auto"}, {"engine": resolved}):
-        resumed = Trainer(*resume_config(str(trainer.run), given))
+        resumed = Trainer(*resume_config(str(trainer.folder), given))
         assert type(resumed.engine) is type(trainer.engine) and resumed.config.engine == resolved
         resumed.lock.file.close()
 
@@ -311,17 +331,18 @@ def test_a_run_of_an_earlier_version_is_not_resumed_but_evaluated(make, script):
     """Its config.json has no engine, and options that are gone."""
     trainer = make("run", held=3, max_steps=2, eval_every=1)
     trainer.train()
-    metrics = trainer.run / "metrics.jsonl"
+    metrics = trainer.folder / "metrics.jsonl"
     metrics.write_text("".join(line for line in metrics.open() if '"end"' not in line))
-    trained = script("eval.py", "--adapter", trainer.run / "adapter", "--json").stdout
-    record = checkpoint.read_record(trainer.run)
+    trained = script("eval.py", "--adapter", trainer.folder / "adapter", "--json").stdout
+    record = checkpoint.read_record(trainer.folder)
     del record["engine"], record["options"]["engine"]
     record["options"]["packing"], record["packed"] = "auto", True
-    write_json(trainer.run / "config.json", record)
-    refused = script("train.py", "--resume", trainer.run, expect=2).stderr
-    assert refused.startswith(f"error: --resume {trainer.run}: it was begun by an earlier version of qlora_min, whose ")
+    write_json(trainer.folder / "config.json", record)
+    refused = script("train.py", "--resume", trainer.folder, expect=2).stderr
+    begun = "it was begun by an earlier version of qlora_min, whose "
+    assert refused.startswith(f"error: --resume {trainer.folder}: {begun}")
     assert refused.count("\n") == 1
-    assert script("eval.py", "--adapter", trainer.run / "adapter", "--json").stdout == trained
+    assert script("eval.py", "--adapter", trainer.folder / "adapter", "--json").stdout == trained
     assert json.loads(trained)
 
 
@@ -335,8 +356,8 @@ def test_a_file_system_that_fails_says_nothing_about_a_checkpoint(make, monkeypa
 
     with monkeypatch.context() as m, pytest.raises(OSError, match="Input/output"):
         m.setattr(checkpoint, "sha256", fail)
-        checkpoint.newest_checkpoint(trainer.run)
-    assert checkpoint.newest_checkpoint(trainer.run)[0] == 1
+        checkpoint.newest_checkpoint(trainer.folder)
+    assert checkpoint.newest_checkpoint(trainer.folder)[0] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +419,7 @@ def test_a_signal_while_loading(tmp_path):
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     code = """
 import time
-from qlora_min.signals import Signals
+from qlora_min.run.signals import Signals
 with Signals("advice") as signals:
     print("ready", flush=True)
     while True:
@@ -443,24 +464,24 @@ def test_save_minutes(make, monkeypatch, minutes, steps):  # noqa: F811
     """With a clock on which a step takes a minute and a second."""
     options = {"held": 0, "max_steps": 12, "precision": "fp32", "eval_every": 100, "save_every": None}
     trainer = make(**OPTIONS | options | {"save_minutes": minutes})
-    monkeypatch.setattr(qlora_min.train.time, "monotonic", lambda: 61.0 * trainer.progress.step)
-    trainer.saved_at = 0.0
+    monkeypatch.setattr(writer.time, "monotonic", lambda: 61.0 * trainer.progress.step)
+    trainer.writer.saved_at = 0.0
     assert saved_steps(trainer, monkeypatch) == steps
 
 
 def test_a_run_that_fails_saves_nothing_over_what_is_good(make, monkeypatch):  # noqa: F811
     """A layer that does not train ends it after three steps; no checkpoint is written for that."""
     trainer = make(**OPTIONS | {"held": 0, "precision": "fp32", "save_every": None, "eval_every": 2})
-    trainer.model.get_submodule(trainer.wrapped[5]).enabled = False
+    trainer.base.model.get_submodule(trainer.wrapped[5]).enabled = False
     with pytest.raises(TrainingError, match="did not move"):
         saved_steps(trainer, monkeypatch)
-    assert checkpoint.checkpoint_steps(trainer.run) == [0, 2]
+    assert checkpoint.checkpoint_steps(trainer.folder) == [0, 2]
 
 
 def test_a_checkpoint_of_another_version_is_refused(make, monkeypatch):  # noqa: F811
     trainer = make(**OPTIONS | {"held": 0, "precision": "fp32"})
-    trainer._write_all()
+    trainer.writer.write_all(trainer.progress)
     trainer.lock.file.close()
-    monkeypatch.setattr(Trainer, "_state", lambda self: {"progress": {"step": 0}, "stepper": {}})
+    monkeypatch.setattr(writer.RunWriter, "state", lambda self, progress: {"progress": {"step": 0}, "stepper": {}})
     with pytest.raises(ValueError, match="another version of qlora_min"):
-        Trainer(*resume_config(str(trainer.run), {}))
+        Trainer(*resume_config(str(trainer.folder), {}))

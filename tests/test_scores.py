@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_min import scores
-from qlora_min.scores import Choices, text_scores, wilson
+from qlora_min.cli import scores
+from qlora_min.cli.scores import Choices, text_scores, wilson
+from qlora_min.evaluation import Choice, Evaluation
 
 
 def test_wilson_by_hand():
@@ -25,7 +26,7 @@ def test_wilson_by_hand():
 
 
 @given(st.integers(1, 3000), st.data())
-def test_wilson_holds_the_share_and_solves_its_equation(total, data):
+def test_wilson_holds_the_fraction_and_solves_its_equation(total, data):
     right = data.draw(st.integers(0, total))
     p = right / total
     for bound in wilson(right, total):
@@ -35,7 +36,8 @@ def test_wilson_holds_the_share_and_solves_its_equation(total, data):
     assert wilson(right, total)[0] <= p + 1e-12 and p - 1e-12 <= wilson(right, total)[1]
 
 
-ROWS = [("A", "A", 0.95), ("A", "B", 0.55), ("B", "B", 0.92), ("C", "A", 0.31), ("B", "B", 1.0), ("A", "A", 0.58)]
+CHOSEN = [("A", "A", 0.95), ("A", "B", 0.55), ("B", "B", 0.92), ("C", "A", 0.31), ("B", "B", 1.0), ("A", "A", 0.58)]
+ROWS = [Choice(*row, chance=1 / 3) for row in CHOSEN]
 
 
 def test_confusion_by_hand():
@@ -44,9 +46,11 @@ def test_confusion_by_hand():
     assert choices.confusion.tolist() == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
     assert choices.hits.tolist() == [True, False, True, False, True, True]
     assert choices.interval == wilson(4, 6)
-    assert choices.majority == ("A", 0.5) and Choices.of().majority == ("", 0.0)
-    joined = Choices.join([Choices.of(ROWS[:2]), Choices.of(), Choices.of(ROWS[2:])])
-    assert joined.as_dict() == choices.as_dict()
+    whole, none = Evaluation(6, 6, 0.0, 0, tuple(ROWS)), Evaluation(0, 0, 0.0, 0)
+    assert whole.majority == ["A", 0.5] and none.majority is None and len(Choices.of(none.choices)) == 0
+    parts = [Evaluation(len(some), len(some), 0.0, 0, tuple(some)) for some in (ROWS[:2], (), ROWS[2:])]
+    joined = Evaluation.join(parts)
+    assert joined == whole and Choices.of(joined.choices).as_dict() == choices.as_dict()
 
 
 def test_calibration_by_hand():
@@ -71,7 +75,7 @@ def test_calibration_tells_the_calibrated_from_the_overconfident():
 
 
 def test_confidence_that_is_not_finite_is_no_error():
-    choices = Choices.of([("A", "A", math.nan)])
+    choices = Choices.of([Choice("A", "A", math.nan, 0.25)])
     assert math.isnan(choices.calibration_error) and choices.bins[0][0] == 1
 
 

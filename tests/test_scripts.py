@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from qlora_min import demo
+from qlora_min.demo import world
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_resume_after_a_kill(script, tmp_path, demo_data):
     import sys
 
     train, held = demo_data
-    files = ["--model", demo.MODEL_DIR, "--dataset", train, "--eval-dataset", held, "--limit", 320, "--eval-limit", 40]
+    files = ["--model", world.MODEL_DIR, "--dataset", train, "--eval-dataset", held, "--limit", 320, "--eval-limit", 40]
     options = [*files, "--epochs", 1, "--grad-accum", 1, "--batch-size", 8, "--eval-every", 5, "--log-every", 1]
     whole = tmp_path / "whole"
     script("train.py", *options, "--output-dir", whole)
@@ -193,7 +193,9 @@ def test_resume_after_a_kill(script, tmp_path, demo_data):
 
 def test_preview(script, demo_data):
     train, _ = demo_data
-    out = script("train.py", "--model", demo.MODEL_DIR, "--dataset", train, "--eval-fraction", 0, "--preview", 2).stdout
+    out = script(
+        "train.py", "--model", world.MODEL_DIR, "--dataset", train, "--eval-fraction", 0, "--preview", 2
+    ).stdout
     rows = [json.loads(line) for line in train.read_text().splitlines()[:2]]
     for row in rows:
         assert f"<|im_start|>assistant\n⟦{row['output']}<|im_end|>⟧" in out
@@ -203,7 +205,7 @@ def test_preview(script, demo_data):
 def test_config_file_and_command_line(script, tmp_path, demo_data):
     train, _ = demo_data
     (tmp_path / "run.toml").write_text(
-        f'model = "{demo.MODEL_DIR}"\ndataset = ["{train}"]\nmax-steps = 2\nlimit = 40\nrank = 4\n'
+        f'model = "{world.MODEL_DIR}"\ndataset = ["{train}"]\nmax-steps = 2\nlimit = 40\nrank = 4\n'
     )
     script("train.py", "--config", "run.toml", "--rank", 8, "--output-dir", "out")
     options = json.loads((tmp_path / "out" / "config.json").read_text())["options"]
@@ -245,7 +247,7 @@ def test_bad_input_to_train(script, write_rows, tmp_path, options, words):
     write_rows([{"question": "secret text", "reply": "b"}], "layout.jsonl")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("mine")
-    defaults = ["--model", demo.MODEL_DIR, "--dataset", "good.jsonl", "--output-dir", "out"]
+    defaults = ["--model", world.MODEL_DIR, "--dataset", "good.jsonl", "--output-dir", "out"]
     done = script("train.py", *defaults, *options, expect=None)
     one_line_error(done, *words)
     assert "secret text" not in done.stderr
@@ -253,7 +255,7 @@ def test_bad_input_to_train(script, write_rows, tmp_path, options, words):
 
 
 def test_a_merged_model_among_the_runs_is_no_run(script, tmp_path):
-    shutil.copytree(demo.MODEL_DIR, tmp_path / "runs" / "merged")
+    shutil.copytree(world.MODEL_DIR, tmp_path / "runs" / "merged")
     one_line_error(script("train.py", "--resume", expect=2), "no unfinished run")
     one_line_error(script("train.py", "--resume", "runs/merged", expect=2), "holds no run")
     one_line_error(script("train.py", "--demo", "--output-dir", "runs/merged", expect=2), "not an empty directory")
@@ -280,7 +282,7 @@ def test_held_out_rows_are_those_of_the_run(script, write_rows, tmp_path):
     """When the data have changed since, rows that were trained on could pass for held out: refused."""
     rows = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(40)]
     write_rows(rows)
-    options = ["--model", demo.MODEL_DIR, "--dataset", "rows.jsonl", "--max-steps", 1, "--output-dir", "out"]
+    options = ["--model", world.MODEL_DIR, "--dataset", "rows.jsonl", "--max-steps", 1, "--output-dir", "out"]
     script("train.py", *options)
     assert "held out" in script("eval.py", "--adapter", "out/adapter", "--limit", 2).stdout
     write_rows(rows[1:])
@@ -294,7 +296,7 @@ def test_the_hub_out_of_reach_is_one_line_even_after_retries(process, tmp_path):
 
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
     environment.pop("HF_HUB_OFFLINE")
-    options = ["--model", demo.MODEL_DIR, "--dataset", "no/such-data"]
+    options = ["--model", world.MODEL_DIR, "--dataset", "no/such-data"]
     done = process("train.py", *options, expect=None, env=environment)
     one_line_error(done, "no/such-data", "hub can't be reached", "--demo")
     done = process("train.py", "--model", "no/such-model", expect=None, env=environment)
@@ -304,7 +306,7 @@ def test_the_hub_out_of_reach_is_one_line_even_after_retries(process, tmp_path):
 def test_adapter_of_another_base(demo_run, script, tmp_path):
     run, _, _ = demo_run
     other = tmp_path / "other"
-    shutil.copytree(demo.MODEL_DIR, other)
+    shutil.copytree(world.MODEL_DIR, other)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
@@ -316,7 +318,7 @@ def test_adapter_of_another_base(demo_run, script, tmp_path):
     one_line_error(script("chat.py", expect=None), "--adapter DIR or --model NAME")
 
 
-BENCH = ["--model", demo.MODEL_DIR, "--device", "cpu", "--precision", "fp32", "--steps", 1, "--repeats", 1]
+BENCH = ["--model", world.MODEL_DIR, "--device", "cpu", "--precision", "fp32", "--steps", 1, "--repeats", 1]
 
 
 def test_bench_on_a_cpu(script):
@@ -367,7 +369,7 @@ def test_json_is_one_event_a_line(script, tmp_path):
         json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     ]
     assert done.stderr == ""
-    answer = json.loads(script("chat.py", "--model", demo.MODEL_DIR, "--prompt", "Hello", "--json").stdout)
+    answer = json.loads(script("chat.py", "--model", world.MODEL_DIR, "--prompt", "Hello", "--json").stdout)
     assert answer["prompt"] == "Hello" and answer["adapter"] is False and answer["answer"]
 
 
@@ -387,24 +389,24 @@ def test_dry_run_writes_nothing(script, tmp_path):
 
 
 def test_every_option_is_in_one_group_of_the_help(script):
-    from qlora_min.cli import GROUPS
+    from qlora_min.cli.options import groups
     from qlora_min.config import FIELDS
 
-    assert sorted(name for names in GROUPS.values() for name in names) == sorted(FIELDS)
+    assert sorted(name for names in groups().values() for name in names) == sorted(FIELDS)
     out = script("train.py", "--help").stdout
-    assert all(out.count(f"\n{title}:\n") == 1 for title in GROUPS)
+    assert all(out.count(f"\n{title}:\n") == 1 for title in groups())
 
 
 def test_the_console_command(monkeypatch, capsys):
-    from qlora_min import cli
+    from qlora_min.cli import main
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["qlora-min", *words])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
         return end.value.code, *capsys.readouterr()
 
-    assert run()[0] == 0 and all(f"\n  {name} " in run("--help")[1] for name in cli.COMMANDS)
+    assert run()[0] == 0 and all(f"\n  {name} " in run("--help")[1] for name in main.COMMANDS)
     assert run("evl") == (2, "", "error: unknown command 'evl', did you mean eval? (see --help)\n")
     assert run("train", "--rnak", "3")[::2] == (
         2,
@@ -419,8 +421,8 @@ def test_the_console_command(monkeypatch, capsys):
 @pytest.mark.slow
 def test_experiments(script, tmp_path):
     """Each change is a run of its own; what is done is not done again, and the common run serves all experiments."""
-    train, held = demo.write_data(tmp_path / "data")
-    options = ["--model", demo.MODEL_DIR, "--dataset", train, "--eval-dataset", held, "--eval-limit", 20,
+    train, held = world.write_data(tmp_path / "data")
+    options = ["--model", world.MODEL_DIR, "--dataset", train, "--eval-dataset", held, "--eval-limit", 20,
                "--max-length", 64, "--max-steps", 2, "--output-dir", "runs/x"]  # fmt: skip
     options += ["--only", "rank", "quantization"]
     out = script("experiments.py", *options).stdout

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from test_adapter import ATTENTION, MLP, adapted, edit
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from qlora_min import demo
-from qlora_min.adapter import CONFIG, WEIGHTS, save_adapter
+from qlora_min.adapter import WEIGHTS, save_adapter
+from qlora_min.base import load_base
+from qlora_min.demo import world
 from qlora_min.generate import generate
-from qlora_min.merge import merge
-from qlora_min.model import load_base
+from qlora_min.merging import merge_adapter
+from qlora_min.system.peft_files import CONFIG
 
 QUESTIONS = ("Which vitamin deficiency causes scurvy?", "Name three primary colours.")
 
@@ -32,7 +33,7 @@ def test_plain_transformers_answers_as_chat_does(script, tmp_path):
     base, config = adapted(8, 16.0, ATTENTION, "nf4")
     (tmp_path / "adapter").mkdir()
     save_adapter(tmp_path / "adapter", base.model, config, base.encoder.tokenizer)
-    merge(tmp_path / "adapter", tmp_path / "merged", "fp32")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", "fp32")
     text = "Which drug? {'A': 'Zetaxol', 'B': 'Movupril'}"
     said = script("chat.py", "--adapter", "adapter", "--prompt", text, "--max-new-tokens", 24).stdout.strip()
 
@@ -82,7 +83,7 @@ def refused_by_vllm(folder: Path, model: torch.nn.Module) -> list[str]:
 def test_an_adapter_has_vllms_layout(tmp_path, rank, alpha, targets):
     base, config = adapted(rank, alpha, targets)
     save_adapter(tmp_path, base.model, config, base.encoder.tokenizer)
-    plain = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    plain = AutoModelForCausalLM.from_pretrained(world.MODEL_DIR)
     assert refused_by_vllm(tmp_path, plain) == []
     read = json.loads((tmp_path / CONFIG).read_text())
     assert read["lora_alpha"] / read["r"] == alpha / rank and read["use_rslora"] is False  # its scaling is ours
@@ -91,7 +92,7 @@ def test_an_adapter_has_vllms_layout(tmp_path, rank, alpha, targets):
 def test_the_check_of_vllms_layout_sees_what_is_wrong(tmp_path):
     base, config = adapted(4, 8.0, ("q_proj",))
     save_adapter(tmp_path, base.model, config, base.encoder.tokenizer)
-    plain = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    plain = AutoModelForCausalLM.from_pretrained(world.MODEL_DIR)
     edit(tmp_path / CONFIG, r=1000, use_dora=True, bias="all")
     tensors = load_file(tmp_path / WEIGHTS)
     tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 64)
@@ -179,5 +180,5 @@ def test_llama_cpp_answers_as_we_do_on_qwen2(tmp_path):
     base, described = adapted(8, 16.0, ATTENTION, "nf4", str(tmp_path / "base"))
     (tmp_path / "adapter").mkdir()
     save_adapter(tmp_path / "adapter", base.model, described, base.encoder.tokenizer)
-    merge(tmp_path / "adapter", tmp_path / "merged", "fp16")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", "fp16")
     assert all(assert_llama_cpp_answers_as_we_do(tmp_path / "merged", tmp_path / "merged.gguf"))

@@ -14,19 +14,24 @@ import torch.nn.functional as F
 from conftest import assert_same
 from safetensors.torch import load_file
 
-import qlora_min.model
-import qlora_min.train
-from qlora_min import checkpoint, demo, ops
-from qlora_min.batches import cut, dropout_seed
+import qlora_min.base
+import qlora_min.run.ending
+import qlora_min.run.trainer
+from qlora_min import loop
+from qlora_min.base import add_lora, load_base
+from qlora_min.batches import Packed, Schedule, cut, dropout_seed
 from qlora_min.config import Config
-from qlora_min.data import Row
-from qlora_min.decoder import Layer
-from qlora_min.engine import PACKED
-from qlora_min.evaluate import Evaluation
-from qlora_min.lora import Dropout, Tokens, inject_lora, lora_layers, lora_parameters
-from qlora_min.model import add_lora, load_base
+from qlora_min.data.rows import Row
+from qlora_min.demo import world
+from qlora_min.engine import PACKED, Engine
+from qlora_min.evaluation import Evaluation
+from qlora_min.fused.decoder import Layer
+from qlora_min.lora import LoraSpec, inject_lora, lora_layers, lora_parameters
+from qlora_min.ops import masks
+from qlora_min.ops.dropout import Dropout, Tokens
 from qlora_min.optim import TrainingError
-from qlora_min.train import Trainer
+from qlora_min.run import checkpoint
+from qlora_min.run.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -34,13 +39,13 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """Bitwise claims are about one device; and samples need not be long here."""
-    monkeypatch.setattr(qlora_min.train, "pick_device", lambda: CPU)
-    monkeypatch.setattr(qlora_min.train, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(qlora_min.run.trainer, "pick_device", lambda: CPU)
+    monkeypatch.setattr(qlora_min.run.ending, "SAMPLE_TOKENS", 4)
 
 
 def conversations(count: int, seed: int) -> list[dict]:
     """Rows with one to three of the demo's questions each: ragged, with several answers in some."""
-    questions = iter(demo.rows(demo.CONDITIONS, 3 * count, seed))
+    questions = iter(world.rows(world.CONDITIONS, 3 * count, seed))
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -59,7 +64,7 @@ def make(tmp_path, write_rows):
 
     def trainer(name: str = "run", rows: int = 10, held: int = 0, **options) -> Trainer:
         given = {
-            "model": str(demo.MODEL_DIR),
+            "model": str(world.MODEL_DIR),
             "dataset": (str(write_rows(conversations(rows, seed=1), "train.jsonl")),),
             "eval_dataset": (str(write_rows(conversations(held, seed=2), "held.jsonl")),) if held else (),
             "eval_fraction": 0.0,
@@ -79,8 +84,12 @@ def make(tmp_path, write_rows):
     return trainer
 
 
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in trainer.trained.items()}
+def trained(trainer: Trainer | Engine) -> dict[str, nn.Parameter]:
+    return lora_parameters(trainer.base.model)
+
+
+def weights(trainer: Trainer | Engine) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trained(trainer).items()}
 
 
 def last_checkpoint(run: Path) -> dict:
@@ -100,14 +109,18 @@ ENGINES = pytest.mark.parametrize("engine", ["modules", "fused"])
 BOUND = {"adamw": 1e-5, "paged_adamw8bit": 3e-3}  # 8-bit state amplifies rounding
 
 
+def backward(trainer: Trainer, batch: Packed, supervised: int, step: int) -> torch.Tensor:
+    """Forward and backward of a micro-batch, as in `loop.compute_gradients`; the sum of its losses."""
+    factor = trainer.stepper.scaled(1 / supervised)
+    return trainer.feed.engine.loss_and_gradients(batch, factor, dropout_seed(trainer.config.seed, step))
+
+
 def train_ours(trainer: Trainer, steps: int = STEPS) -> list[float]:
     """Optimizer steps as the loop takes them; the losses."""
     losses = []
     for step in range(steps):
-        supervised, _ = trainer.step_totals(step)
-        losses.append(
-            sum(trainer.backward(b, supervised, step).item() for b in trainer.step_batches(step)) / supervised
-        )
+        batches, supervised, _ = trainer.feed[step]
+        losses.append(sum(backward(trainer, b, supervised, step).item() for b in batches) / supervised)
         assert trainer.stepper.step()[1]
     return losses
 
@@ -125,12 +138,12 @@ def peft_model(trainer: Trainer) -> tuple[nn.Module, Tokens]:
     named = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert {type(m) for m in named.values()} == {peft.tuners.lora.Linear4bit}
     for name, layer in named.items():
-        stream = trainer.model.get_submodule(name.removeprefix("base_model.model.")).dropout.stream
+        stream = trainer.base.model.get_submodule(name.removeprefix("base_model.model.")).dropout.stream
         assert isinstance(layer.lora_dropout["default"], nn.Dropout)
         layer.lora_dropout["default"] = Dropout(c.dropout, tokens, stream)
     with torch.no_grad():
         for name, p in peft_weights(model).items():
-            p.copy_(trainer.trained[name])
+            p.copy_(trained(trainer)[name])
     return model.train(), tokens
 
 
@@ -145,10 +158,10 @@ def full_logits_loss(model: nn.Module, rows: list[Row], places: list[int], token
     longest = max(map(len, rows))
     ids, labels, mask = (torch.full((len(rows), longest), fill) for fill in (3, -100, 0))
     for i, r in enumerate(rows):
-        ids[i, : len(r)], mask[i, : len(r)] = r.ids, 1
-        labels[i, : len(r)] = torch.where(r.supervised, r.ids, -100)
+        ids[i, : len(r)], mask[i, : len(r)] = r.input_ids, 1
+        labels[i, : len(r)] = torch.where(r.supervised, r.input_ids, -100)
     row_ids, position_ids = torch.tensor(places).repeat_interleave(longest), torch.arange(longest).repeat(len(rows))
-    tokens.keys = ops.dropout_keys(seed, row_ids, position_ids)
+    tokens.keys = masks.dropout_keys(seed, row_ids, position_ids)
     logits = model(input_ids=ids, attention_mask=mask).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
@@ -156,10 +169,10 @@ def full_logits_loss(model: nn.Module, rows: list[Row], places: list[int], token
 def same_order_loss(model: nn.Module, rows: list[Row], places: list[int], tokens: Tokens, seed: torch.Tensor):
     """The same number by our order of operations: rows packed, logits at the supervised positions, 64 at a time."""
     inner, lengths = model.get_base_model(), torch.tensor([len(r) for r in rows])
-    ids, position_ids = torch.cat([r.ids for r in rows]).long(), torch.cat([torch.arange(len(r)) for r in rows])
+    ids, position_ids = torch.cat([r.input_ids for r in rows]).long(), torch.cat([torch.arange(len(r)) for r in rows])
     learned = torch.cat([r.supervised for r in rows])[1:] & (position_ids[1:] > 0)
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-    tokens.keys = ops.dropout_keys(seed, torch.tensor(places).repeat_interleave(lengths), position_ids)
+    tokens.keys = masks.dropout_keys(seed, torch.tensor(places).repeat_interleave(lengths), position_ids)
     inner.config._attn_implementation = PACKED
     states = inner.model(
         input_ids=ids[None], position_ids=position_ids[None], use_cache=False, cu_seq_lens_q=ends, cu_seq_lens_k=ends,
@@ -175,20 +188,20 @@ def train_peft(model: nn.Module, tokens: Tokens, trainer: Trainer, same_order: b
     c, params = trainer.config, peft_weights(model)
     kind = {"adamw": torch.optim.AdamW, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}[c.optimizer]
     optimizer = kind(params.values(), lr=c.learning_rate, weight_decay=0.0)
-    flat = sorted(params, key=lambda name: trainer.trained[name].data_ptr())
+    flat = sorted(params, key=lambda name: trained(trainer)[name].data_ptr())
     warmup = math.ceil(c.warmup_ratio * STEPS)
-    n, size = len(trainer.rows), c.batch_size * c.grad_accum
+    n, size = len(trainer.schedule.rows), c.batch_size * c.grad_accum
     per_epoch = -(-n // size)
     losses = []
     for step in range(STEPS):
         epoch, index = divmod(step, per_epoch)
         order = list(range(n))
         random.Random(f"{c.seed}/{epoch}").shuffle(order)
-        rows = [trainer.rows[i] for i in order[index * size : (index + 1) * size]]
+        rows = [trainer.schedule.rows[i] for i in order[index * size : (index + 1) * size]]
         count = sum(int(r.supervised.sum()) for r in rows)
         parts = [list(range(len(rows)))[i : i + c.batch_size] for i in range(0, len(rows), c.batch_size)]
         if same_order:
-            parts = cut([len(r) for r in rows], trainer.tokens)
+            parts = cut([len(r) for r in rows], trainer.feed.n_tokens)
         total = 0.0
         for part in parts:
             loss_of = same_order_loss if same_order else full_logits_loss
@@ -215,8 +228,8 @@ def compare_with_peft(trainer: Trainer, bound: float) -> None:
     losses = train_ours(trainer)
     theirs = peft_weights(model)
     assert losses[-1] < 0.9 * losses[0], "nothing was learned: the comparison shows nothing"
-    assert theirs.keys() == trainer.trained.keys()
-    for name, p in trainer.trained.items():
+    assert theirs.keys() == trained(trainer).keys()
+    for name, p in trained(trainer).items():
         assert relative(p, start[name]) > 0.01, f"{name} has not moved"
         assert relative(p, theirs[name]) <= bound, name
     state = trainer.stepper.optimizer.state
@@ -292,7 +305,7 @@ def compare_engines(make, **options) -> None:
     options = {"optimizer": "adamw", "dropout": 0.1, "epochs": 100} | options | {"max_steps": 20}
     cuts = (("modules", 1), ("fused", 300))
     trainers = [make(name, **options | {"engine": name, "micro_batch_tokens": n}) for name, n in cuts]
-    assert len(trainers[0].step_batches(0)) > len(trainers[1].step_batches(0))
+    assert len(trainers[0].feed[0][0]) > len(trainers[1].feed[0][0])
     before = weights(trainers[0])
     mine, theirs = (train_ours(t, 20) for t in trainers)
     assert mine[-1] < 0.9 * mine[0] and mine == pytest.approx(theirs, rel=1e-4)
@@ -323,16 +336,16 @@ def test_gradient_checkpointing_changes_no_gradient(make, monkeypatch, precision
     for setting in ("off", "on"):
         options = {"precision": precision, "engine": engine, "micro_batch_tokens": 200}
         trainer = make(setting, gradient_checkpointing=setting, dropout=0.1, **options)
-        for layer in lora_layers(trainer.model).values():
+        for layer in lora_layers(trainer.base.model).values():
             nn.init.normal_(layer.lora_B, std=0.05, generator=torch.Generator().manual_seed(3))
-        layers = trainer.model.get_decoder().layers
+        layers = trainer.base.model.get_decoder().layers
         for layer in layers:
             layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        batches = trainer.step_batches(0)
+        batches = trainer.feed[0][0]
         calls.clear()
-        losses = [trainer.backward(batch, 100, 0) for batch in batches]
+        losses = [backward(trainer, batch, 100, 0) for batch in batches]
         assert len(calls) == {"off": 1, "on": 2}[setting] * len(batches) * len(layers)  # it is off, and it is on
-        results[setting] = (losses, {n: p.grad for n, p in trainer.trained.items()})
+        results[setting] = (losses, {n: p.grad for n, p in trained(trainer).items()})
     assert all(g.any() for g in results["off"][1].values())
     assert_same(results["on"], results["off"])
 
@@ -344,8 +357,8 @@ def test_evaluation_changes_nothing(make, engine):
     for name, held in (("with", 6), ("without", 0)):
         trainer = make(name, held=held, epochs=3, max_steps=7, eval_every=1, patience=100, engine=engine)
         trainer.train()
-        states.append(last_checkpoint(trainer.run))
-        events = checkpoint.read_metrics(trainer.run)
+        states.append(last_checkpoint(trainer.folder))
+        events = checkpoint.read_metrics(trainer.folder)
         assert sum(e["event"] == "eval" for e in events) == (8 if held else 0)
         losses.append([(e["loss"], e["grad_norm"], e["lr"]) for e in events if e["event"] == "train"])
     assert len(losses[0]) == 7
@@ -369,13 +382,13 @@ def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_base_does_not_move(make, precision):
     trainer = make(held=4, epochs=1, precision=precision, weight_decay=0.1)
-    before, start = frozen(trainer.model), weights(trainer)
-    layers = trainer.model.config.num_hidden_layers
+    before, start = frozen(trainer.base.model), weights(trainer)
+    layers = trainer.base.model.config.num_hidden_layers
     assert sum(n.endswith(".absmax2") for n in before) == 7 * layers  # all linears of a layer are quantised
     assert sum(t.dtype == torch.uint8 for t in before.values()) >= 7 * layers
     trainer.train()
-    assert_same(frozen(trainer.model), before)
-    end = last_checkpoint(trainer.run)["adapter"]
+    assert_same(frozen(trainer.base.model), before)
+    end = last_checkpoint(trainer.folder)["adapter"]
     assert all(not torch.equal(end[n], w) for n, w in start.items()), "the adapter has not moved: nothing was trained"
 
 
@@ -387,34 +400,34 @@ def test_the_base_does_not_move(make, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_what_trains_is_fp32_and_nothing_else_trains(make, precision):
     trainer = make(precision=precision)
-    training = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
-    assert training.keys() == trainer.trained.keys()
+    training = {n: p for n, p in trainer.base.model.named_parameters() if p.requires_grad}
+    assert training.keys() == trained(trainer).keys()
     assert {p.dtype for p in training.values()} == {torch.float32}
-    linear = trainer.model.get_decoder().layers[0].self_attn.q_proj.base
+    linear = trainer.base.model.get_decoder().layers[0].self_attn.q_proj.linear
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert linear.compute_dtype == linear.weight.quant_state.dtype == dtype
-    assert trainer.model.config._attn_implementation == "sdpa"  # eager overflows fp16
+    assert trainer.base.model.config._attn_implementation == "sdpa"  # eager overflows fp16
 
 
 def test_the_default_dtype_does_not_reach_what_trains():
-    base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
+    base = load_base(str(world.MODEL_DIR), "nf4", "fp32", CPU)
     torch.set_default_dtype(torch.float16)
     try:
-        add_lora(base, ("q_proj",), 4, 6.0, 0.0)
+        add_lora(base, LoraSpec(4, 6.0, targets=("q_proj",)))
     finally:
         torch.set_default_dtype(torch.float32)
     assert {p.dtype for p in lora_parameters(base.model).values()} == {torch.float32}
 
 
 def test_trainable_weights_in_half_precision_are_refused(monkeypatch):
-    base = load_base(str(demo.MODEL_DIR), "nf4", "fp32", CPU)
+    base = load_base(str(world.MODEL_DIR), "nf4", "fp32", CPU)
     monkeypatch.setattr(
-        qlora_min.model,
+        qlora_min.base,
         "inject_lora",
         lambda model, *args, **kwargs: inject_lora(model, *args, **kwargs) and model.half(),
     )
     with pytest.raises(AssertionError):
-        add_lora(base, ("q_proj",), 4, 6.0, 0.0)
+        add_lora(base, LoraSpec(4, 6.0, targets=("q_proj",)))
 
 
 def test_fp16_trains_on_the_cpu(make):
@@ -424,9 +437,9 @@ def test_fp16_trains_on_the_cpu(make):
         trainer = make(precision, precision=precision, epochs=4)
         assert trainer.stepper.scaler.is_enabled() == (precision == "fp16")
         trainer.train()
-        events = checkpoint.read_metrics(trainer.run)
+        events = checkpoint.read_metrics(trainer.folder)
         losses[precision] = [e["loss"] for e in events if e["event"] == "train"]
-        assert all(p.isfinite().all() for p in trainer.trained.values())
+        assert all(p.isfinite().all() for p in trained(trainer).values())
         assert events[-1]["skipped"] == trainer.stepper.skipped <= (5 if precision == "fp16" else 0)
         if precision == "fp16":
             assert trainer.stepper.scaler.get_scale() == 65536 / 2**trainer.stepper.skipped
@@ -443,11 +456,11 @@ def scale_that_fits(trainer: Trainer) -> None:
 
 def break_gradients(trainer: Trainer, steps: set[int]) -> None:
     """Put an inf into one gradient just before the optimizer steps (0-based) of `steps`."""
-    inner, at, name = trainer.stepper.step, iter(range(10_000)), next(reversed(trainer.trained))
+    inner, at, name = trainer.stepper.step, iter(range(10_000)), next(reversed(trained(trainer)))
 
     def step():
         if next(at) in steps:
-            trainer.trained[name].grad[0, 0] = math.inf
+            trained(trainer)[name].grad[0, 0] = math.inf
         return inner()
 
     trainer.stepper.step = step
@@ -458,13 +471,13 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(make):
     scale_that_fits(trainer)
     break_gradients(trainer, {1, 4})
     end = trainer.train()
-    events = checkpoint.read_metrics(trainer.run)
+    events = checkpoint.read_metrics(trainer.folder)
     steps = [e for e in events if e["event"] == "train"]
     assert end.step == 6
     assert [e["skipped"] for e in steps] == [0, 1, 1, 1, 2, 2]
     assert steps[1]["lr"] == steps[2]["lr"], "the schedule went on over a skipped step"
     assert events[-1]["skipped"] == 2
-    assert last_checkpoint(trainer.run)["stepper"]["taken"] == 4
+    assert last_checkpoint(trainer.folder)["stepper"]["taken"] == 4
 
 
 def test_twenty_skips_name_step_rows_and_checkpoint(make):
@@ -473,15 +486,14 @@ def test_twenty_skips_name_step_rows_and_checkpoint(make):
     break_gradients(trainer, set(range(2, 100)))
     with pytest.raises(TrainingError) as error:
         trainer.train()
-    where = [
-        r.where for r in trainer.step_rows(21)
-    ]  # steps 3 to 22 were skipped, the last with the one row of an epoch's end
-    assert len(where) == 1
+    # Steps 3 to 22 were skipped, the last with the one row of an epoch's end.
+    locations = [r.location for r in trainer.schedule[21]]
+    assert len(locations) == 1
     message = str(error.value)
     assert "20 optimizer steps in a row" in message
     assert "step 22 " in message
-    assert f"with rows {where[0]};" in message
-    assert str(trainer.run / "checkpoints" / "step-20") in message
+    assert f"with rows {locations[0]};" in message
+    assert str(trainer.folder / "checkpoints" / "step-20") in message
 
 
 # Memory
@@ -520,28 +532,28 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_micro_batches(mak
     assert all(
         re.match(r"note: step \d: out of memory; its gradients are computed again, in micro-b", n) for n in notes
     )
-    assert limited.tokens == 200 and max(tried[-10:]) <= 200 < max(tried)
-    losses = [[e["loss"] for e in checkpoint.read_metrics(t.run) if e["event"] == "train"] for t in (whole, limited)]
+    assert limited.feed.n_tokens == 200 and max(tried[-10:]) <= 200 < max(tried)
+    losses = [[e["loss"] for e in checkpoint.read_metrics(t.folder) if e["event"] == "train"] for t in (whole, limited)]
     assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-5)
     for name, w in weights(limited).items():
         assert relative(w, weights(whole)[name]) < 1e-5, name
-    assert checkpoint.read_record(limited.run)["options"]["micro_batch_tokens"] == 800
+    assert checkpoint.read_record(limited.folder)["options"]["micro_batch_tokens"] == 800
 
 
-def test_rows_that_together_are_shorter_than_the_longest_are_taken_apart_too(make):
+def test_rows_that_together_are_shorter_than_the_longest_are_taken_apart_too(make, monkeypatch):
     """Where two of the shortest rows do not fit: a step of such rows is taken, before any longer row comes."""
-    trainer = make()
-    short = trainer.rows[int(trainer.rows.lengths.argmin())]
-    assert 2 * len(short) < trainer.rows.lengths.max()
-    trainer.step_rows = lambda step: [short] * 2
+    trainer = make(max_steps=1)
+    short = trainer.schedule.rows[int(trainer.schedule.rows.lengths.argmin())]
+    assert 2 * len(short) < trainer.schedule.rows.lengths.max()
+    monkeypatch.setattr(Schedule, "__getitem__", lambda self, step: [short] * 2)
     limit_memory(trainer, len(short))
-    trainer.take_step()
+    trainer.train()
     assert trainer.progress.step == 1
 
 
 def test_a_row_that_does_not_fit_ends_the_run_with_advice(make, capsys):
     trainer = make(dropout=0.0, epochs=2)
-    longest = int(trainer.rows.lengths.max())
+    longest = int(trainer.schedule.rows.lengths.max())
     limit_memory(trainer, longest - 1)
     with pytest.raises(TrainingError) as error:
         trainer.train()
@@ -550,7 +562,7 @@ def test_a_row_that_does_not_fit_ends_the_run_with_advice(make, capsys):
         rf"out of memory at step \d+, in a micro-batch of {longest:,} tokens, \d+ supervised; peak", message
     )
     for words in (f"this micro-batch: .* {longest:,} tokens", "what would take less, in order of effect:",
-                  "--max-length", r"last good checkpoint: .*step-\d", f"--resume {trainer.run}"):  # fmt: skip
+                  "--max-length", r"last good checkpoint: .*step-\d", f"--resume {trainer.folder}"):  # fmt: skip
         assert re.search(words, message), words
 
 
@@ -560,7 +572,7 @@ def test_a_row_that_does_not_fit_ends_the_run_with_advice(make, capsys):
 
 
 def result(loss: float) -> Evaluation:
-    return Evaluation(rows=1, supervised_tokens=1, loss=loss, token_accuracy=0.0)
+    return Evaluation(rows=1, supervised_tokens=1, loss_sum=loss, right_tokens=0)
 
 
 def saved_adapter(run: Path) -> dict[str, torch.Tensor]:
@@ -573,7 +585,7 @@ def test_a_layer_that_does_not_train_is_named(make, engine):
     """Is it really training? A layer whose update takes no part in the output ends the run after three steps."""
     trainer = make(rows=16, engine=engine)
     name = trainer.wrapped[5]
-    trainer.model.get_submodule(name).enabled = False
+    trainer.base.model.get_submodule(name).enabled = False
     with pytest.raises(TrainingError, match=rf"2 of 32 trained matrices did not move: {name}\.lora_A, {name}\.lora_B"):
         trainer.train()
     assert trainer.progress.step == 3
@@ -583,11 +595,11 @@ def test_early_stopping_counts_in_a_row_and_keeps_the_best(make, monkeypatch):
     """Losses 3, 2, then one worse, the best, and two in a row not better: stopped there with patience 2."""
     losses, seen = iter([3.0, 2.0, 2.5, 1.5, 1.5, math.nan, 0.1, 0.1]), []
 
-    def evaluate(self):
-        seen.append(weights(self))
+    def evaluate(engine, *_):
+        seen.append(weights(engine))
         return result(next(losses))
 
-    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluate_rows", evaluate)
     trainer = make(held=2, epochs=5, eval_every=2, patience=2)
     end = trainer.train()
     assert (end.step, end.best_step, end.best["loss"], end.stopped_early) == (10, 6, 1.5, True)
@@ -595,19 +607,19 @@ def test_early_stopping_counts_in_a_row_and_keeps_the_best(make, monkeypatch):
     assert len(seen) == 6
     assert not torch.equal(seen[3]["model.layers.0.self_attn.q_proj.lora_A"],
                            seen[5]["model.layers.0.self_attn.q_proj.lora_A"])  # fmt: skip
-    assert_same(saved_adapter(trainer.run), seen[3])
+    assert_same(saved_adapter(trainer.folder), seen[3])
     assert_same(weights(trainer), seen[3])  # the model that is left has it too
 
 
 def test_early_stopping_of_a_run_that_gets_worse(make, monkeypatch):
     """Real evaluations, under a learning rate that destroys: it stops 3 after the best, whose adapter is kept."""
-    seen, evaluate = [], Trainer.evaluate
+    seen, evaluate = [], loop.evaluate_rows
 
-    def record(self):
-        seen.append((evaluate(self).loss, weights(self)))
-        return evaluate(self)
+    def record(engine, *args):
+        seen.append((evaluate(engine, *args).loss, weights(engine)))
+        return evaluate(engine, *args)
 
-    monkeypatch.setattr(Trainer, "evaluate", record)
+    monkeypatch.setattr(loop, "evaluate_rows", record)
     trainer = make(held=4, epochs=20, eval_every=1, patience=3, learning_rate=30.0)
     end = trainer.train()
     losses = [loss for loss, _ in seen]
@@ -615,6 +627,6 @@ def test_early_stopping_of_a_run_that_gets_worse(make, monkeypatch):
     assert losses[-1] > losses[best]
     assert (end.step, end.best_step, end.stopped_early) == (best + 3, best, True)
     assert end.best["loss"] == losses[best]
-    assert_same(saved_adapter(trainer.run), seen[best][1])
-    assert {best, best + 2, best + 3} == set(checkpoint.checkpoint_steps(trainer.run))  # the best and the last two
-    assert checkpoint.is_finished(trainer.run)
+    assert_same(saved_adapter(trainer.folder), seen[best][1])
+    assert {best, best + 2, best + 3} == set(checkpoint.checkpoint_steps(trainer.folder))  # the best and the last two
+    assert checkpoint.is_finished(trainer.folder)

@@ -1,0 +1,119 @@
+"""A report on data before training: lengths, right letters, and questions that occur more than once."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ..data.duplicates import ALIKE, WORDS, Pair, near_duplicates
+from ..data.examples import Example, permute_options
+from ..data.rows import Rows
+from ..run.datasets import Encoded
+from ..system import console
+from .scores import between, wilson
+
+SHOWN = 10  # pairs of each kind that are shown; the others are only counted
+BINS = 12  # of the histogram, at most
+
+
+@dataclass(frozen=True)
+class Care:
+    """The report. A side is "training" or "held out". The pairs are the first 10 of each kind."""
+
+    rows: dict[str, int]  # side -> number of rows
+    lengths: dict[str, list[int]]  # side -> number of rows in each bin of tokens
+    edges: list[int]  # of the bins
+    letters: dict[str, dict[str, int]]  # side -> right letter -> number of multiple-choice rows
+    options: dict[str, dict[int, int]]  # side -> number of options -> number of multiple-choice rows
+    can_shuffle: int  # training rows whose options --shuffle-options can put into another order
+    repeated: int  # training rows with the question, options and answer of an earlier one
+    repeated_pairs: Sequence[Pair]
+    conflicts: int  # training rows with the question and options of an earlier one, and another answer
+    conflict_pairs: Sequence[Pair]
+    alike: int | None = None  # training questions that are near-duplicates of an earlier one; None without rensa
+    alike_pairs: Sequence[Pair] = ()
+    leaks: int | None = None  # training questions that are near-duplicates of a held-out one; None without rensa
+    leak_pairs: Sequence[Pair] = ()
+
+    as_dict = asdict
+
+    def __str__(self) -> str:
+        lines = ["tokens       " + "".join(f"{side:>10}" for side in self.lengths)]
+        most = max(1, *self.lengths["training"])
+        for (low, high), *counts in zip(itertools.pairwise(self.edges), *self.lengths.values()):
+            bar = "█" * round(40 * counts[0] / most) or "▏" * (counts[0] > 0)
+            lines.append(f"{f'{low:,}-{high - 1:,}':<13}{''.join(f'{n:>10,}' for n in counts)}  {bar}".rstrip())
+        lines.append("")
+        for side, letters in self.letters.items():
+            if total := sum(letters.values()):
+                ((most_often, count),) = Counter(letters).most_common(1)
+                fractions = "  ".join(f"{letter} {n / total:.1%}" for letter, n in letters.items())
+                lines.append(f"right letters of {total:,} {side} rows: {fractions}")
+                counts = ", ".join(f"{rows:,} with {n}" for n, rows in self.options[side].items())
+                sure = f"{count / total:.1%} (95% interval {between(wilson(count, total))})"
+                lines += [f"  by number of options: {counts}", f"  always {most_often} would be right in {sure}"]
+        if total := sum(self.letters["training"].values()):
+            lines.append(f"--shuffle-options can move the options of {self.can_shuffle:,} of {total:,} training rows")
+        lines.append("")
+        alike = f"{ALIKE} or more of their {WORDS}-word runs shared"
+        for what, count, pairs in (
+            ("training rows that repeat another: question, options and answer", self.repeated, self.repeated_pairs),
+            ("training rows that contradict another: question and options", self.conflicts, self.conflict_pairs),
+            (f"training questions almost like another: {alike}", self.alike, self.alike_pairs),
+            (f"training questions almost like a held-out one: {alike}", self.leaks, self.leak_pairs),
+        ):
+            if count is not None:
+                lines.append(f"{count:>6,}  {what}")
+                lines += [f"        {a}  {b}" + (f"  {j:.2f}" if j < 1 else "") for a, b, j in pairs]
+                lines += [f"        ... and {count - len(pairs):,} more"] * (count > len(pairs))
+        if self.alike is None:
+            lines.append("near-duplicates were not looked for: that needs rensa, pip install 'qlora_min[care]'")
+        return "\n".join(lines)
+
+
+def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
+    """Report on encoded rows that have their text: `run.datasets.read_data(config, encoder, texts=True)`.
+
+    Held-out rows are compared with training rows, not with each other.
+    """
+    rows, apart = (Rows.join(part.rows for part in side) for side in (train, held))
+    sides = {"training": rows} | ({"held out": apart} if len(apart) else {})
+    choices = {k: [(c.correct, len(c.letters)) for r in part if (c := r.example.choice)] for k, part in sides.items()}
+    letters = {side: dict(sorted(Counter(letter for letter, _ in found).items())) for side, found in choices.items()}
+    options = {side: dict(sorted(Counter(n for _, n in found).items())) for side, found in choices.items()}
+
+    pairs, can_shuffle = {"repeated": [], "conflicts": []}, 0
+    seen: dict[tuple, int] = {}  # (question,), (question, options), (question, options, answer) -> the first row
+    for i, row in enumerate(console.bar(len(rows), "answers", "row", iterable=rows)):
+        example = row.example
+        can_shuffle += bool(example.choice and permute_options(example, range(len(example.choice.letters))))
+        key = (example.question_hash, *_options_and_answer(example))
+        if key in seen:
+            pairs["repeated"].append((row.location, rows[seen[key]].location, 1.0))
+        elif key[:2] in seen:
+            pairs["conflicts"].append((row.location, rows[seen[key[:2]]].location, 1.0))
+        for n in (1, 2, 3):
+            seen.setdefault(key[:n], i)
+    with suppress(ImportError):
+        asked = np.array([i for key, i in seen.items() if len(key) == 1], int)  # the first row of each question
+        pairs["alike"], pairs["leaks"] = near_duplicates(rows[asked], apart)
+    found = {what: len(some) for what, some in pairs.items()}
+    found |= {f"{what.removesuffix('s')}_pairs": some[:SHOWN] for what, some in pairs.items()}
+
+    tokens = [*rows.lengths.tolist(), *apart.lengths.tolist()]
+    low, high = min(tokens, default=0), max(tokens, default=0)
+    width = next(w for k in itertools.count() for w in (10**k, 2 * 10**k, 5 * 10**k) if high // w - low // w < BINS)
+    edges = [width * i for i in range(low // width, high // width + 2)]
+    lengths = {side: np.histogram(part.lengths, edges)[0].tolist() for side, part in sides.items()}
+    return Care({side: len(r) for side, r in sides.items()}, lengths, edges, letters, options, can_shuffle, **found)
+
+
+def _options_and_answer(example: Example) -> tuple[frozenset[str] | None, str]:
+    """(the texts of the options or None, that of the answer) without letters, case and spacing."""
+    choice = example.choice
+    texts = choice.options if choice else {"": example.messages[-1]["content"]}
+    plain = {letter: " ".join(str(text).casefold().split()) for letter, text in texts.items()}
+    return choice and frozenset(plain.values()), plain[choice.correct if choice else ""]

@@ -1,0 +1,74 @@
+"""qlora-min chat"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from .options import Emit, Parser, adapter_options, count_option, json_option, precision_option
+
+
+def options(parser: Parser) -> None:
+    adapter_options(parser, required=False)
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt instead of the template's own")
+    parser.add_argument("--compare", action="store_true", help="answer without and with the adapter")
+    count_option(parser, "--max-new-tokens", "cut answers here", 256)
+    precision_option(parser)
+    json_option(parser)
+
+
+def command(args: argparse.Namespace, emit: Emit) -> None:
+    """Talk to a model: a base with an adapter, or a merged checkpoint.
+
+    chat --adapter runs/NAME/adapter                        a conversation; an empty line or Ctrl-D ends it
+    chat --adapter runs/NAME/adapter --prompt "..."         one answer
+    chat --adapter runs/NAME/adapter --compare              each answer without and with the adapter
+    chat --model merged
+    """
+    if not args.adapter and not args.model:
+        raise ValueError("--adapter DIR or --model NAME is needed (see --help)")
+    if args.compare and not args.adapter:
+        raise ValueError("--compare needs an --adapter (see --help)")
+
+    from ..adapter import load_adapter
+    from ..base import load_base
+    from ..lora import lora_disabled
+    from ..system.device import pick_device, resolve_precision
+
+    precision = resolve_precision(args.precision, pick_device())
+    if args.adapter:
+        base = load_adapter(Path(args.adapter), args.model, precision)
+    else:
+        base = load_base(args.model, "none", precision)
+    sides = [("without the adapter", lora_disabled), ("with the adapter", nullcontext)][0 if args.compare else 1 :]
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    histories = [list(start) for _ in sides]  # each side remembers its own answers
+    for question in [args.prompt] if args.prompt else _questions():
+        for (label, context), history in zip(sides, histories):
+            if args.compare:
+                print(f"--- {label}")
+            history.append({"role": "user", "content": question})
+            with context(base.model):
+                history.append({"role": "assistant", "content": _answer(base, history, args.max_new_tokens)})
+            emit({"prompt": question, "adapter": bool(args.adapter) and context is nullcontext,
+                  "answer": history[-1]["content"]})  # fmt: skip
+
+
+def _answer(base: Any, messages: list[dict[str, str]], max_new_tokens: int) -> str:
+    """Stream the model's answer to stdout, and return it."""
+    from transformers import TextStreamer
+
+    from ..generate import generate
+
+    streamer = TextStreamer(base.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return generate(base, [base.encoder.prompt(messages)], max_new_tokens, streamer)[0]
+
+
+def _questions() -> Iterator[str]:
+    """Questions from the terminal, until an empty one or the end of input."""
+    try:
+        yield from iter(lambda: input("you> ").strip(), "")
+    except (EOFError, KeyboardInterrupt):
+        print()

@@ -1,0 +1,74 @@
+"""qlora-min merge"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from .options import Emit, Parser, adapter_options, count_option, json_option
+from .push import checked_repository, hub_options, push_if_asked
+
+
+def options(parser: Parser) -> None:
+    adapter_options(parser, required=True)
+    parser.add_argument("--output-dir", metavar="DIR", help="where to write the checkpoint")
+    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the file [fp16]")
+    base = "add the update to the weights it was trained on, or to the original ones [dequantized]"
+    parser.add_argument("--base", choices=("dequantized", "original"), default="dequantized", help=base)
+    parser.add_argument("--compare", action="store_true", help="evaluate each way to merge instead, and write nothing")
+    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="for --compare [the run's held-out rows]")
+    count_option(parser, "--limit", "for --compare: at most the first N rows")
+    hub_options(parser, "merged checkpoint")
+    json_option(parser)
+
+
+def command(args: argparse.Namespace, emit: Emit) -> int:
+    """Merge an adapter into its base: an ordinary checkpoint, read back and compared before it is kept.
+
+    merge --adapter runs/NAME/adapter --output-dir merged
+    merge --adapter runs/NAME/adapter --compare             held-out loss of each way to merge; writes nothing
+    """
+    if args.compare:
+        return _compare(args, emit)
+    if not args.output_dir:
+        raise ValueError("--output-dir DIR is needed (see --help)")
+
+    from ..merging import MergeError, merge_adapter
+    from ..run.cards import merged_card
+
+    repository, adapter = checked_repository(args), Path(args.adapter)
+    card = merged_card(adapter, args.base, args.dtype)
+    try:
+        result = merge_adapter(adapter, Path(args.output_dir), args.dtype, args.base, args.model, card)
+    except MergeError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.output_dir} ({args.dtype}, {args.base} base)")
+    print(f"read back: logits differ by {result.difference:.1e} of their norm (bound {result.bound:.1e}), "
+          f"top-1 agrees on {result.agreement:.1%}")  # fmt: skip
+    if args.base == "original":
+        print(f"from the adapter as trained, on the 4-bit base: {result.from_trained:.1e}")
+    print(f"next: python scripts/chat.py --model {shlex.quote(args.output_dir)}")
+    emit({"output_dir": args.output_dir, "dtype": args.dtype, "base": args.base, **vars(result)})
+    push_if_asked(Path(args.output_dir), repository, args, emit)
+    return 0
+
+
+def _compare(args: argparse.Namespace, emit: Emit) -> int:
+    """Print the held-out loss of the adapter on its base and of each way to merge it."""
+    from ..data.rows import Rows
+    from ..run.datasets import table
+    from ..run.held_out import evaluation_data
+    from ..system.device import pick_device, resolve_precision
+    from .merges import compare_merges
+
+    adapter = Path(args.adapter)
+    parts = evaluation_data(adapter, args.model, args.dataset, args.limit)
+    print(table(parts), flush=True)
+    rows = Rows.join(part.rows for part in parts)
+    results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()), batch_size=8)
+    for name, r in results.items():
+        options = "" if r.option_accuracy is None else f"   option accuracy {r.option_accuracy:.1%}"
+        print(f"{name:<42} loss {r.loss:.4f}{options}")
+    emit({name: r.as_dict() for name, r in results.items()})
+    return 0

@@ -1,0 +1,117 @@
+"""Command-line options: those of a training run, made from `Config`'s fields, and those that several commands share."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from ..config import FIELDS, flag
+from ..run.options import REMOVED, kinds_of, nearest
+from ..system.console import is_first_process
+from ..system.text import redacted
+
+Emit = Callable[[dict[str, Any]], None]  # prints an object where --json asks for it
+METAVARS = {int: "N", float: "X", str: "NAME"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr, with the nearest known option, and exit code 2."""
+
+    removed: Mapping[str, str] = REMOVED  # options of earlier versions -> what there is instead
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [s for a in self._actions for s in a.option_strings]
+            name = unknown[0].split("=")[0]
+            if instead := self.removed.get(name.removeprefix("--")):
+                self.error(f"{name}: removed: {instead}")
+            self.error(f"unknown option '{name}'{nearest(name, known) if name.startswith('-') else ''}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {redacted(message)} (see --help)\n" if is_first_process() else None)
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return int(text)
+
+
+def groups() -> dict[str, list[str]]:
+    """The headings of --help, each with its options."""
+    found: dict[str, list[str]] = {}
+    title = ""
+    for f in FIELDS.values():
+        title = f.metadata.get("group", title)
+        found.setdefault(title, []).append(f.name)
+    return found
+
+
+def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(FIELDS)) -> None:
+    """Add the fields of Config as options, or some. Options that are not given stay out of the namespace."""
+    for title, names in groups().items():
+        if chosen := [name for name in names if name in only]:
+            group = parser.add_argument_group(title)
+            for name in chosen:
+                group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, **_how_to_parse(name))
+
+
+def _how_to_parse(name: str) -> dict[str, Any]:
+    """What argparse needs to know of a field of Config."""
+    f = FIELDS[name]
+    meta, kinds = f.metadata, kinds_of(f)
+    if "separator" in meta:
+        kwargs = {"type": lambda s: tuple(p.strip() for p in s.split(",") if p.strip()), "metavar": "A,B,..."}
+    elif "choices" in meta:
+        kwargs = {"choices": meta["choices"]}
+    elif bool in kinds:
+        kwargs = {"action": argparse.BooleanOptionalAction}
+    else:
+        kind, metavar = next((k, m) for k, m in METAVARS.items() if k in kinds)
+        kwargs = {"type": kind, "metavar": metavar} | ({"nargs": "+"} if Ellipsis in kinds else {})
+    default = f.default if not isinstance(f.default, tuple) else ",".join(f.default)
+    shown = f" [{default}]" if default not in (None, "") else ""
+    return kwargs | {"help": (meta["help"] + shown).replace("%", "%%")}
+
+
+def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The Config fields that the command line gave."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(namespace).items() if k in FIELDS}
+
+
+def adapter_options(parser: Parser, required: bool) -> None:
+    parser.add_argument("--adapter", required=required, metavar="DIR", help="an adapter saved by train.py or PEFT")
+    alone = "" if required else "a model; with --adapter, "
+    parser.add_argument("--model", metavar="NAME", help=f"{alone}where the base is, if not where the adapter says")
+
+
+def count_option(parser: Parser, name: str, what: str, default: int | None = None) -> None:
+    shown = f" [{default}]" if default else ""
+    parser.add_argument(name, type=positive, default=default, metavar="N", help=what + shown)
+
+
+def precision_option(parser: Parser) -> None:
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="[auto]")
+
+
+def json_option(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line, and no text")
+
+
+def demo_options(parser: Parser, what: str) -> None:
+    parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line wins")
+    parser.add_argument("--demo", action="store_true", help=what)
+
+
+def config_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Config's options: the command line's, over the file's, over the demo's (whose data go to the user's cache)."""
+    from ..demo import world
+    from ..run.options import read_toml
+
+    options = {**(read_toml(args.config) if args.config else {}), **given_options(args)}
+    return {**world.config_options(), **options} if args.demo else options

@@ -1,0 +1,120 @@
+"""Pushing to the Hugging Face hub: private unless asked otherwise; nothing that is there is made public.
+
+The token is huggingface_hub's own business (HF_TOKEN, or `hf auth login`).
+"""
+
+import argparse
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..system.text import clipped, refuse_secrets
+from .options import Emit, Parser
+
+
+def hub_options(parser: Parser, what: str) -> None:
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help=f"push the {what} to this private repository, too")
+    parser.add_argument("--public", action="store_true", help="for --push-to-hub: the repository may be public")
+
+
+def checked_repository(args: argparse.Namespace, base: str | None = None) -> str | None:
+    """Where to push, if anywhere: asked before any work, so that a missing token costs no training."""
+    if args.public and not args.push_to_hub:
+        raise ValueError("--public needs --push-to-hub OWNER/NAME (see --help)")
+    if args.push_to_hub:
+        check_push(args.push_to_hub, args.public, base)
+    return args.push_to_hub
+
+
+def push_if_asked(folder: Path, repo: str | None, args: argparse.Namespace, emit: Emit) -> None:
+    """Push a folder, and print where it is now."""
+    if repo:
+        url = push(folder, repo, args.public)
+        print(f"pushed to {url} ({'public' if args.public else 'private'})")
+        emit({"event": "push", "url": url, "public": args.public})
+
+
+def check_push(repo: str, public: bool, base: str | None = None) -> None:
+    """Ask the hub, before any work, whether a push to OWNER/NAME can succeed; nothing is changed there.
+
+    Args:
+        base: of an adapter that is to be pushed; there is a note if its place on this machine would be pushed with it.
+
+    Raises:
+        ValueError: no such name is possible, there is no token or not one that may write there, the hub can't be
+            reached, or the repository is public already and `public` is not asked for.
+    """
+    refuse_secrets(repo, "--push-to-hub")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo if repo.count("/") == 1 else "")
+    except HFValidationError:
+        raise ValueError(
+            f"--push-to-hub: got '{clipped(repo)}', expected OWNER/NAME, of letters, digits, '-', '_' and '.'"
+        ) from None
+    with _reaching(repo, "nothing has been done yet; check network and token, or leave the option out"):
+        me = HfApi().whoami()
+        owners = [me["name"], *(org["name"] for org in me.get("orgs", []))]
+        if repo.split("/")[0] not in owners:
+            raise _refusal(repo, f"the token is of {', '.join(owners)}; expected one of these as OWNER")
+        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise _refusal(repo, "the token may only read; make one that may write")
+        with suppress(RepositoryNotFoundError):  # or else it will be made
+            _refuse_public(repo, HfApi().model_info(repo).private, public)
+    if base and Path(base).is_dir():
+        where = Path(base).resolve()
+        print(f"note: the adapter will name its base as '{where}', and those who load it must give theirs")
+
+
+def push(folder: Path, repo: str, public: bool) -> str:
+    """Push a folder to OWNER/NAME, which is made if need be; a repository that holds something gets a new commit.
+
+    Returns:
+        where it is now.
+
+    Raises:
+        ValueError: the hub can't be reached, refuses, or has the repository public where `public` is not asked for. The
+            folder is as it was, and the message says how to push it later.
+    """
+    from huggingface_hub import HfApi
+
+    api, later = HfApi(), ["hf", "upload", repo, str(folder), ".", *([] if public else ["--private"])]
+    with _reaching(repo, f"'{folder}' is whole; push it later with: {shlex.join(later)}"):
+        api.create_repo(repo, private=not public, exist_ok=True)
+        info = api.model_info(repo)
+        _refuse_public(repo, info.private, public)
+        if held := len({f.rfilename for f in info.siblings or ()} - {".gitattributes"}):
+            print(f"{repo} holds {held} files: this push is a new commit on top, what they were stays in its history")
+        return api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Pushed by qlora_min").repo_url.url
+
+
+def _refuse_public(repo: str, private: bool | None, public: bool) -> None:
+    if not private and not public:
+        raise _refusal(repo, "that repository is public; add --public to push there, or choose another")
+
+
+def _refusal(repo: str, why: str) -> ValueError:
+    return ValueError(f"--push-to-hub {repo}: {why}")
+
+
+@contextmanager
+def _reaching(repo: str, advice: str) -> Iterator[None]:
+    """Whatever huggingface_hub or the network raise is a ValueError of one line."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        yield
+        return
+    except LocalTokenNotFoundError:
+        why = "there is no token; log in with `hf auth login` or set HF_TOKEN"
+    except HfHubHTTPError as e:
+        why = f"the hub refuses ({clipped(e.server_message or e)})"
+    except ValueError:
+        raise
+    except Exception as e:  # of whichever HTTP library it uses
+        why = f"the Hugging Face hub can't be reached ({clipped(e)})"
+    raise _refusal(repo, f"{why}; {advice}")

@@ -1,0 +1,75 @@
+"""qlora-min train"""
+
+import argparse
+import signal
+import sys
+
+from ..config import Config
+from ..system.console import is_first_process
+from .options import Emit, Parser, add_options, config_options, count_option, demo_options, json_option
+from .push import checked_repository, hub_options, push_if_asked
+
+
+def options(parser: Parser) -> None:
+    demo_options(parser, "train the embedded demo: no network, no GPU, a minute")
+    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="continue a run (the newest unfinished)")
+    count_option(parser, "--preview", "print N rows as the model sees them, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, forecast memory and time, and exit")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    json_option(parser)
+    hub_options(parser, "adapter")
+    add_options(parser)
+
+
+def command(args: argparse.Namespace, emit: Emit) -> int:
+    """Fine-tune a model with QLoRA.
+
+    train                                    the reference configuration: Qwen2-0.5B-Instruct on MedQA
+    train --demo                             an embedded model and data: no network, no GPU, a minute
+    train --model DIR --dataset FILE.jsonl   your own
+    train --resume                           continue the newest unfinished run
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # while loading; training has its own
+    given = config_options(args)
+    config = Config(**given)
+
+    from ..optim import TrainingError
+    from ..run.plan import describe, estimate
+    from ..run.resume import resume_config
+    from ..run.trainer import Trainer
+    from ..scale.processes import from_main, join, together
+
+    try:
+        folder, repository = None, None
+        with together():
+            join()
+            if args.resume is not None:
+                config, folder = from_main(lambda: resume_config(args.resume, given))
+            if not args.dry_run and not args.preview:
+                repository = from_main(lambda: checked_repository(args, config.model))
+        if args.preview:
+            _preview(config, args.preview)
+            return 0
+        trainer = Trainer(config, folder, write=not args.dry_run, on_event=emit)
+        if args.dry_run:
+            print(describe(trainer))
+            emit({"event": "plan", **estimate(trainer)})
+            return 0
+        trainer.train()
+    except TrainingError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    if is_first_process():
+        push_if_asked(trainer.folder / "adapter", repository, args, emit)
+    return 0
+
+
+def _preview(config: Config, count: int) -> None:
+    """Print rows as the model sees them, supervised tokens in colour."""
+    from ..base import load_encoder
+    from ..run.datasets import read_data
+    from .data import show_rows
+
+    encoder = load_encoder(config.model)
+    train, _ = read_data(config, encoder)
+    show_rows(config, encoder, train, count, colour=sys.stdout.isatty())

@@ -1,0 +1,175 @@
+"""Evaluation: loss per supervised token, perplexity, token accuracy and option accuracy, in one pass, no gradients.
+
+    loss        sum of the supervised tokens' losses / their number      perplexity = exp(loss)
+    token       share of supervised tokens that are the model's first choice, given the true tokens before them
+    option      multiple choice: the letter with the highest logit at the answer's first token is the right one
+
+Option accuracy generates nothing: one forward pass shows what the model would answer first. An option's probability is
+the softmax of those logits over the row's options. What a model writes itself is scored in cli/scores.py.
+"""
+
+import functools
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .base import Base
+from .data.rows import Row, Rows
+from .engine import Engine
+from .loss import LOGIT_ROWS
+from .system import console
+from .system.device import unless_out_of_memory
+
+
+class Choice(NamedTuple):
+    """A multiple-choice row: the right letter, the one chosen, the model's probability of it, and that of chance."""
+
+    right: str
+    chosen: str
+    probability: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results over a set of rows: sums, and what follows from them.
+
+    choices: one for each multiple-choice row, by length of the rows.
+    """
+
+    rows: int
+    supervised_tokens: int
+    loss_sum: float
+    right_tokens: int
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(1, self.supervised_tokens)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))  # exp overflows above 709
+
+    @property
+    def token_accuracy(self) -> float:
+        return self.right_tokens / max(1, self.supervised_tokens)
+
+    @property
+    def option_rows(self) -> int:
+        return len(self.choices)
+
+    @property
+    def option_accuracy(self) -> float | None:
+        """None without multiple-choice rows, as `chance` and `majority`."""
+        return float(np.mean([c.right == c.chosen for c in self.choices])) if self.choices else None
+
+    @property
+    def chance(self) -> float | None:
+        return float(np.mean([c.chance for c in self.choices])) if self.choices else None
+
+    @property
+    def majority(self) -> list | None:
+        """[the letter that is right most often, how often]: what always saying it would reach."""
+        if not self.choices:
+            return None
+        ((letter, count),) = Counter(sorted(c.right for c in self.choices)).most_common(1)
+        return [letter, count / self.option_rows]
+
+    def as_dict(self) -> dict[str, Any]:
+        names = ("rows", "supervised_tokens", "loss", "token_accuracy", "option_rows", "option_accuracy", "chance",
+                 "majority", "perplexity")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def join(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
+        """Of all parts' rows together."""
+        sums = (sum(getattr(p, f.name) for p in parts) for f in fields(cls)[:-1])
+        return cls(*sums, tuple(c for p in parts for c in p.choices))
+
+
+@torch.no_grad()
+def evaluate_rows(
+    engine: Engine,
+    rows: Sequence[Row],
+    batch_size: int,
+    label: str | None = None,
+    n_tokens: float = math.inf,
+    before_each: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Evaluate the model as it is (adapters included) on rows.
+
+    Nothing of the model changes. Where memory runs out, the same rows are tried again in batches half as large.
+
+    Args:
+        batch_size, n_tokens: at most so many rows, and tokens, at a time.
+        label: of the bar; None shows none.
+        before_each: called before each batch; what it raises ends the evaluation.
+
+    Raises:
+        MemoryError: there is too little for a single row.
+    """
+    lengths = rows.lengths if isinstance(rows, Rows) else [len(r) for r in rows]
+    order = sorted(range(len(rows)), key=lambda i: lengths[i])  # rows of a length together: batches of few shapes
+    start, n_rows, parts = 0, batch_size, []
+    with console.bar(len(rows), label, "row", show=label is not None) as bar:
+        while start < len(order):
+            if before_each:
+                before_each()
+            here = order[start : start + batch_size]
+            fit = np.searchsorted(np.cumsum([lengths[i] for i in here]), n_tokens, side="right")
+            part = [rows[i] for i in here[: max(1, int(fit))]]
+            measured = unless_out_of_memory(
+                functools.partial(_measure, engine, part, n_rows), engine.base, len(part),
+                f"evaluating {len(part)} rows", f"evaluating one row of {len(part[0])} tokens", "lower --max-length",
+            )  # fmt: skip
+            if measured is None:
+                batch_size = len(part) // 2
+                console.say(f"note: out of memory: evaluation goes on with batches of {batch_size}", sys.stderr)
+                continue
+            parts.append(measured)
+            start += len(part)
+            bar.update(len(part))
+    return Evaluation.join(parts)
+
+
+def option_letters(base: Base, row: Row) -> list[str]:
+    """The letters of a row's options, none if it is not multiple choice."""
+    return [base.encoder.tokenizer.decode([first]).strip() for first in (row.choices[0] if row.choices else ())]
+
+
+def _measure(engine: Engine, rows: Sequence[Row], n_rows: int) -> Evaluation:
+    """Evaluate one batch. A function of its own, so that its tensors are gone when memory has run out in it."""
+    batch = engine.pack(rows, n_rows=n_rows)
+    positions, targets = (t[: batch.n_supervised].to(engine.device) for t in (batch.loss_positions, batch.targets))
+    states = engine.hidden_states(batch)[positions]
+    letters, first = {}, 0  # where a row's option is chosen, among all supervised positions
+    for i, row in enumerate(rows):
+        if row.choices:
+            letters[i] = first + int(row.supervised[1 : row.answer_start].sum())  # after any earlier answers
+        first += row.n_supervised
+    losses, right, chosen = [], [], {}
+    for start in range(0, len(states), LOGIT_ROWS):
+        logits, wanted = engine.logits(states[start : start + LOGIT_ROWS]), targets[start : start + LOGIT_ROWS]
+        losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
+        right.append((logits.argmax(-1) == wanted).sum())
+        for i, at in letters.items():
+            if start <= at < start + len(logits):
+                of_options = logits[at - start, list(rows[i].choices[0])]
+                chosen[i] = torch.stack([of_options.argmax().to(logits.dtype), of_options.softmax(-1).max()])
+
+    def numbers(tensors: Iterable[torch.Tensor]) -> list:  # asks the device once
+        return torch.stack([*tensors]).tolist() if tensors else []
+
+    choices = []
+    for i, (at, probability) in zip(chosen, numbers(chosen.values())):
+        names = option_letters(engine.base, rows[i])
+        choices.append(Choice(names[rows[i].choices[1]], names[int(at)], probability, 1 / len(names)))
+    return Evaluation(len(rows), len(targets), sum(numbers(losses)), sum(numbers(right)), tuple(choices))

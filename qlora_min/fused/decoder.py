@@ -1,0 +1,389 @@
+"""The decoder by hand: forward and backward of Qwen2, Qwen3, Llama and Mistral over packed rows, without autograd.
+
+A decoder layer, with x the residual stream (N tokens, D wide) and projections P(u) = W u + b + (alpha/r) B A drop(u):
+
+    n = norm(x)        q, k, v = P(n)       q, k turned by their positions
+    x = x + P(attention(q, k, v))
+    n = norm(x)        x = x + P(silu(P_gate(n)) * P_up(n))
+
+Backwards, for y = W u + (alpha/r) B h, h = A drop(u):
+
+    dB += (alpha/r) dy^T h      dh = (alpha/r) dy B      dA += dh^T drop(u)      du = dy W + drop'(dh A)
+
+Nothing else trains, so a layer keeps for its backward what these lines name and no more: 33 KB a token and layer of
+Qwen2-0.5B in 16 bits. With checkpointing it keeps x alone (3.6 KB) and computes the rest again.
+
+What makes it fast, where a step of a small model by autograd is tens of thousands of launches:
+
+- Rows are packed (batches.py): every operation but attention sees one (N, D) matrix.
+- Projections of one input are one product: q, k, v; gate and up. All matrices of a layer are dequantised in one launch.
+- What lies between products is one kernel each (ops.py).
+- On a GPU forward and backward of each N are captured once as a CUDA graph (engine.py): one launch a micro-batch.
+
+The numbers are those of the modules' own forward under autocast, up to the rounding of the compute dtype: fewer values
+are rounded here. `unsupported` tells which models it can't compute.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base import Base
+from ..batches import Packed
+from ..engine import Engine
+from ..lora import LoRALinear, lora_layers
+from ..loss import LOGIT_ROWS
+from ..ops import formulas, masks
+from ..ops.attention import attention
+from ..ops.flat import FlatLoRA
+from ..scale.sharding import slices, unshard
+from ..system.bits import bnb, dequantized_weight
+
+FAMILIES = ("qwen2", "llama", "mistral", "qwen3")
+LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # `engine.Modules.logits` does these
+ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the rows' lengths
+PROJECTIONS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)),
+               ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))  # fmt: skip
+
+
+def unsupported(base: Base, max_length: int) -> str | None:
+    """Why this module can't compute a model, or None."""
+    c = base.model.config
+    rope = getattr(c, "rope_parameters", None) or {}
+    window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
+    if c.model_type not in FAMILIES:
+        return f"{c.model_type} models have layers of another form"
+    rotary = rope.get("rope_type", "default")
+    if c.hidden_act != "silu" or getattr(c, "mlp_bias", False) or rotary not in ROTARY:
+        return "the model has another activation, MLP biases or another rotary embedding"
+    if window and window < max_length:
+        return f"the model attends to {window} tokens, and rows may be longer"
+    if any(m.in_features % 64 for m in base.model.get_decoder().modules() if isinstance(m, bnb.nn.Linear4bit)):
+        return "the model has rows that are no multiple of 64"
+    if base.model.get_output_embeddings().bias is not None or any(getattr(c, k, None) for k in LOGIT_SCALINGS):
+        return "the output head has a bias, or its logits are scaled"
+    return None
+
+
+class Projections:
+    """Linear layers that share an input, as one product: W = [W1; W2; ...] (out, in), with their LoRA updates.
+
+    Attributes:
+        weight: (out, in) in the compute dtype; of a quantised base a view that is valid while its layer is dequantised.
+        stream: which dropout this is: one, for all of them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype):
+        linears = [m.linear if isinstance(m, LoRALinear) else m for m in modules]
+        self.linears = linears
+        self.loras = [m for m in modules if isinstance(m, LoRALinear)]
+        self.stream = self.loras[0].dropout.stream if self.loras else 0
+        biases = [b.bias for b in linears]
+        self.bias = None
+        if any(b is not None for b in biases):
+            zeros = [torch.zeros(m.out_features, device=m.weight.device) for m in linears]
+            self.bias = torch.cat([(z if b is None else b).to(dtype) for b, z in zip(biases, zeros)])
+        self.shape = (sum(m.out_features for m in linears), linears[0].in_features)
+        self.weight: Tensor
+        starts = [sum(m.out_features for m in linears[:i]) for i in range(len(linears))]
+        self.rows = [slice(s, s + m.out_features) for s, m in zip(starts, modules) if isinstance(m, LoRALinear)]
+        self.ranks = [slice(i * m.spec.rank, (i + 1) * m.spec.rank) for i, m in enumerate(self.loras)]
+        self.A = self.dA = None  # (R, in), of all together; set by Decoder
+        self.B: list[Tensor] = []  # (out, r) each
+        self.dB: list[Tensor] = []
+
+    @property
+    def enabled(self) -> bool:
+        return any(m.enabled for m in self.loras)
+
+    def forward(self, x: Tensor, p: float, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (N, in) -> y (N, out), and h = A drop(x) (N, R)."""
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y, None
+        h = F.linear(formulas.dropout(x, p, keys, self.stream) if p else x, self.A)  # (N, in) @ (in, R) -> (N, R)
+        for lora, rows, ranks, B in zip(self.loras, self.rows, self.ranks, self.B):
+            if lora.enabled:
+                y[:, rows].addmm_(h[:, ranks], B.T, alpha=lora.spec.scaling)  # (N, r) @ (r, out) -> (N, out)
+        return y, h
+
+    def backward(self, dy: Tensor, x: Tensor | None, h: Tensor | None, p: float, keys: Tensor) -> Tensor:
+        """dy (N, out) -> dx (N, in); adds to dA and dB."""
+        dx = dy @ self.weight  # (N, out) @ (out, in) -> (N, in)
+        if not self.enabled:
+            return dx
+        dh = torch.empty_like(h)
+        for lora, rows, ranks, B, dB in zip(self.loras, self.rows, self.ranks, self.B, self.dB):
+            part = dh[:, ranks]
+            if not lora.enabled:
+                part.zero_()
+                continue
+            _add_product(dB, dy[:, rows].T, h[:, ranks], lora.spec.scaling)  # (out, N) @ (N, r)
+            torch.addmm(part, dy[:, rows], B, beta=0, alpha=lora.spec.scaling, out=part)  # (N, out) @ (out, r)
+        _add_product(self.dA, dh.T, formulas.dropout(x, p, keys, self.stream) if p else x)  # (R, N) @ (N, in)
+        if p:
+            formulas.dropout_backward_(dx, dh @ self.A, p, keys, self.stream)
+        else:
+            dx.addmm_(dh, self.A)
+        return dx
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """out += alpha a @ b, out in fp32; products of 16-bit numbers are summed, and stay, in fp32."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b, alpha=alpha)
+    elif a.is_cuda:
+        out.add_(torch.mm(a, b, out_dtype=torch.float32), alpha=alpha)
+    else:
+        out.addmm_(a.float(), b.float(), alpha=alpha)
+
+
+class Layer:
+    """One decoder layer. `saved` is what its forward keeps for its backward."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, head_dim: int):
+        self.dtype, self.head_dim = dtype, head_dim
+        self.norm1, self.norm2 = module.input_layernorm, module.post_attention_layernorm
+        groups = ([getattr(getattr(module, part), n) for n in names] for part, names in PROJECTIONS)
+        self.projections = self.qkv, self.o, self.gate_up, self.down = [Projections(g, dtype) for g in groups]
+        self.heads = [m.out_features // head_dim for m in self.qkv.linears]  # of q, k, v
+        self.qk_norm = None  # of Qwen3: RMSNorm of each head of q and k
+        if hasattr(module.self_attn, "q_norm"):
+            pair = module.self_attn.q_norm, module.self_attn.k_norm
+            norms = [m for m, n in zip(pair, self.heads) for _ in range(n)]
+            self.qk_norm = torch.stack([m.weight.data for m in norms]).float(), norms[0].variance_epsilon
+
+    def until_gate(self, x: Tensor, delta: Tensor | None, ctx: "Context") -> dict:
+        """All but the last projection: x (N, D), delta (N, D) what the layer before adds to it -> saved."""
+        p, keys = ctx.dropout, ctx.keys
+        x, n, r = formulas.add_norm(x, delta, self.norm1.weight, self.norm1.variance_epsilon, self.dtype)
+        qkv, h_qkv = self.qkv.forward(n, p, keys)  # (N, q + k + v)
+        turned = formulas.rotate(qkv, *ctx.angles, self.heads[0] + self.heads[1], self.qk_norm)
+        leaves = [t.unflatten(1, (-1, self.head_dim)) for t in turned.split([h * self.head_dim for h in self.heads], 1)]
+        with torch.set_grad_enabled(ctx.keep):
+            leaves = [t.detach().requires_grad_(ctx.keep) for t in leaves]
+            attended = attention(*leaves, ctx.batch.cu_seqlens, ctx.batch.max_seqlen)
+        a = attended.detach().flatten(1)  # (N, H P)
+        o, h_o = self.o.forward(a, p, keys)
+        x2, n2, r2 = formulas.add_norm(x, o, self.norm2.weight, self.norm2.variance_epsilon, self.dtype)
+        gate_up, h_gate_up = self.gate_up.forward(n2, p, keys)
+        return {
+            "x": x, "n": n, "r": r, "qkv": qkv, "h_qkv": h_qkv, "leaves": leaves, "attended": attended, "a": a,
+            "h_o": h_o, "x2": x2, "n2": n2, "r2": r2, "gate_up": gate_up, "h_gate_up": h_gate_up,
+        }  # fmt: skip
+
+    def forward(self, x: Tensor, delta: Tensor | None, ctx: "Context") -> tuple[Tensor, Tensor, dict]:
+        """-> the stream, what is still to be added to it, and saved."""
+        saved = self.until_gate(x, delta, ctx)
+        out, saved["h_down"] = self.down.forward(formulas.swiglu(saved["gate_up"]), ctx.dropout, ctx.keys)
+        return saved["x2"], out, saved
+
+    def backward(self, saved: dict, dx: Tensor, dx_low: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
+        """The gradient of the stream above the layer (N, D), in fp32 and in the compute dtype -> below it."""
+        p, keys = ctx.dropout, ctx.keys
+        act = formulas.swiglu(saved["gate_up"]) if self.down.enabled else None
+        dact = self.down.backward(dx_low, act, saved.get("h_down"), p, keys)
+        formulas.swiglu_backward_(dact, saved["gate_up"])
+        dn2 = self.gate_up.backward(saved.pop("gate_up"), saved["n2"], saved["h_gate_up"], p, keys)
+        dx, dx_low = formulas.norm_backward(dn2, saved["x2"], saved["r2"], self.norm2.weight, dx)
+        da = self.o.backward(dx_low, saved["a"], saved["h_o"], p, keys)
+        grads = torch.autograd.grad(saved["attended"], saved["leaves"], da.view_as(saved["attended"]))
+        dqkv = torch.cat([g.flatten(1) for g in grads], 1)
+        formulas.rotate_backward_(dqkv, saved["qkv"], *ctx.angles, self.heads[0] + self.heads[1], self.qk_norm)
+        dn = self.qkv.backward(dqkv, saved["n"], saved["h_qkv"], p, keys)
+        return formulas.norm_backward(dn, saved["x"], saved["r"], self.norm1.weight, dx)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers compute one batch with."""
+
+    batch: Packed
+    angles: tuple[Tensor, Tensor, Tensor]  # cos and sin of each position, and the tokens' positions
+    dropout: float
+    keys: Tensor | None  # of dropout's masks
+    keep: bool  # a backward follows
+
+
+class Decoder(Engine):
+    """The decoder and head of a base, with its LoRA layers, computing on packed rows.
+
+    Args:
+        max_seqlen: of the rows that may come.
+    """
+
+    def __init__(self, base: Base, max_seqlen: int):
+        self.base, self.checkpointing, self.dtype = base, False, base.dtype
+        decoder = base.model.get_decoder()
+        self.embedding, self.norm, self.lm_head = decoder.embed_tokens, decoder.norm, base.model.get_output_embeddings()
+        self.device, self.modules = self.norm.weight.device, decoder.layers
+        c = base.model.config
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        self.layers = [Layer(m, base.dtype, head_dim) for m in decoder.layers]
+        positions = torch.arange(max_seqlen, device=self.device)[None]
+        cos, sin = decoder.rotary_emb(torch.zeros(1, device=self.device), positions)  # (1, T, P), the halves equal
+        self.cos, self.sin = (t[0, :, : head_dim // 2].float().contiguous() for t in (cos, sin))
+        self._place_lora()
+        self._try_kernels()
+        self._place_weights()
+        self.capturable = not self.sharded
+        self.buffers = [self.scratch, self.cos, self.sin, *([self.low] if self.low is not self.adapter.weights else [])]
+
+    def _place_weights(self) -> None:
+        """Give each group of projections its one weight."""
+        self.dequantizers = []
+        groups = [p for layer in self.layers for p in layer.projections]
+        self.sharded = self.base.sharded
+        quantised = isinstance(groups[0].linears[0], bnb.nn.Linear4bit)
+        self.stored = not self.sharded and not quantised
+        self.scratch = torch.empty(0, dtype=self.dtype, device=self.device)
+        if self.stored:
+            for p in groups:
+                p.weight = torch.cat([m.weight.data for m in p.linears])
+                for m, w in zip(p.linears, p.weight.split([m.out_features for m in p.linears])):
+                    m.weight.data = w  # a view: nothing is held twice
+            return
+        sizes = [p.shape[0] * p.shape[1] for p in self.layers[0].projections]
+        self.scratch = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+        for layer in self.layers:
+            for p, part in zip(layer.projections, self.scratch.split(sizes)):
+                p.weight = part.view(p.shape)
+        if quantised and self.device.type == "cuda":
+            formulas.try_kernel("dequantize", self._use_dequantizers)
+            if not formulas.have_kernels():
+                self.dequantizers = []
+
+    def _use_dequantizers(self) -> bool:
+        """By a kernel, a layer in one launch, from now on; False if that gives other weights than bitsandbytes does."""
+        from ..ops.kernels import Dequantizer
+
+        self._dequantize(0)
+        theirs = self.scratch.clone()
+        for layer in self.layers:
+            states = [(m.weight.data, m.weight.quant_state) for p in layer.projections for m in p.linears]
+            self.dequantizers.append(Dequantizer(states))
+        self._dequantize(0)
+        return torch.equal(theirs, self.scratch)
+
+    def _dequantize(self, index: int) -> None:
+        """Fill the scratch with a layer's weights."""
+        unshard(self.modules[index])
+        if self.dequantizers:
+            self.dequantizers[index](self.scratch)
+        elif not self.stored:
+            for p in self.layers[index].projections:
+                for m, out in zip(p.linears, p.weight.split([m.out_features for m in p.linears])):
+                    out.copy_(dequantized_weight(m))
+
+    def _place_lora(self) -> None:
+        """Give each group of projections its A and B, views of a copy in the compute dtype. The As of a group touch."""
+        self.adapter = flat = FlatLoRA(lora_layers(self.base.model).values(), self.device)
+        self.low = flat.weights if self.dtype == torch.float32 else torch.empty_like(flat.weights, dtype=self.dtype)
+        groups = [p for layer in self.layers for p in layer.projections if p.loras]
+        for p in groups:
+            rank = sum(m.spec.rank for m in p.loras)
+            p.A, p.dA = (flat.view(t, p.loras[0].lora_A, rank) for t in (self.low, flat.grads))
+            p.B, p.dB = ([flat.view(t, m.lora_B) for m in p.loras] for t in (self.low, flat.grads))
+        self.dropout = groups[0].loras[0].dropout.p if groups else 0.0
+
+    def _try_kernels(self) -> None:
+        """Try each kernel once, on tensors of this model's widths."""
+        if self.device.type != "cuda":
+            return
+        layer, n, norm = self.layers[0], 8, self.norm.weight
+        heads, inner, d = layer.heads[0] + layer.heads[1], layer.gate_up.shape[0] // 2, norm.numel()
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def draw(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=self.device).to(dtype)
+
+        x, low, gate_up = draw(n, d, dtype=torch.float32), draw(n, d), draw(n, 2 * inner)
+        qkv, positions = draw(n, sum(layer.heads) * layer.head_dim), torch.arange(n, device=self.device)
+        rotary = self.cos[:1].expand(n, -1).contiguous(), self.sin[-1:].expand(n, -1).contiguous(), positions, heads
+        keys, p = masks.dropout_keys(positions[3].int(), positions, positions), self.dropout or 0.05
+        logits = draw(n, self.base.model.config.vocab_size, dtype=torch.float32)
+        factor = torch.full((), 8.0, device=self.device)
+        formulas.try_kernels({
+            "add_norm": (x, low, norm, 1e-6, self.dtype),
+            "norm_backward": (low, x, x[:, 0].abs(), norm, x),
+            "rotate": (qkv, *rotary, layer.qk_norm),
+            "rotate_backward_": (qkv, qkv, *rotary, layer.qk_norm),
+            "swiglu": (gate_up,),
+            "swiglu_backward_": (low[:, :1].expand(n, inner).contiguous(), gate_up),
+            "dropout": (low, p, keys, 1),
+            "dropout_backward_": (low, low, p, keys, 2),
+            "cross_entropy": (logits, positions, torch.ones(n, device=self.device), factor, self.dtype),
+        }, self.dtype)  # fmt: skip
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Packed) -> Tensor:
+        """As `Engine.hidden_states`."""
+        return self._forward(Context(batch, (self.cos, self.sin, batch.position_ids), 0.0, None, False))[0]
+
+    def _forward(self, ctx: Context) -> tuple[Tensor, Tensor, Tensor, list]:
+        if self.low is not self.adapter.weights:
+            self.low.copy_(self.adapter.weights)
+        x, delta, saved = self.embedding(ctx.batch.input_ids).float(), None, []
+        for i, layer in enumerate(self.layers):
+            self._dequantize(i)
+            x, delta, kept = layer.forward(x, delta, ctx)
+            if ctx.keep:
+                saved.append(kept["x"] if self.checkpointing else kept)
+            del kept
+        x, y, r = formulas.add_norm(x, delta, self.norm.weight, self.norm.variance_epsilon, self.dtype)
+        return y, x, r, saved
+
+    @torch.no_grad()
+    def loss_and_gradients(self, batch: Packed, factor: Tensor, seed: Tensor) -> Tensor:
+        """As `Engine.loss_and_gradients`."""
+        keys = masks.dropout_keys(seed, batch.row_ids, batch.position_ids) if self.dropout else None
+        ctx = Context(batch, (self.cos, self.sin, batch.position_ids), self.dropout, keys, True)
+        y, x, r, saved = self._forward(ctx)
+        loss, dy = self._head(y, batch, factor)
+        dx, dx_low = formulas.norm_backward(dy, x, r, self.norm.weight, torch.zeros_like(x))
+        del y, x, dy
+        for i in reversed(range(len(self.layers))):
+            self._dequantize(i)
+            kept = saved.pop()
+            if self.checkpointing:
+                kept = self.layers[i].until_gate(kept, None, ctx)
+                if self.layers[i].down.enabled:
+                    act = formulas.swiglu(kept["gate_up"])
+                    kept["h_down"] = self.layers[i].down.forward(act, ctx.dropout, ctx.keys)[1]
+            dx, dx_low = self.layers[i].backward(kept, dx, dx_low, ctx)
+            del kept
+        return loss
+
+    def _head(self, y: Tensor, batch: Packed, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the gradient (N, D) of the head's input: logits exist for LOGIT_ROWS positions at a time."""
+        hidden = y[batch.loss_positions]  # (N, D) -> (S, D)
+        dhidden, loss = torch.empty_like(hidden), torch.zeros((), device=y.device)
+        for start in range(0, len(hidden), LOGIT_ROWS):
+            part = slice(start, start + LOGIT_ROWS)
+            logits = self.logits(hidden[part])
+            nll, dlogits = formulas.cross_entropy(
+                logits, batch.targets[part], batch.loss_weights[part], factor, self.dtype
+            )
+            loss += nll.sum()
+            if not self.sharded:
+                torch.mm(dlogits, self.lm_head.weight, out=dhidden[part])  # (S, V) @ (V, D) -> (S, D)
+                continue
+            total, begin = torch.zeros(len(logits), y.shape[1], device=y.device), 0
+            for weight in slices(self.lm_head):
+                _add_product(total, dlogits[:, begin : begin + len(weight)], weight)
+                begin += len(weight)
+            dhidden[part] = total
+        return loss, torch.zeros_like(y).index_add_(0, batch.loss_positions, dhidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(S, D) -> (S, V) in fp32."""
+        low = hidden.is_cuda and hidden.dtype != torch.float32
+        parts = [
+            torch.mm(hidden, w.T, out_dtype=torch.float32) if low else F.linear(hidden, w).float()
+            for w in slices(self.lm_head)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

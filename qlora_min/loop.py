@@ -1,0 +1,198 @@
+"""The training loop, and early stopping.
+
+    evaluate and save, where due -> micro-batches: forward, masked loss, backward -> clip and step -> log
+
+What computes is handed in (`feed.engine`), and so are the other processes (`feed.processes`) and what a run leaves on
+disk (`run`): this file knows neither files nor CUDA nor NCCL. No random state is kept: the order of rows and the masks
+of dropout are functions of the seed and the step.
+"""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Packed, dropout_seed
+from .config import Config
+from .data.rows import Rows
+from .evaluation import Evaluation, evaluate_rows
+from .lora import lora_parameters
+from .optim import Stepper, TrainingError
+from .system.console import say
+from .system.device import is_out_of_memory, release
+
+MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
+EVALUATED = 64  # rows evaluated at a time, if the tokens of a micro-batch do not allow fewer
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0  # optimizer steps behind us, skipped ones included: the position in the data
+    tokens: int = 0
+    seconds: float = 0.0  # of training, without evaluations and saving
+    loss_sum: float | Tensor = 0.0  # these four: since the last line of the log
+    supervised: int = 0
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    evaluated: int = -1  # the step last evaluated
+    before: dict[str, Any] | None = None  # the evaluation before training
+    best: dict[str, Any] | None = None  # the best evaluation so far
+    best_step: int = 0
+    bad_evaluations: int = 0  # in a row, without improvement
+    stopped_early: bool = False
+
+    def count(self, loss: Tensor, supervised: int, tokens: int, seconds: float) -> None:
+        """Add an optimizer step."""
+        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+        self.loss_sum, self.supervised = self.loss_sum + loss, self.supervised + supervised
+        self.window_tokens, self.window_seconds = self.window_tokens + tokens, self.window_seconds + seconds
+
+
+class Recorder:
+    """What the loop reports to: here the best adapter is kept in memory, by `run.writer.RunWriter` a run on disk."""
+
+    best: dict[str, Tensor]
+
+    def evaluating(self) -> AbstractContextManager:
+        """The context of an evaluation, which it may end; gives what to call before each batch, or None."""
+        return nullcontext()
+
+    def evaluated(self, progress: Progress, evaluation: Evaluation, improved: bool) -> None:
+        """There is an evaluation."""
+
+    def keep_best(self, weights: dict[str, Tensor]) -> None:
+        """These weights are the best so far."""
+        self.best = weights
+
+    def save(self, progress: Progress, finished: bool) -> None:
+        """Save what is due. Does not return if the run is to stop here."""
+
+    def failed(self, error: Exception, progress: Progress, batch: Packed | None) -> Exception:
+        """What to raise for an error in the step that computed this batch."""
+        return error
+
+    def step_ended(self, progress: Progress, lr: float, grad_norm: float, skipped: bool) -> None:
+        """There is one more step in `progress`."""
+
+
+def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress: Progress, run: Recorder) -> None:
+    """Train from where `progress` stands to the end, or to the early stop.
+
+    Args:
+        feed: the micro-batches of each step, as `scale.feed.Feed`.
+        held_out: the rows that this process evaluates: its part of them, or all with a sharded base.
+
+    Raises:
+        TrainingError: training can't go on; the message says what is saved.
+    """
+    schedule, model = feed.schedule, feed.engine.base.model
+    initial = copies(model) if stepper.taken < MOVED_BY else {}
+    while True:
+        # A start, a resumed run and a step's end are one case: what is due where the run stands is done here.
+        if schedule.evaluation_due(progress.step) and progress.evaluated != progress.step:
+            evaluate_and_keep_the_best(feed, held_out, config.patience, progress, run)
+        finished = progress.step == schedule.total_steps or progress.stopped_early
+        run.save(progress, finished)
+        if finished:
+            return
+
+        # The step's loss is the sum over its supervised tokens, of all micro-batches and processes, over their number.
+        # That number is known beforehand, so no micro-batch needs a weight: their gradients simply add up.
+        begun, lr = time.perf_counter(), stepper.lr
+        loss = compute_gradients(feed, stepper, config.seed, progress, run)
+        batches, supervised, tokens = feed[progress.step]
+
+        # Unscale, clip, step: clipping scaled gradients would clip to another norm. A step whose gradients are not
+        # finite is skipped, and the learning rate stays where it is in its schedule.
+        try:
+            grad_norm, taken = stepper.step()
+        except (TrainingError, RuntimeError, MemoryError) as e:
+            raise run.failed(e, progress, batches[0] if batches else None) from None
+
+        # The step has asked the device for the gradients' norm, so all of it has been computed by now.
+        progress.count(loss, supervised, tokens, time.perf_counter() - begun)
+        if initial and stepper.taken == MOVED_BY:
+            check_that_all_moved(initial, model)
+            initial = {}
+        run.step_ended(progress, lr, grad_norm, skipped=not taken)
+
+
+def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress, run: Recorder) -> Tensor:
+    """Forward and backward of the next step's micro-batches; returns the summed loss of all processes, 0-dim.
+
+    Where memory runs out, in whichever process, all compute the step again in micro-batches half as large.
+    """
+    engine, processes, step = feed.engine, feed.processes, progress.step
+    while True:
+        batches, supervised, _ = feed[step]
+        factor, of_step = stepper.scaled(1 / supervised), dropout_seed(seed, step).to(engine.device)
+        loss, batch = torch.zeros((), device=engine.device), None
+        try:
+            for batch in batches:
+                loss = loss + engine.loss_and_gradients(batch, factor, of_step)
+            batch = None  # none has failed
+            if step + 1 < feed.schedule.total_steps:
+                feed[step + 1]  # the next step's rows are made ready while the device computes
+        except (RuntimeError, MemoryError) as e:
+            if batch is None or not is_out_of_memory(e):
+                raise
+            if processes.sharded or batch.n_rows == 1:
+                raise run.failed(e, progress, batch) from None
+        # While the device computes: has memory run out, or a signal come, in another process?
+        if not any(processes.gather(batch is not None)):
+            return processes.sum_step(loss, engine.adapter.grads)
+        feed.halve()
+        engine.adapter.grads.zero_()  # an unknown part of the step's gradients had been added
+        engine.release()
+        release()
+        say(
+            f"note: step {step + 1}: out of memory; its gradients are computed again, in micro-batches of up to "
+            f"{feed.n_tokens:,} tokens, or one row, from now on"
+        )
+
+
+def evaluate_and_keep_the_best(feed: Any, held_out: Rows, patience: int, progress: Progress, run: Recorder) -> None:
+    """Evaluate where rows are held out. Early stopping counts evaluations in a row that are no better than the best;
+    where no rows are held out, the last adapter is the best. An evaluation that is ended early leaves no trace."""
+    engine, processes, evaluation, improved = feed.engine, feed.processes, None, True
+    processes.check_equal_adapters(engine.adapter.weights)
+    if any(processes.gather(len(held_out))):
+        label = None if processes.index else "evaluating"
+        with run.evaluating() as before_each:
+            evaluation = evaluate_rows(engine, held_out, EVALUATED, label, feed.n_tokens, before_each)
+        parts = processes.gather(evaluation)
+        if None in parts:
+            return
+        evaluation = parts[0] if processes.sharded else Evaluation.join(parts)
+        best = progress.best
+        improved = best is None or evaluation.loss < best["loss"] or math.isnan(best["loss"])
+        progress.bad_evaluations = 0 if improved else progress.bad_evaluations + 1
+        progress.stopped_early = progress.bad_evaluations >= patience
+        progress.before = progress.before or evaluation.as_dict()
+        run.evaluated(progress, evaluation, improved)
+    if improved:
+        progress.best, progress.best_step = evaluation and evaluation.as_dict(), progress.step
+        run.keep_best(copies(engine.base.model))
+    progress.evaluated = progress.step
+
+
+def copies(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Name -> a copy on the CPU of all that trains."""
+    return {n: w.detach().cpu().clone() for n, w in lora_parameters(model).items()}
+
+
+def check_that_all_moved(initial: dict[str, Tensor], model: torch.nn.Module) -> None:
+    """Is it really training? Raises TrainingError if a matrix is as it was: its layer gets no gradient."""
+    now = copies(model)
+    still = [n for n, w in initial.items() if torch.equal(w, now[n])]
+    if still:
+        raise TrainingError(
+            f"after {MOVED_BY} optimizer steps {len(still)} of {len(now)} trained matrices did not move: "
+            f"{', '.join(still[:8])}; those layers take no part in the model's output, or get no gradient"
+        )

@@ -1,0 +1,175 @@
+"""The package from Python: `qlora_min.train`, `load`, `evaluate` and `merge`.
+
+run = qlora_min.train(model="Qwen/Qwen2-0.5B-Instruct", dataset=rows, epochs=1)
+model = qlora_min.load(run.adapter)
+model.generate("Which vitamin deficiency causes scurvy?")
+qlora_min.evaluate(run.adapter).loss
+qlora_min.merge(run.adapter, "merged")
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapter import load_adapter
+from ..base import Base, load_base
+from ..config import Config
+from ..data.examples import Message
+from ..data.readers import give
+from ..evaluation import Evaluation, evaluate_rows
+from ..fused.select import for_evaluation
+from ..generate import generate
+from ..merging import Merged, merge_adapter
+from ..system.device import pick_device, resolve_precision
+from .cards import merged_card
+from .checkpoint import read_metrics
+from .held_out import evaluation_data
+from .resume import resume_config
+from .trainer import Trainer
+
+Rows = Iterable[Mapping[str, Any]]  # dicts in one of the layouts, or a `datasets.Dataset`
+Dataset = str | Path | Sequence[str | Path] | Rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that has ended.
+
+    folder: its directory. adapter: the folder of its best adapter. history: the events of metrics.jsonl, in order.
+    """
+
+    folder: Path
+    adapter: Path
+    history: list[dict[str, Any]]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations on held-out rows: step, eval_loss, perplexity, token_accuracy, option_accuracy."""
+        return [event for event in self.history if event["event"] == "eval"]
+
+
+def train(
+    model: str | Path | None = None,
+    dataset: Dataset | None = None,
+    *,
+    resume: str | Path | None = None,
+    on_event: Callable[[dict[str, Any]], object] | None = None,
+    **options: Any,
+) -> Run:
+    """Fine-tune a model with QLoRA.
+
+    Args:
+        model: a hub id or a folder; the reference configuration's if not given.
+        dataset: hub ids or files, or the rows themselves: dicts, or a `datasets.Dataset`.
+        resume: the directory of a run to continue. A run on rows that were given must be given them again.
+        on_event: called with each event of metrics.jsonl ("train", "eval", "end") as soon as there is one.
+        options: any field of `Config`; eval_dataset takes what dataset does.
+
+    Raises:
+        ValueError: an option, the model or the data is not usable; nothing has been written.
+        TrainingError: training could not go on; the message says what is saved.
+    """
+    given = {**options, "model": model, "dataset": dataset}
+    given |= {k: _names(given[k]) for k in ("dataset", "eval_dataset") if given.get(k) is not None}
+    given |= {k: str(given[k]) for k in ("model", "output_dir") if given.get(k) is not None}
+    given = {k: v for k, v in given.items() if v is not None}
+    config, folder = resume_config(str(resume), given) if resume is not None else (Config(**given), None)
+    trainer = Trainer(config, folder, on_event=on_event)
+    trainer.train()
+    return Run(trainer.folder, trainer.folder / "adapter", read_metrics(trainer.folder))
+
+
+def _names(dataset: Dataset) -> tuple[str, ...]:
+    """The names of data sets; rows in memory get one."""
+    if isinstance(dataset, str | Path):
+        return (str(dataset),)
+    items = list(dataset)
+    named = all(isinstance(item, str | Path) for item in items)
+    return tuple(map(str, items)) if named else (give(items),)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to ask: a base with an adapter, or a merged checkpoint."""
+
+    base: Base
+
+    def generate(
+        self, prompt: str | Sequence[Message] | Sequence[str | Sequence[Message]], max_new_tokens: int = 256
+    ) -> Any:
+        """The answer to a prompt (a text, or messages with role and content), greedily; a list for a list of prompts.
+
+        Args:
+            max_new_tokens: an answer is cut here if it has not ended.
+        """
+        one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+        asked = [prompt] if one else prompt
+        messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in asked]
+        answers = (
+            generate(self.base, [self.base.encoder.prompt(m) for m in messages], max_new_tokens) if messages else []
+        )
+        return answers[0] if one else answers
+
+
+def load(model: str | Path, base: str | Path | None = None, precision: str = "auto") -> Model:
+    """An adapter's folder, or a model's (a merged checkpoint, a hub id), ready to generate.
+
+    Args:
+        base: where an adapter's base is, if not where the adapter's files say.
+
+    Raises:
+        ValueError: no such adapter or model, or another base than the adapter was trained on.
+    """
+    precision = resolve_precision(precision, pick_device())
+    if (Path(model) / "adapter_config.json").is_file():
+        return Model(load_adapter(Path(model), base and str(base), precision))
+    return Model(load_base(str(model), "none", precision))
+
+
+def evaluate(
+    adapter: str | Path,
+    dataset: Dataset | None = None,
+    *,
+    base: str | Path | None = None,
+    limit: int | None = None,
+    max_length: int = 512,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Evaluate an adapter on the rows that its run held out, or on others.
+
+    Args:
+        dataset: as for `train`. base: where the base is, if not where the adapter's files say.
+        limit: at most the first N rows of each data set. max_length: longer rows are left out.
+        batch_size: rows at a time.
+
+    Raises:
+        ValueError: as `load`; or the data can't be read, or are not those of the run.
+    """
+    names = None if dataset is None else _names(dataset)
+    parts = evaluation_data(Path(adapter), base and str(base), names, limit, max_length)
+    loaded = load(adapter, base).base
+    engine = for_evaluation(loaded, max(int(p.rows.lengths.max()) for p in parts), batch_size * max_length)
+    return Evaluation.join([evaluate_rows(engine, part.rows, batch_size) for part in parts])
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "fp16",
+    onto: str = "dequantized",
+    base: str | Path | None = None,
+) -> Merged:
+    """Merge an adapter into its base: an ordinary checkpoint in `output`, read back and compared before it is kept.
+
+    Args:
+        dtype: of the file: fp16, bf16 or fp32. onto: dequantized, the weights that it was trained on, or original.
+        base: where the base is, if not where the adapter's files say.
+
+    Raises:
+        ValueError: as `load`; or `output` holds something already.
+        MergeError: the checkpoint does not compute what the adapter does; it is not kept.
+    """
+    card = merged_card(Path(adapter), onto, dtype)
+    return merge_adapter(Path(adapter), Path(output), dtype, onto, base and str(base), card)

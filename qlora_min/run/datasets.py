@@ -1,0 +1,201 @@
+"""Data sets -> encoded rows, for training and held out."""
+
+import hashlib
+import itertools
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ..chat import ChatEncoder
+from ..config import Config
+from ..data.examples import BadRow, BadRows, Example
+from ..data.readers import read
+from ..data.rows import Row, Rows
+from ..system.console import aligned
+
+NO_TOKENS = Row(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.bool), "")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One data set.
+
+    Attributes:
+        rows: those of at most `max_length` tokens.
+        questions, fits: (n,) uint64 and bool. Of every row that is not bad: the hash of its question, and whether it is
+            one of `rows`.
+        bad: the number of bad rows.
+    """
+
+    name: str
+    rows: Rows
+    questions: np.ndarray
+    fits: np.ndarray
+    bad: int = 0
+
+    @property
+    def read(self) -> int:
+        return len(self.fits) + self.bad
+
+    @property
+    def too_long(self) -> int:
+        return len(self.fits) - len(self.rows)
+
+    def select(self, chosen: np.ndarray, name: str | None = None, bad: int = 0) -> "Encoded":
+        """The rows where `chosen` (n,), a mask like `fits`, is True."""
+        return Encoded(name or self.name, self.rows[chosen[self.fits]], self.questions[chosen], self.fits[chosen], bad)
+
+    def first(self, limit: int) -> "Encoded":
+        """At most the first `limit` of `rows`."""
+        return self.select(self.fits & (np.cumsum(self.fits) <= limit))
+
+
+def encode_dataset(
+    name: str,
+    examples: Iterable[Example],
+    encoder: ChatEncoder,
+    max_length: int,
+    bad: BadRows | None = None,
+    texts: bool = False,
+) -> Encoded:
+    """Encode examples and keep those of at most `max_length` tokens.
+
+    Args:
+        bad: collects the bad rows, including those that `read` adds while `examples` is iterated; without it, they are
+            raised. As soon as they are certain to end the run, the remaining rows are only checked, not tokenised.
+        texts: keep the messages of the rows.
+
+    Raises:
+        ValueError: all rows are too long, or all are bad.
+    """
+    mine = bad or BadRows()
+    before, questions, lengths = mine.count, array("Q"), array("i")
+
+    def kept() -> Iterator[Row]:
+        for part in _parts(examples):
+            unread = [replace(NO_TOKENS, location=e.location) for e in part] if mine.fatal else []
+            for example, row in zip(part, unread or encoder.encode_examples(part)):
+                if isinstance(row, BadRow):
+                    mine.add(row)
+                    continue
+                questions.append(example.question_hash)
+                lengths.append(len(row))
+                if len(row) <= max_length:
+                    yield replace(row, text=json.dumps(example.messages)) if texts else row
+
+    rows = Rows.write(kept())
+    count = mine.count - before
+    if bad is None:
+        mine.check()
+    if lengths and not rows:
+        raise ValueError(
+            f"{name}: all {len(lengths):,} rows are too long; the shortest has {min(lengths)} tokens, "
+            f"--max-length is {max_length}"
+        )
+    if count and not lengths and mine.skip:
+        raise ValueError(f"{name}: all {count:,} rows are bad; leave out --skip-bad-rows to see why")
+    return Encoded(name, rows, np.array(questions, np.uint64), np.array(lengths, np.int32) <= max_length, count)
+
+
+def _parts(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Examples in groups for the tokenizer, of about a million characters, or 500 short examples."""
+    size = 0
+
+    def number(example: Example) -> int:
+        nonlocal size
+        size += 2000 + sum(len(m["content"]) for m in example.messages)
+        return size // 10**6
+
+    return (list(group) for _, group in itertools.groupby(examples, number))
+
+
+def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
+    """`train` without the rows whose question is also in `held`; these are added to `bad`.
+
+    Questions are equal if their `Example.question` is: answer, options, case and spacing are not compared.
+    """
+    known, first = np.unique(held.questions[held.fits], return_index=True)
+    shared = train.fits & np.isin(train.questions, known)
+    if not shared.any():
+        return train
+    same = first[np.searchsorted(known, train.questions[shared])]  # the first row of `held` with the same question
+    for row, other in zip(train.rows[shared[train.fits]], held.rows[same]):
+        bad.add(BadRow(f"{row.location}: the same question stands in {other.location}, which is held out"))
+    return train.select(~shared, bad=train.bad + int(shared.sum()))
+
+
+Data = tuple[list[Encoded], list[Encoded]]  # training and held out, a list of data sets each
+
+
+def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data:
+    """The encoded (training, held-out) data sets. Without --eval-dataset a fraction of --dataset is held out.
+
+    Args:
+        texts: keep the messages of the rows, as with --shuffle-options.
+
+    Raises:
+        ValueError: a data set can't be read, or all of its rows are too long.
+        BadData: bad rows, including those whose question is also held out; with --skip-bad-rows they are left out.
+    """
+    bad, texts = BadRows(config.skip_bad_rows), texts or config.shuffle_options
+    sources = (config.dataset, config.limit), (config.eval_dataset, config.eval_limit)
+    # All data sets are opened first: a missing file is an error at once. A repeated name is read once.
+    opened = [{name: read(name, limit, bad) for name in names} for names, limit in sources]
+    train, held = (
+        [encode_dataset(name, examples, encoder, config.max_length, bad, texts) for name, examples in side.items()]
+        for side in opened
+    )
+    for i, part in itertools.product(range(len(train)), held):
+        train[i] = leave_out_shared(train[i], part, bad)
+    bad.check(", or leave bad rows out with --skip-bad-rows")
+    if not config.eval_dataset and config.eval_fraction:
+        out = split(np.concatenate([part.questions for part in train]), config.eval_fraction, config.seed)
+        masks = np.split(out, np.cumsum([len(part.fits) for part in train]))
+        for i, (part, here) in enumerate(zip(train, masks)):
+            first = here & (np.cumsum(here) <= (config.eval_limit or len(here)))
+            held.append(part.select(first, f"{part.name} (held out)"))
+            train[i] = part.select(~here, bad=part.bad)
+    if not any(part.rows for part in train):
+        raise ValueError(f"{', '.join(config.dataset)}: no rows left to train on; lower --eval-fraction or add data")
+    return train, [part for part in held if part.rows]
+
+
+def table(parts: Sequence[Encoded]) -> str:
+    """A table with a line for each data set: the numbers of rows read, kept, bad and too long, and of tokens."""
+    lines = [("data", "rows", "kept", "bad", "too long", "tokens: mean", "max", "supervised: mean")]
+    for p in parts:
+        n, lengths = max(1, len(p.rows)), p.rows.lengths
+        numbers = (p.read, len(p.rows), p.bad, p.too_long, lengths.sum() / n, lengths.max(initial=0))
+        lines.append((p.name, *(f"{number:,.0f}" for number in numbers), f"{p.rows.supervised.sum() / n:.1f}"))
+    return aligned(lines)
+
+
+def data_hash(*parts: Sequence[Row]) -> str:
+    """A hash of encoded rows: of all token ids and masks, the order of the rows and their division into parts."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        digest.update(len(rows).to_bytes(8, "big"))
+        for row in rows:
+            digest.update(len(row).to_bytes(8, "big"))
+            digest.update(row.input_ids.numpy())
+            digest.update(row.supervised.numpy())
+    return digest.hexdigest()
+
+
+def split(questions: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Hold out about `fraction` of the rows. Rows with the same question are on the same side.
+
+    Args:
+        questions: (n,) the `Example.question_hash` of each row.
+
+    Returns:
+        (n,) bool, True where held out. It depends on the questions and the seed, not on the order of the rows.
+    """
+    _, group, sizes = np.unique(questions, return_inverse=True, return_counts=True)
+    order = np.random.RandomState(seed).permutation(len(sizes))  # RandomState: the same in all versions of numpy
+    before = np.cumsum(sizes[order]) - sizes[order]  # rows held out before each group
+    return np.isin(group, order[before < round(fraction * len(questions))])

@@ -1,0 +1,90 @@
+"""The end of a run: the best adapter back in the model, samples, curves, and what to do next."""
+
+import shlex
+from contextlib import nullcontext
+from typing import Any
+
+from ..adapter import put_weights
+from ..generate import generate
+from ..lora import lora_disabled
+from ..scale.processes import from_main, gather
+from ..system.console import say
+from ..system.device import peak_gib
+from ..system.files import write_jsonl
+from . import checkpoint, curves
+from .cards import MEASURES
+
+SAMPLES = 4  # held-out prompts answered before and after
+SAMPLE_TOKENS = 48
+
+
+def finish(setup: Any) -> None:
+    """End a run (a `Trainer`) whose loop has ended."""
+    put_weights(setup.base.model, setup.writer.best)
+    peak = max(gather(peak_gib(setup.device)))
+    answers = sample_answers(setup) if setup.processes.sharded and setup.held_out else None  # by all processes together
+    from_main(lambda: _write_end(setup, peak, answers))
+
+
+def _write_end(setup: Any, peak: float, answers: list[list[str]] | None) -> None:
+    p, skipped, note = setup.progress, setup.stepper.skipped, None
+    alone = setup.processes.world_size == 1
+    with setup.signals.abandonable() if alone else nullcontext():  # the others wait, and would not know
+        try:
+            write_samples(setup, answers)
+            note = curves.draw_curves({"": checkpoint.read_metrics(setup.folder)}, setup.folder / "curves.png")
+        except OSError as e:  # the run is saved: these two are worth a warning
+            note = f"warning: no samples or curves ({e})"
+    speed = p.tokens / p.seconds if p.seconds else 0.0
+    lines = [f"done: {p.step:,} steps in {p.seconds:.0f} s of training, {speed:,.0f} tokens/s"]
+    lines[0] += f", {skipped} steps skipped" if skipped else ""
+    if p.stopped_early and p.step < setup.schedule.total_steps:
+        lines[0] += f"; stopped early after {p.bad_evaluations} evaluations without improvement"
+    if p.best:
+        lines.append(f"best step {p.best_step}, on {p.best['rows']} held-out rows:")
+        lines += [
+            f"  {label:<16}{form.format(p.before[key]):>10} -> {form.format(p.best[key])}"
+            for label, key, form in MEASURES
+            if p.best[key] is not None
+        ]
+    adapter = shlex.quote(str(setup.folder / "adapter"))
+    lines += [
+        f"adapter, metrics{', samples' if setup.held_out else ''} and curves: {setup.folder}",
+        *([note] if note else []),
+        f"next: python scripts/eval.py --adapter {adapter}{'' if setup.held_out else ' --dataset FILE'}",
+        f"      python scripts/chat.py --adapter {adapter} --compare",
+    ]
+    setup.writer.metrics.write(
+        "end", step=p.step, best_step=p.best_step, before=p.before, best=p.best, skipped=skipped, tokens=p.tokens,
+        seconds=round(p.seconds, 2), tokens_per_second=round(speed, 1),
+        peak_memory_gib=round(max(peak, peak_gib(setup.device)), 3), **setup.communication(),
+    )  # fmt: skip
+    setup.writer.write(setup.writer.metrics.flush, insist=True)
+    say("\n".join(lines))
+
+
+def sample_answers(setup: Any) -> list[list[str]]:
+    """Answers to the first held-out prompts without and with the adapter."""
+    prompts = [r.input_ids[: r.answer_start].tolist() for r in setup.held_out[:SAMPLES]]
+    with lora_disabled(setup.base.model):
+        before = generate(setup.base, prompts, SAMPLE_TOKENS)
+    return [before, generate(setup.base, prompts, SAMPLE_TOKENS)]
+
+
+def write_samples(setup: Any, answers: list[list[str]] | None) -> None:
+    """Write samples.jsonl, if there are held-out rows."""
+    if not setup.held_out:
+        return
+    decode = setup.base.encoder.tokenizer.decode
+    samples = [
+        {
+            "where": row.location,
+            "prompt": decode(row.input_ids[: row.answer_start].tolist()),
+            "reference": decode(row.input_ids[row.answer_start :].tolist(), skip_special_tokens=True),
+            "before": before,
+            "after": after,
+        }
+        for row, before, after in zip(setup.held_out[:SAMPLES], *(answers or sample_answers(setup)))
+    ]
+    write_jsonl(setup.folder / "samples.jsonl", samples)
+    say("sample: expected {reference!r}\n  before {before!r}\n  after  {after!r}".format(**samples[0]))

@@ -1,0 +1,85 @@
+"""Option values from files: a TOML file, or the config.json of a run."""
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import FIELDS, Config
+
+REMOVED = {"packing": "--engine modules|fused"}  # options of earlier versions -> what there is instead
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """ ", did you mean X?", or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def kinds_of(f: dataclasses.Field) -> set[type]:
+    """The types that a field admits: {int, NoneType} for `int | None`."""
+    return set(typing.get_args(f.type)) or {f.type}
+
+
+def _convert(kinds: set[type], value: Any) -> Any:
+    """A value from a TOML or JSON file as one of these types; raises TypeError where it is of another."""
+    if Ellipsis in kinds:
+        items = value if isinstance(value, list | tuple) else str(value).split(",") if str in kinds else [value]
+        items = [_convert(kinds - {Ellipsis}, i) for i in items]
+        return tuple(i.strip() for i in items if i.strip()) if str in kinds else tuple(items)
+    if type(value) in kinds:
+        return value
+    number = type(value) in (int, float)
+    if int in kinds and number and value == int(value):
+        return int(value)
+    if float in kinds and number:
+        return float(value)
+    raise TypeError
+
+
+def parse_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Check names and types of option values read from a file.
+
+    Raises:
+        ValueError: an unknown name (the nearest known one is suggested) or a value of another type.
+    """
+    out = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name in REMOVED:
+            raise ValueError(f"{source}: option '{key}' was removed: {REMOVED[name]}")
+        if name not in FIELDS:
+            raise ValueError(f"{source}: unknown option '{key}'{nearest(name, list(FIELDS)).replace('_', '-')}")
+        f = FIELDS[name]
+        if "choices" in f.metadata and isinstance(value, bool):  # gradient-checkpointing = true
+            value = "on" if value else "off"
+        try:
+            out[name] = _convert(kinds_of(f), value)
+        except (TypeError, ValueError, OverflowError):
+            lists = {tuple[str, ...]: "list", tuple[float, ...]: "list of numbers"}
+            kinds = lists.get(f.type) or "/".join(k.__name__ for k in kinds_of(f) - {type(None)})
+            raise ValueError(f"{source}: option '{key}': got {value!r}, expected {kinds}") from None
+    return out
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """Option values from a TOML file.
+
+    Raises:
+        ValueError: no such file, not TOML, an unknown name or a value of another type.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"--config {path}: can't be read ({e.strerror}); expected a TOML file of options") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"--config {path}: not valid TOML ({e})") from None
+    return parse_values(values, path)
+
+
+def config_from(values: Mapping[str, Any], source: str) -> Config:
+    """The reverse of `Config.as_dict`, of an earlier version's too; `source` names their file in errors."""
+    return Config(**parse_values({k: v for k, v in values.items() if k not in REMOVED}, source))

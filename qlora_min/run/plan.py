@@ -1,0 +1,137 @@
+"""What a run is about to do: the plan that is printed before it, an estimate of its time, and where its memory went."""
+
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..batches import Packed, balance, dropout_seed
+from ..fused.graphs import Captured
+from ..ops import formulas
+from ..optim import PAGED_FROM
+from ..scale.processes import together
+from ..system.bits import bnb
+from ..system.device import GIB, synchronize, taken, total_bytes
+from . import forecast
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Number of parameters of the model as if unquantised (a packed weight holds two a byte), tied ones once."""
+    packed = bnb.nn.Params4bit
+    return sum(p.quant_state.shape.numel() if isinstance(p, packed) else p.numel() for p in model.parameters())
+
+
+def describe(setup: Any) -> str:
+    """What a run (a `Trainer`) is about to do, and what memory it is expected to take; a line for each thing."""
+    c, schedule, adapter = setup.config, setup.schedule, setup.engine.adapter
+    trained = adapter.weights.numel()
+    whole = parameter_count(setup.base.model) - trained
+    weights = ", ".join(f"{w:g} x {Path(name).name}" for name, w in zip(dict.fromkeys(c.dataset), c.mix))
+    never = adapter.largest < PAGED_FROM or setup.device.type == "cpu"
+    device, how = _computing(setup)
+    n_tokens, processes = setup.feed.n_tokens, setup.processes.world_size
+    lines = {  # those that say nothing are left out
+        "trained": f"{trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
+        f"{len(setup.wrapped)} layers",
+        "base": f"{c.model}, {c.quantization}, fingerprint {setup.base.fingerprint[:12]}",
+        "computes": f"{setup.precision} on {device}",
+        "steps": f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch), {schedule.rows_per_step} rows "
+        f"({c.batch_size} x {c.grad_accum}) and about {schedule.n_tokens / schedule.steps_per_epoch:,.0f} tokens each",
+        "engine": how,
+        "batches": f"up to {n_tokens:,} tokens at a time"
+        + (" (the longest row)" if n_tokens == setup.work.max_seqlen else "")
+        + f"; gradient checkpointing {c.gradient_checkpointing}",
+        "memory": f"{setup.footprint.describe(n_tokens)} forecast peak"
+        + (", beyond the program's own" if setup.device.type == "cpu" else ""),
+        "an epoch": c.mix and f"{schedule.n_rows:,} rows: {weights}",
+        "options": c.shuffle_options and "of multiple-choice rows in another order each epoch",
+        "optimizer": c.optimizer == "paged_adamw8bit"
+        and f"8-bit state, {'none of it paged' if never else 'paged where large'} (largest tensor "
+        f"{adapter.largest:,}; paged from {PAGED_FROM:,} on a GPU)",
+        "held out": not setup.held_out and "nothing: no evaluation and no early stopping; the last adapter is kept",
+        "processes": processes > 1
+        and f"{processes} processes divide each step's rows; the busiest has {imbalance(schedule, processes):.1%} more "
+        "tokens than the mean",
+        "writes to": setup.folder,
+    }
+    return "\n".join(f"{label:<12}{text}" for label, text in lines.items() if text)
+
+
+def _computing(setup: Any) -> tuple[str, str]:
+    """(the device, the engine and how it runs), in words."""
+    device, how = "CPU", setup.config.engine + (f" ({setup.remark})" if setup.remark else "")
+    if setup.device.type == "cuda":
+        device = f"{torch.cuda.get_device_name(setup.device)}, {total_bytes(setup.device) / GIB:.0f} GiB"
+        how += ", as CUDA graphs" if isinstance(setup.feed.engine, Captured) else ", without CUDA graphs"
+        how += f"; formulas instead of kernels: {formulas.why_formulas}" if formulas.why_formulas else ""
+    return device, how
+
+
+def imbalance(schedule: Any, processes: int) -> float:
+    """How much more the busiest process has to do in a step than the mean, in the first 200 steps: 0.02 is 2% more."""
+    found = []
+    for step in range(min(200, schedule.steps_per_epoch)):
+        lengths = np.array([len(r) for r in schedule[step]])
+        tokens = [lengths[part].sum() for part in balance(lengths, processes)]
+        found.append(max(tokens) / np.mean(tokens) - 1)
+    return float(np.mean(found))
+
+
+def format_seconds(seconds: float) -> str:
+    """40 s, 12 min, 3.5 h"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def estimate(setup: Any) -> dict[str, Any]:
+    """Print how long training will take, from one micro-batch that is computed and thrown away; and its parts.
+
+    Returns:
+        steps, rows, tokens, seconds and evaluation_seconds of the whole run, memory_gib as forecast.
+    """
+    schedule, feed, step = setup.schedule, setup.feed, setup.progress.step
+    batch = feed[step][0][0]
+    with together():
+        for _ in range(2):  # the first compiles kernels and captures graphs
+            start = time.perf_counter()
+            factor = setup.stepper.scaled(1 / max(1, batch.n_supervised))
+            feed.engine.loss_and_gradients(batch, factor, dropout_seed(setup.config.seed, step).to(setup.device))
+            synchronize()
+            seconds = time.perf_counter() - start
+    setup.engine.adapter.grads.zero_()
+    per_token = seconds / batch.n_tokens
+    tokens = schedule.n_tokens * schedule.total_steps / schedule.steps_per_epoch
+    evaluations = 1 + math.ceil(schedule.total_steps / schedule.eval_every) if setup.held_out else 0
+    held = int(setup.held_out.lengths.sum()) * evaluations * per_token / 3  # a forward is a third of a step
+    print(
+        f"time        about {format_seconds(tokens * per_token)} of training for {tokens:,.0f} tokens at "
+        f"{1 / per_token:,.0f} a second, and {format_seconds(held)} for {evaluations} evaluations; measured on one "
+        f"micro-batch of {batch.n_tokens:,} tokens"
+    )
+    return {"steps": schedule.total_steps, "rows": len(schedule.rows), "held_out": len(setup.held_out),
+            "tokens": round(tokens), "seconds": tokens * per_token, "evaluation_seconds": held,
+            "memory_gib": setup.footprint.total(feed.n_tokens) / GIB}  # fmt: skip
+
+
+def explain_memory(setup: Any, step: int, batch: Packed) -> str:
+    """Where the memory went in a step that had too little for a single row, and what would have taken less."""
+    tokens, stood = batch.n_tokens, taken(setup.device)
+    setup.feed.forget()
+    setup.feed.engine.release()
+    ways, room = [], 0.9 * total_bytes(setup.device)
+    if not setup.processes.sharded:  # where measuring takes all processes
+        with suppress(MemoryError):
+            lengths = setup.schedule.rows.lengths.tolist()
+            ways = forecast.ways_to_save(setup.engine, setup.work, setup.footprint, lengths, room)
+    return "\n".join([
+        f"out of memory at step {step + 1}, in a micro-batch of {tokens:,} tokens, "
+        f"{batch.n_supervised:,} supervised; {stood}",
+        f"  forecast for this micro-batch: {setup.footprint.describe(tokens)}",
+        "  what would take less, in order of effect:" if ways else "  no option is forecast to take less",
+        *(f"    {way}" for way in ways),
+    ])  # fmt: skip

@@ -1,0 +1,202 @@
+"""A training run from options to the best adapter on disk: what it takes is prepared here, and handed to the loop.
+
+prepare   data -> base in NF4 -> LoRA injected, the rest frozen -> engine, and micro-batches that fit -> optimizer
+train     loop.train
+finish    the best adapter back in, samples, curves, and what to do next
+"""
+
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import loop
+from ..base import add_lora, load_base, load_encoder
+from ..batches import Schedule, balance
+from ..config import Config
+from ..data.rows import Rows
+from ..fused.select import captured, make_engine
+from ..loop import Progress
+from ..optim import Stepper
+from ..scale.feed import Feed
+from ..scale.processes import Processes, from_main, gather, in_step, join, process_index, together, world_size
+from ..scale.sharding import shard
+from ..system import console
+from ..system.console import say
+from ..system.device import available, pick_device, resolve_precision
+from ..system.files import write_json
+from . import checkpoint, forecast, resume
+from .datasets import Data, read_data, table
+from .ending import finish
+from .plan import describe
+from .signals import Signals
+from .writer import RunWriter
+
+SMALL = 256  # hidden size up to which a second CPU thread costs more than it brings
+
+
+@contextmanager
+def writing(option: str) -> Iterator[None]:
+    """What the disk refuses before training is a ValueError that names the option; while training it is waited for."""
+    try:
+        yield
+    except OSError as e:
+        raise ValueError(f"{option}: can't be written to ({e.strerror or e}); expected a folder with space") from None
+
+
+class Trainer:
+    """One training run, prepared.
+
+    Args:
+        config: the options. With `resume`, as they were resolved when the run began.
+        resume: the directory of a run to continue.
+        data: encoded (training, held-out) rows, instead of those that the options name.
+        write: False leaves the disk alone, to `describe` and to `estimate` a run before it is begun.
+        on_event: called with each event of metrics.jsonl, as soon as there is one.
+
+    Raises:
+        ValueError: an option, the model, the data or the output directory is not usable, or another process trains
+            there; nothing has been written.
+        TrainingError, SystemExit: as `processes.together`, where there are several processes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        resume: Path | None = None,
+        data: Data | None = None,
+        write: bool = True,
+        on_event: Callable[[dict[str, Any]], object] | None = None,
+    ):
+        self.lock: checkpoint.Lock | nullcontext = nullcontext()  # the first process has the lock
+        try:
+            with together():
+                join()
+                if resume and process_index() == 0:
+                    with writing(f"--resume {resume}"):
+                        self.lock = checkpoint.Lock(resume)  # before anything is read there
+                self._prepare(config, resume, data)
+                from_main(lambda: self._begin() if write and resume is None else None)
+                in_step(self.processes.sharded)
+        except BaseException:
+            self.lock.__exit__(None, None, None)
+            raise
+        if on_event:
+            self.writer.metrics.echo = on_event
+
+    def _prepare(self, c: Config, resume_from: Path | None, data: Data | None) -> None:
+        recorded = from_main(lambda: resume.unfinished(resume_from)) if resume_from else None
+        revision = recorded["base"].get("revision") if recorded else None
+        self.device = pick_device()
+        self.precision = resolve_precision(c.precision, self.device)
+        self.folder = from_main(lambda: resume_from or resume.output_directory(c))
+        self.command = self._command()
+        self.advice = f"continue with: {self.command}"
+        self.signals = Signals(self.advice, among=process_index() if world_size() > 1 else None)
+        signals = self.signals
+        self.processes = Processes(lambda: signals.received, c.shard and world_size() > 1)
+        if c.shard and not self.processes.sharded:
+            say("note: --shard: this is the only process, which holds the whole base (torchrun starts more)")
+        encoder = load_encoder(c.model, revision)
+        rows, sizes = self._take_data(c, data or read_data(c, encoder))
+        self._load(c, revision, encoder)
+        self.schedule = Schedule(rows, sizes, c, encoder)
+        self.config = replace(c, eval_every=self.schedule.eval_every, output_dir=str(self.folder))
+        self._choose_how_to_compute()
+        self.stepper = Stepper(self.engine.adapter, c, self.schedule.total_steps, self.precision == "fp16")
+        self.record = resume.make_record(self)
+        same = {k: self.record[k] for k in ("precision", "engine", "data")}
+        self.processes.check_equal(same | {"base": self.base.fingerprint})
+        self.writer = RunWriter(self, self.folder)
+        self.progress = Progress()
+        if recorded:
+            resume.compare(self.folder, recorded, self.record)
+            self.progress = resume.restore(self)
+
+    def _command(self) -> str:
+        """What goes on with this run."""
+        here = os.environ.get("LOCAL_WORLD_SIZE", world_size())
+        launcher = "python" if world_size() == 1 else f"torchrun --nproc-per-node {here}"
+        return f"{launcher} scripts/train.py --resume {shlex.quote(str(self.folder))}"
+
+    def _take_data(self, c: Config, data: Data) -> tuple[Rows, list[int]]:
+        """Returns the training rows, and how many each data set has; keeps the held-out rows."""
+        train, held = data
+        self.data_sets = [*train, *held]
+        say(table(self.data_sets))
+        rows, self.held_out = (Rows.join(part.rows for part in side) for side in data)
+        if c.shuffle_options and not rows[0].text:
+            raise ValueError("--shuffle-options: the rows given have no text; encode them with texts=True")
+        self.held_out_here = self.held_out
+        if not self.processes.sharded and world_size() > 1:
+            mine = balance(self.held_out.lengths, world_size())[process_index()]
+            self.held_out_here = self.held_out[np.array(mine, int)]
+        return rows, [len(part.rows) for part in train]
+
+    def _load(self, c: Config, revision: str | None, encoder: Any) -> None:
+        """The base, with LoRA."""
+        torch.manual_seed(c.seed)  # of A; order, dropout and the split have their own
+        how = shard if self.processes.sharded else None
+        self.base = load_base(c.model, c.quantization, self.precision, self.device, revision, encoder, how)
+        if self.device.type == "cpu" and self.base.model.config.hidden_size <= SMALL:
+            torch.set_num_threads(1)
+        self.wrapped = add_lora(self.base, c.lora)
+
+    def _choose_how_to_compute(self) -> None:
+        """The engine, and micro-batches that fit the memory of every process: measured, where that is left to us."""
+        c, rows = self.config, self.schedule.rows
+        longest = int(rows.lengths.max())
+        longest_of_all = max(longest, int(self.held_out.lengths.max(initial=0)))
+        self.engine, name, self.remark = make_engine(self.base, c.engine, longest_of_all)
+        n_rows, supervised = -(-self.schedule.rows_per_step // world_size()), int(rows.supervised.max())
+        self.work = forecast.Workload(n_rows, longest, supervised, bits8=c.optimizer == "paged_adamw8bit")
+        room = available(self.device) / (world_size() if self.device.type == "cpu" else 1)
+        gather(None)
+        in_step(self.processes.sharded)
+        on, n_tokens, self.footprint = forecast.plan(
+            self.engine, self.work, lambda n: all(gather(n <= room)), c.gradient_checkpointing, c.micro_batch_tokens
+        )
+        in_step(False)
+        self.engine.checkpointing = on
+        resolved = {"engine": name, "gradient_checkpointing": "on" if on else "off", "micro_batch_tokens": n_tokens}
+        self.config = replace(c, **resolved)
+        computing = captured(self.engine, longest_of_all, n_tokens)
+        self.feed = Feed(self.schedule, computing, self.processes, n_tokens)
+
+    def _begin(self) -> None:
+        """Make the run's directory ours."""
+        with writing(f"--output-dir {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = checkpoint.Lock(self.folder)
+            resume.output_directory(self.config)  # another process may have begun there while we loaded
+            write_json(self.folder / "config.json", self.record)
+
+    def communication(self) -> dict[str, float]:
+        """What goes into the metrics of several processes: seconds of this process's life so far."""
+        p = self.processes
+        return {"waited": round(p.waited, 2), "summed": round(p.summed, 2)} if p.world_size > 1 else {}
+
+    def train(self) -> Progress:
+        """Run to the end, or to the early stop; returns where it ended.
+
+        Raises:
+            TrainingError: it can't go on, or nothing can be saved; the message says what is safe.
+            SystemExit: SIGINT or SIGTERM came, and the run was saved; the code is 128 + the signal's number.
+        """
+        say(describe(self))
+        bar = console.bar(self.schedule.total_steps, None, "step", keep=True, initial=self.progress.step)
+        with together(self._after_a_loss), self.lock, self.signals, bar as self.writer.bar:
+            loop.train(self.feed, self.stepper, self.held_out_here, self.config, self.progress, self.writer)
+            finish(self)
+        return self.progress
+
+    def _after_a_loss(self) -> str:
+        """What to say where another process is lost: the first alone knows what is saved."""
+        saved = "" if process_index() else f"; {self.writer.last_good()}"
+        return f"{saved}; {self.advice}"

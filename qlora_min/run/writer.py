@@ -1,0 +1,236 @@
+"""A run's directory, while it trains: what is written when, and what happens at a signal or when the disk fails.
+
+A disk that is full or away does not end a run: training goes on, and what could not be written waits. The first process
+writes; what it alone learns, a signal or that saving is due, must not lead it another way than the others.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapter import AdapterConfig, save_adapter
+from ..batches import Packed
+from ..evaluation import Evaluation
+from ..loop import Progress, Recorder
+from ..lora import lora_parameters
+from ..optim import TrainingError
+from ..scale.processes import from_main, gather
+from ..system import console
+from ..system.console import say
+from ..system.device import is_out_of_memory, peak_gib
+from ..system.files import atomic_folder
+from . import cards, checkpoint
+from .board import Board
+from .cards import beside
+from .plan import explain_memory
+from .signals import Stop
+
+SAVE_TRIES = 10  # failures to save in a row that end the run
+RETRY_SECONDS = 30.0  # between them
+
+
+class RunWriter(Recorder):
+    """Keeps a run on disk, as `loop.train` reports it.
+
+    Args:
+        setup: what trains (a `Trainer`). folder: the run's directory.
+
+    Attributes:
+        best: the adapter of the best evaluation so far. saved: (step, evaluated) of the newest checkpoint.
+        adapter_step: the step whose adapter is in adapter/, as far as is known.
+        failures: to save, in a row.
+    """
+
+    def __init__(self, setup: Any, folder: Path):
+        self.setup, self.folder = weakref.proxy(setup), folder  # no cycle: a run that is dropped gives its lock back
+        self.metrics = checkpoint.Metrics(folder)
+        self.board = Board(folder) if setup.config.tensorboard else None
+        self.best: dict[str, torch.Tensor] = {}
+        self.saved: tuple[int, int] | None = None
+        self.adapter_step: int | None = None
+        self.saved_at = time.monotonic()
+        self.failures, self.retry_at = 0, 0.0
+        self.bar = console.bar(0, None, "step", show=False)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What the loop reports
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Callable[[], None]]:
+        """A signal ends an evaluation without a trace: a resumed run does it again. With a sharded base no process may
+        leave it alone, so all ask before each batch."""
+        setup = self.setup
+
+        def stop_together() -> None:
+            setup.processes.gather(None)
+            if setup.processes.stopping:
+                raise Stop
+
+        with suppress(Stop), setup.signals.abandonable(at_once=False):  # a block can't be left before it has begun
+            try:
+                yield stop_together if setup.processes.sharded else setup.signals.abandon_from_here
+            except MemoryError as e:
+                raise TrainingError(f"{e}\n{self.how_to_go_on()}") from None
+
+    def evaluated(self, progress: Progress, evaluation: Evaluation, improved: bool) -> None:
+        """Print a line, and record the event."""
+        found = evaluation.as_dict()
+        line = f"step {progress.step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.3f}"
+        if evaluation.option_rows:
+            line += f", option accuracy {evaluation.option_accuracy:.1%} ({beside(found)})"
+        say(line + (" *" if improved and progress.step else ""))
+        measures = {k: found[k] for k in ("perplexity", "token_accuracy", "option_accuracy")}
+        self.record("eval", progress, eval_loss=evaluation.loss, **measures)
+
+    def step_ended(self, progress: Progress, lr: float, grad_norm: float, skipped: bool) -> None:
+        """Move the bar; every --log-every steps, and before an evaluation, a line of metrics."""
+        setup, p = self.setup, progress
+        if skipped:
+            say(f"step {p.step}: skipped, a gradient is not finite")
+        if p.step % setup.config.log_every == 0 or setup.schedule.evaluation_due(p.step):
+            loss, tokens_per_second = float(p.loss_sum) / p.supervised, p.window_tokens / p.window_seconds
+            peak = max(gather(peak_gib(setup.device)))
+            self.record(
+                "train", p, loss=loss, lr=lr, grad_norm=grad_norm, skipped=setup.stepper.skipped,
+                tokens_per_second=round(tokens_per_second, 1), peak_memory_gib=round(peak, 3),
+                seconds=round(p.seconds, 2), **setup.communication(),
+            )  # fmt: skip
+            if setup.processes.index == 0 and not self.failures:  # or else the next save writes it
+                self.write(self.metrics.flush)
+            postfix = f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tok/s, {peak:.2f} GiB"
+            self.bar.set_postfix_str(postfix)
+            p.loss_sum, p.supervised, p.window_tokens, p.window_seconds = 0.0, 0, 0, 0.0
+        self.bar.update()
+
+    def record(self, event: str, progress: Progress, **values: Any) -> None:
+        """Add an event to the metrics."""
+        if self.setup.processes.index == 0:
+            epoch = progress.step / self.setup.schedule.steps_per_epoch
+            self.metrics.write(event, step=progress.step, epoch=epoch, **values)
+
+    def failed(self, error: Exception, progress: Progress, batch: Packed | None) -> Exception:
+        """Explain a step that memory did not suffice for, or the last of too many without finite gradients."""
+        if isinstance(error, TrainingError):
+            rows = ", ".join([r.location for r in self.setup.schedule[progress.step]][:8])
+            return TrainingError(
+                f"{error}, the last at step {progress.step + 1} with rows {rows}; {self.last_good()}. Lower "
+                "--learning-rate, look at those rows, or use --precision bf16 or fp32"
+            )
+        if batch and is_out_of_memory(error):
+            why = explain_memory(self.setup, progress.step, batch)
+            return TrainingError(f"{why}\n{self.how_to_go_on()}")
+        return error
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def save(self, progress: Progress, finished: bool) -> None:
+        """Save where due; at the end, and where a signal came to any process, until it is saved.
+
+        Raises:
+            Stop: a signal came.
+        """
+        setup = self.setup
+        alone = setup.processes.world_size == 1
+        stop = setup.signals.received if alone else setup.processes.stopping
+        if stop or finished:
+            from_main(lambda: self.write(lambda: self.write_all(progress), insist=True))
+        elif self._save_due(progress):
+            self.write(lambda: self.write_all(progress))
+        if stop:
+            setup.signals.received = stop
+            say(f"saved step {progress.step}")
+            raise Stop
+
+    def _save_due(self, p: Progress) -> bool:
+        c = self.setup.config
+        if self.setup.processes.index:
+            return False
+        if self.failures:
+            return time.monotonic() >= self.retry_at
+        by_step = c.save_every is not None and p.step % c.save_every == 0
+        by_time = c.save_minutes > 0 and time.monotonic() - self.saved_at >= 60 * c.save_minutes
+        return self.saved != (p.step, p.evaluated) and (p.evaluated == p.step or by_step or by_time)
+
+    def write(self, action: Callable[[], None], insist: bool = False) -> None:
+        """Write to the run's directory. A failure is a warning, and the run goes on; or tries again, to `insist`.
+
+        Raises:
+            TrainingError: it failed for the 10th time in a row.
+        """
+        while True:
+            try:
+                (self.folder / "config.json").stat()  # where a drive dropped out, a local folder may be in its place
+                action()
+            except OSError as e:
+                self.failures += 1
+                self.retry_at = time.monotonic() + RETRY_SECONDS
+                what = f"step {self.setup.progress.step}: '{self.folder}' can't be written to ({e})"
+                if self.failures >= SAVE_TRIES:
+                    raise TrainingError(
+                        f"{what}, {SAVE_TRIES} times in a row; {self.last_good()}; when it can be, {self.setup.advice}"
+                    ) from None
+                say(f"warning: {what}; next try in {RETRY_SECONDS:.0f} s ({self.failures} of {SAVE_TRIES} failed)")
+                if not insist:
+                    return
+                time.sleep(RETRY_SECONDS)
+                continue
+            if self.board:
+                self.board.update()
+            return
+
+    def write_all(self, progress: Progress) -> None:
+        """What is not on disk yet: metrics first, which a checkpoint refers to, and the adapter of the best last."""
+        checkpoint.clean(self.folder)
+        self.metrics.flush()
+        now = progress.step, progress.evaluated
+        if self.saved != now:
+            checkpoint.save_checkpoint(self.folder, progress.step, self.state(progress), keep={progress.best_step})
+            self.saved, self.saved_at = now, time.monotonic()
+        if self.best and self.adapter_step != progress.best_step:
+            self._write_adapter(progress)
+        if self.failures:
+            say(f"step {progress.step}: saved again, after {self.failures} failures")
+            self.failures = 0
+
+    def _write_adapter(self, p: Progress) -> None:
+        c, base = self.setup.config, self.setup.base
+        local = Path(c.model)  # a folder is named in full, so that the adapter finds it from anywhere
+        name = str(local.resolve()) if local.is_dir() else c.model
+        described = AdapterConfig(c.lora, name, base.revision, base.fingerprint, c.quantization)
+        with atomic_folder(self.folder / "adapter") as folder:
+            save_adapter(folder, base.model, described, base.encoder.tokenizer, self.best)
+            card = cards.adapter_card(described, self.setup.record, p.before, p.best, p.best_step)
+            (folder / cards.CARD).write_text(card, encoding="utf-8")
+        self.adapter_step = p.best_step
+
+    def state(self, progress: Progress) -> dict[str, Any]:
+        """All that resuming needs. No random state: order and dropout are functions of the seed and the step."""
+        return {
+            "options": {k: v for k, v in self.setup.record["options"].items() if k != "output_dir"},  # it may be moved
+            "progress": asdict(progress) | {"loss_sum": float(progress.loss_sum)},  # fp32 -> double is exact
+            "adapter": {n: w.detach() for n, w in lora_parameters(self.setup.base.model).items()},
+            "best_adapter": self.best,  # adapter/ can be made again from any one checkpoint
+            "stepper": self.setup.stepper.state_dict(),
+            "metrics_bytes": self.metrics.size,
+        }
+
+    def last_good(self) -> str:
+        """What is saved, in words."""
+        newest = self.folder / "checkpoints" / f"step-{self.saved[0]}" if self.saved else "none"
+        return f"last good checkpoint: {newest}"
+
+    def how_to_go_on(self) -> str:
+        """What to do where memory did not suffice."""
+        return (
+            f"  {self.last_good()}; if other programs held the memory, go on with: {self.setup.command}\n"
+            "  --resume keeps a run's options: with others, start a new run"
+        )

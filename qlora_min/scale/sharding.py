@@ -1,0 +1,117 @@
+"""A base larger than a GPU: each of N processes keeps 1/N of its frozen weights.
+
+Sharded are the weights of the decoder's linear layers (4-bit ones as the bytes that bitsandbytes packed), the embedding
+and the head. Where a layer computes, its bytes are gathered into one buffer, the same for all layers; the embedding and
+the head pass through it in slices of rows, so that no process ever holds one of them whole. W is frozen: nothing of it
+is ever reduced, stepped or saved, so an all-gather by NCCL (gloo on CPUs) is all that it takes. Each process has the
+scales of the 4-bit weights (1/32 of them), norms, biases, and all that trains.
+
+    layer.shard                    this process's part of the layer's bytes
+    layer.whole                    the buffer, which holds the layer's bytes after unshard(layer)
+    layer.self_attn.q_proj.weight  a view of the buffer
+
+torch's FSDP2 (`fully_shard`) does the same for layers that train. With torch 2.11 it takes no parameters of bytes
+("only Tensors of floating point dtype can require gradients"; later ones do). Bytes that pass for bf16 train on CPUs to
+the same bits, but did not come back the same on GPUs, and each of its gathers costs too much of the host's time.
+
+An all-gather is a collective: every process must come to the same ones in the same order. So all processes compute as
+many micro-batches a step, with as many slices of logits (`feed.Feed`), and the same evaluations and samples.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .processes import all_gather, process_index, world_size
+
+SLICE = 2**26  # bytes of the embedding or the head that are gathered at a time
+
+
+class Sliced(nn.Module):
+    """A matrix (V, D) as slices of its rows: modules with a weight each."""
+
+    def __init__(self, parts: nn.ModuleList):
+        super().__init__()
+        self.parts = parts
+
+
+class SlicedEmbedding(Sliced):
+    """(...) ids -> (..., D)."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out, start = None, 0
+        for weight in slices(self):
+            rows = F.embedding((ids - start).clamp(0, len(weight) - 1), weight)
+            here = (ids >= start) & (ids < start + len(weight))
+            out = rows if out is None else torch.where(here[..., None], rows, out)
+            start += len(weight)
+        return out
+
+
+class SlicedHead(Sliced):
+    """(..., D) -> (..., V)."""
+
+    bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, weight) for weight in slices(self)], -1)
+
+
+def slices(module: nn.Module) -> Iterator[Tensor]:
+    """A matrix (V, D) as slices of its rows, each valid until the next is asked for; one slice without --shard."""
+    for part in getattr(module, "parts", [module]):
+        unshard(part)
+        yield part.weight
+
+
+def unshard(module: nn.Module) -> None:
+    """Gather the weights of a layer, or of a slice, valid until the next is gathered; without --shard, do nothing."""
+    if hasattr(module, "shard"):
+        all_gather(module.whole, module.shard)
+
+
+def shard(model: PreTrainedModel, device: torch.device, layers: nn.ModuleList) -> None:
+    """Shard the weights of linear layers, embedding and head; this process's part goes to its device.
+
+    They should be on the CPU until then, so that no GPU ever holds more than its part.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = _cut(embedding.weight.data)
+    rows_of_head = rows if head.weight is embedding.weight else _cut(head.weight.data)
+    model.set_input_embeddings(SlicedEmbedding(rows))
+    model.set_output_embeddings(SlicedHead(rows_of_head))
+    owners = {part: [part] for part in [*rows, *rows_of_head]}
+    owners |= {layer: [m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers}
+    for module, linears in owners.items():
+        module.register_buffer("shard", _part([m.weight.data for m in linears]).to(device), persistent=False)
+    buffer = torch.empty(max(len(m.shard) for m in owners) * world_size(), dtype=torch.uint8, device=device)
+    for module, linears in owners.items():
+        module.whole, start = buffer[: len(module.shard) * world_size()], 0
+        for m in linears:
+            end = start + m.weight.numel() * m.weight.element_size()
+            m.weight.data = buffer[start:end].view(m.weight.dtype).view(m.weight.shape)
+            start = end
+    # For the modules' own forward, as transformers' `generate` runs it; fused/decoder.py calls no module.
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: unshard(layer))
+
+
+def _cut(weight: Tensor) -> nn.ModuleList:
+    """The rows of a matrix in slices of about SLICE bytes, a multiple of 64 rows, as products like best."""
+    rows = 64 * max(1, SLICE // (64 * weight.shape[1] * weight.element_size()))
+    parts = nn.ModuleList(nn.Module() for _ in range(0, len(weight), rows))
+    for part, rows_of_it in zip(parts, weight.split(rows)):
+        part.weight = nn.Parameter(rows_of_it, requires_grad=False)
+    return parts
+
+
+def _part(weights: Sequence[Tensor]) -> Tensor:
+    """This process's part of their bytes, one behind the other; all parts are equally long."""
+    flat = torch.cat([w.contiguous().flatten().view(torch.uint8) for w in weights])
+    each = -(-len(flat) // (16 * world_size())) * 16
+    start = process_index() * each
+    return F.pad(flat, (0, each * world_size() - len(flat)))[start : start + each].clone()

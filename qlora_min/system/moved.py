@@ -1,0 +1,19 @@
+"""Importing a module of an earlier version whose name stood in the README says in one line where it is now."""
+
+import sys
+
+MOVED = {
+    "qlora_min.train": "qlora_min.run.trainer.Trainer, or qlora_min.train(...)",
+    "qlora_min.care": "qlora_min.cli.data.look_at",
+    "qlora_min.report": "the command `qlora-min compare`",
+}
+
+
+class _Moved:
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name in MOVED:
+            raise ModuleNotFoundError(f"{name} has moved: it is now {MOVED[name]}", name=name)
+
+
+sys.meta_path.append(_Moved)

@@ -1,0 +1,45 @@
+"""Foreign text in messages: one line, never long, without secrets."""
+
+import os
+import re
+import reprlib
+from typing import Any
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """repr of a value from a file that may be hostile, for an error message: one line, never long."""
+    return clipped(_REPR.repr(value), 120)
+
+
+def clipped(text: object, limit: int = 160) -> str:
+    """Foreign text, such as a library's error, for an error message: one line of at most `limit` characters."""
+    line = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit])
+    line = " ".join(line.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+_SECRETS = re.compile(r"(?<=://)\S*@|[^\s/]+:[^\s/]+@|\bhf_[A-Za-z0-9]{20,}")  # user:password@, tokens of the hub
+
+
+def redacted(text: str) -> str:
+    """Text with *** where it holds a password or a hub token, by its form or because the environment holds it."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if len(token := os.environ.get(name, "")) >= 8:
+            text = text.replace(token, "***")
+    return _SECRETS.sub("***", text)
+
+
+def refuse_secrets(name: str, what: str) -> None:
+    """Names end up in logs and in files, so none may carry a token.
+
+    Raises:
+        ValueError: it does; the message leaves the secret out.
+    """
+    if redacted(name) != name:
+        raise ValueError(
+            f"{what}: '{clipped(redacted(name))}' carries a token or password; give a hub id like OWNER/NAME, "
+            "and the token in the environment variable HF_TOKEN"
+        )
