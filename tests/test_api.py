@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import qlora_min
+from qlora_min.data import readers
 from qlora_min.demo import world
 from qlora_min.run import checkpoint
 
@@ -49,7 +50,7 @@ def test_from_rows_in_memory_to_a_merged_checkpoint(run, rows, tmp_path):
     merged = qlora_min.merge(run.adapter, tmp_path / "merged", dtype="fp32")
     assert merged.difference < 1e-5
     assert qlora_min.load(tmp_path / "merged").generate(question, max_new_tokens=8) == answer
-    assert "Read back" in (text := (tmp_path / "merged" / "README.md").read_text()) or "read back" in text
+    assert "read back" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_data_set_is_the_same_however_it_is_given(run, rows, tmp_path):
@@ -74,6 +75,7 @@ def test_rows_in_memory_are_recorded_by_their_hash_and_given_again_to_resume(row
     record = json.loads((folder / "config.json").read_text())
     (name,) = record["options"]["dataset"]
     assert name.startswith("rows:") and rows[0]["input"] not in json.dumps(record)
+    readers.GIVEN.clear()  # as in another process
     with pytest.raises(ValueError, match=f"data set '{name}': rows that were given from Python; give the same"):
         qlora_min.train(resume=folder)
     with pytest.raises(ValueError, match="--dataset was"):

@@ -11,13 +11,14 @@ time; a .json file is read whole.
 
 import contextlib
 import csv
+import hashlib
 import itertools
 import json
 import re
 import stat
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,21 @@ from .examples import COLUMNS, LAYOUTS, BadRow, BadRows, Example, check_columns,
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 MAX_LINE = 10_000_000  # bytes
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GIVEN: dict[str, list[Any]] = {}  # rows that were given from Python, by the name that `give` made
 Raw = Iterator[tuple[Any, str]]  # (row, or a BadRow for one that can't be read; its location)
 
 
+def give(rows: Iterable[Any]) -> str:
+    """Rows in memory as a data set, as long as this process lives; returns its name, made from their hash."""
+    rows = [dict(row) if isinstance(row, Mapping) else row for row in rows]
+    name = "rows:" + hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    GIVEN[name] = rows
+    return name
+
+
 def read(source: str, limit: int | None = None, bad: BadRows | None = None) -> Iterator[Example]:
-    """The examples of a local file (.jsonl, .json, .csv, .parquet) or of a data set on the hub, as a stream.
+    """The examples of a local file (.jsonl, .json, .csv, .parquet), a hub data set or rows in memory (`give`), as a
+    stream.
 
     Args:
         limit: read at most the first N rows.
@@ -44,6 +55,12 @@ def read(source: str, limit: int | None = None, bad: BadRows | None = None) -> I
             reading: an unreadable or empty file or data set, or a table without the columns of any layout.
         BadData: at the end, bad rows, if `bad` is not given.
     """
+    if source in GIVEN:
+        return _examples(source, _numbered(GIVEN[source], source, len(GIVEN[source]), "rows"), limit, bad)
+    if source.startswith("rows:"):
+        raise ValueError(
+            f"data set '{source}': rows that were given from Python; give the same rows again as `dataset`"
+        )
     path, kinds = Path(source), "/".join(FILE_KINDS)
     try:
         mode = path.stat().st_mode
