@@ -74,7 +74,7 @@ def test_rows_in_memory_are_recorded_by_their_hash_and_given_again_to_resume(row
         qlora_min.train(model=MODEL, dataset=rows, output_dir=folder, on_event=stop, save_every=1, **OPTIONS)
     record = json.loads((folder / "config.json").read_text())
     (name,) = record["options"]["dataset"]
-    assert name.startswith("rows:") and rows[0]["input"] not in json.dumps(record)
+    assert name.startswith("rows-") and rows[0]["input"] not in json.dumps(record)
     readers.GIVEN.clear()  # as in another process
     with pytest.raises(ValueError, match=f"data set '{name}': rows that were given from Python; give the same"):
         qlora_min.train(resume=folder)
@@ -85,7 +85,7 @@ def test_rows_in_memory_are_recorded_by_their_hash_and_given_again_to_resume(row
 
 
 def test_bad_rows_in_memory_are_named_by_their_place(rows, tmp_path):
-    with pytest.raises(ValueError, match=r"rows:\w+:row 2:output: missing, expected text") as error:
+    with pytest.raises(ValueError, match=r"rows-\w+:row 2:output: missing, expected text") as error:
         qlora_min.train(model=MODEL, dataset=[rows[0], {"instruction": "secret"}], output_dir=tmp_path / "x", **OPTIONS)
     assert "secret" not in str(error.value) and not (tmp_path / "x").exists()
 

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from qlora_min.cli.main import COMMANDS, make_parser
+from qlora_min.demo import world
 
 README = ROOT / "README.md"
 COURSE = ROOT / "qlora_min" / "README.md"
@@ -106,3 +108,14 @@ def test_links_to_lines_lead_to_what_they_name():
 
 def test_the_readme_is_short():
     assert len(TEXTS[README].splitlines()) <= 250
+
+
+def test_the_python_example_runs_and_is_the_notebooks(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"^```python\n(.*?)\n```", TEXTS[README], re.MULTILINE | re.DOTALL)
+    assert 3 <= len(example.splitlines()) <= 8
+    notebook = json.loads((ROOT / "scripts" / "colab.ipynb").read_text(encoding="utf-8"))
+    assert example in ["".join(cell["source"]) for cell in notebook["cells"]]
+    monkeypatch.chdir(tmp_path)
+    exec(example, {"MODEL": str(world.MODEL_DIR)})
+    assert (next(tmp_path.glob("runs/*")) / "merged" / "model.safetensors").exists()
+    assert re.search(r"\d\.\d+$", capsys.readouterr().out.rstrip().splitlines()[-1])

@@ -45,7 +45,6 @@ def show_rows(config: Config, encoder: Any, train: Sequence[Any], count: int, co
     """Print the first training rows as the model sees them in the first epoch, the tokens it learns from in colour."""
     from ..data.epochs import shuffle_options
     from ..data.rows import Rows
-    from .data import preview
 
     rows = Rows.join(part.rows for part in train)
     for i, row in enumerate(rows[:count]):

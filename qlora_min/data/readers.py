@@ -37,7 +37,7 @@ Raw = Iterator[tuple[Any, str]]  # (row, or a BadRow for one that can't be read;
 def give(rows: Iterable[Any]) -> str:
     """Rows in memory as a data set, as long as this process lives; returns its name, made from their hash."""
     rows = [dict(row) if isinstance(row, Mapping) else row for row in rows]
-    name = "rows:" + hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    name = "rows-" + hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
     GIVEN[name] = rows
     return name
 
@@ -57,7 +57,7 @@ def read(source: str, limit: int | None = None, bad: BadRows | None = None) -> I
     """
     if source in GIVEN:
         return _examples(source, _numbered(GIVEN[source], source, len(GIVEN[source]), "rows"), limit, bad)
-    if source.startswith("rows:"):
+    if re.fullmatch("rows-[0-9a-f]{16}", source):
         raise ValueError(
             f"data set '{source}': rows that were given from Python; give the same rows again as `dataset`"
         )
