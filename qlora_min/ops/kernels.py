@@ -246,7 +246,7 @@ def _dropout_kernel(x, y, keys, stream, threshold, scale, D, ADD: tl.constexpr, 
     i = start + tl.arange(0, BLOCK)
     there = i < D
     v = tl.load(x + row * D + i, mask=there, other=0.0).to(tl.float32)
-    v = tl.location(keep, v * scale, 0.0)
+    v = tl.where(keep, v * scale, 0.0)
     if ADD:
         v += tl.load(y + row * D + i, mask=there, other=0.0).to(tl.float32)
     tl.store(y + row * D + i, v.to(y.dtype.element_ty), mask=there)
@@ -285,7 +285,7 @@ def _cross_entropy_kernel(logits, targets, weights, factor, nll, dlogits, V, BLO
     scale = weight * tl.load(factor)
     for start in range(0, V, BLOCK):
         v = tl.load(logits + row * V + start + i, mask=start + i < V, other=-float("inf"))
-        g = scale * (tl.exp(v - lse) - tl.location(start + i == target, 1.0, 0.0))
+        g = scale * (tl.exp(v - lse) - tl.where(start + i == target, 1.0, 0.0))
         tl.store(dlogits + row * V + start + i, g.to(dlogits.dtype.element_ty), mask=start + i < V)
 
 
