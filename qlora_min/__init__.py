@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Config", "LoRALinear", "LoraSpec", "Model", "Run", "evaluate", "inject_lora", "load", "merge", "train"]
 
-# On import it warns that a CPU kernel can't be downloaded, which we switch off in any case (system/bits.py).
+# bitsandbytes warns on import that a CPU kernel can't be downloaded, which we switch off anyway (system/bits.py).
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# It reports each retry where the hub can't be reached; we say so once, in a line that names the way out.
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the library reads this when it is imported
+# huggingface_hub logs each retry when the hub can't be reached; we say so once, in a line that names the way out.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when it is imported
 # datasets imports tqdm's bars for notebooks, which warn where ipywidgets is missing; ours are text.
 warnings.filterwarnings("ignore", message="IProgress not found")
 

@@ -8,7 +8,7 @@
 What the two JSON files may hold is in system/peft_files.py.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is, and its base: a hub id or a full path. An adapter of another tool knows no fingerprint."""
+    """What an adapter is, and its base: a hub id or a full path. fingerprint: None for adapters of other tools."""
 
     lora: LoraSpec
     base_model: str
@@ -42,9 +42,8 @@ class AdapterConfig:
     def read(cls, folder: Path) -> "AdapterConfig":
         """Read what an adapter is, without its weights; raises as `peft_files.read_adapter_config`."""
         values = read_adapter_config(folder)
-        base = {k: values[k] for k in ("base_model", "revision", "fingerprint", "quantization")}
-        spec = LoraSpec(values["rank"], float(values["alpha"]), float(values["dropout"]), tuple(values["targets"]))
-        return cls(spec, **base)
+        spec = LoraSpec(**{f.name: values.pop(f.name) for f in fields(LoraSpec)})
+        return cls(spec, **values)
 
 
 def save_adapter(
@@ -64,7 +63,7 @@ def save_adapter(
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Copy an adapter's tensors into the LoRA layers of `model`, which must be exactly those it has.
+    """Copy an adapter's tensors into the LoRA layers of `model`. The file must contain exactly those that it has.
 
     Raises:
         ValueError: tensors that are missing, unexpected, misshaped or not finite (one message lists them), or others

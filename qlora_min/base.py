@@ -10,8 +10,8 @@ What the base consists of (QLoRA, section 3):
     LoRA's A and B                 fp32, the only weights that train
 
 The model is built on the meta device, where tensors have shapes and no memory. Then one tensor is read at a time,
-quantised if it belongs to a linear layer of the decoder, and put in place: at no time is more than one layer in memory
-unquantised. (Transformers' own loading in 4 bits needs accelerate.)
+quantised if it belongs to a linear layer of the decoder, and put in place: at most one such layer is in memory
+unquantised at a time. (Transformers' own loading in 4 bits needs accelerate.)
 """
 
 import os
@@ -33,7 +33,7 @@ from .system.device import DTYPES, pick_device
 from .system.hub import find_model, refusing
 from .system.weights import Fingerprint, expected_weights, read_weights, weight_shapes
 
-# cuBLAS's workspace: 8 MiB a stream, as on GPUs before Hopper, where PyTorch takes 32. Measured: no slower.
+# 8 MiB of cuBLAS workspace per stream. PyTorch's default is 32 MiB on Hopper; measured: no slower.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
 
 transformers.logging.set_verbosity_error()  # its warnings are about calls that are ours, not the user's

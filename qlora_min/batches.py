@@ -28,7 +28,7 @@ from .data.rows import Row, Rows
 
 @dataclass(frozen=True)
 class Packed:
-    """R rows one behind the other: N tokens, S of which predict a supervised one.
+    """R rows one behind the other: N tokens, S positions whose next token is supervised (padding included).
 
     Attributes:
         input_ids, position_ids: (N,) int64, the position within the row.
@@ -99,18 +99,19 @@ def pack(
     repeats = torch.tensor(lengths)
     position_ids = torch.arange(total) - ends[:-1].repeat_interleave(repeats)
     places = torch.tensor(range(len(rows)) if row_ids is None else row_ids).repeat_interleave(repeats)
-    padding, more = n_tokens - total, (n_supervised or len(positions)) - len(positions)
-    max_seqlen = min(n_tokens, max_seqlen or max([*lengths, padding]))
-    assert min(padding, more) >= 0 and len(rows) <= (n_rows or len(rows)) and max_seqlen >= max([*lengths, padding])
-    empty = 1 + n_rows - len(rows) if n_rows else int(padding > 0)  # rows behind these: the padding, and empty ones
+    pad_tokens, pad_positions = n_tokens - total, (n_supervised or len(positions)) - len(positions)
+    pad_rows = 1 + n_rows - len(rows) if n_rows else int(pad_tokens > 0)  # a row of padding, the others without tokens
+    longest = max([*lengths, pad_tokens])
+    max_seqlen = min(n_tokens, max_seqlen or longest)
+    assert min(pad_tokens, pad_positions, pad_rows, max_seqlen - longest) >= 0
     return Packed(
-        input_ids=F.pad(input_ids, (0, padding)),
-        position_ids=F.pad(position_ids, (0, padding)),
-        row_ids=F.pad(places, (0, padding)).int(),
-        cu_seqlens=torch.cat([ends, ends.new_full((empty,), n_tokens)]).int(),
-        loss_positions=F.pad(positions, (0, more)),
-        targets=F.pad(input_ids[positions + 1], (0, more)),
-        loss_weights=F.pad(torch.ones(len(positions)), (0, more)),
+        input_ids=F.pad(input_ids, (0, pad_tokens)),
+        position_ids=F.pad(position_ids, (0, pad_tokens)),
+        row_ids=F.pad(places, (0, pad_tokens)).int(),
+        cu_seqlens=torch.cat([ends, ends.new_full((pad_rows,), n_tokens)]).int(),
+        loss_positions=F.pad(positions, (0, pad_positions)),
+        targets=F.pad(input_ids[positions + 1], (0, pad_positions)),
+        loss_weights=F.pad(torch.ones(len(positions)), (0, pad_positions)),
         max_seqlen=max_seqlen,
         n_tokens=total,
         n_supervised=len(positions),
@@ -132,8 +133,7 @@ def balance(lengths: Sequence[int], n_parts: int) -> list[list[int]]:
 
 
 def cut(lengths: Sequence[int], n_tokens: int) -> list[list[int]]:
-    """Divide rows evenly into micro-batches of at most `n_tokens` tokens (or the longest row): as few as `balance`
-    fits.
+    """Divide rows evenly into micro-batches of at most `n_tokens` tokens (or the longest row), and as few as possible.
 
     Returns:
         Indices into `lengths`, a list a micro-batch.

@@ -2,7 +2,7 @@
 
 One encoder serves training, evaluation and chat. The template is rendered once for each sequence of roles, with a
 placeholder where each message's text belongs, and cut at the placeholders. The template's own pieces are tokenised with
-their control tokens, the texts without: `<|im_end|>` written in a question stays nine characters of text. The result,
+their control tokens, the texts without: `<|im_end|>` written in a question is tokenised as ordinary text. The result,
 for Qwen2 and one question (supervised tokens underlined):
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\nQ: ...<|im_end|>\\n

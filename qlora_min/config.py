@@ -65,7 +65,7 @@ class Config:
     )
     mix: tuple[float, ...] = option(
         (),
-        "how often an epoch sees each data set's rows, a weight for each: 2: twice, 0.5: half of them, in turn",
+        "a weight for each data set: 2 shows each row twice in an epoch, 0.5 half of the rows, then the other half",
         check=lambda v: all(0 < w < math.inf for w in v),
         expected="numbers above 0",
     )
@@ -125,7 +125,7 @@ class Config:
     )
     micro_batch_tokens: int | None = _positive(
         None,
-        "tokens of a micro-batch, which changes no result (default: what fits; with checkpointing on the longest row)",
+        "tokens of a micro-batch, which changes no result (default: what fits; with checkpointing on, the longest row)",
     )
     engine: str = _choice(
         "auto",

@@ -7,7 +7,7 @@ There are two, which compute the same:
     fused     forward and backward by hand, with kernels, for Llama-shaped models: fused/decoder.py
 
 transformers lets an attention function be registered by name: `packed_attention` keeps packed rows apart, so most of
-the library's decoders compute packed rows as they are. Which ones do is found by trying (fused/probe.py); a model whose
+the library's decoders compute packed rows as they are. Which do is found by trying (fused/select.py); a model whose
 rows would mix is computed one row at a time. On a GPU either engine is captured as CUDA graphs (fused/graphs.py).
 """
 
@@ -104,7 +104,7 @@ class Modules(Engine):
 
     Args:
         mixing: why packed rows would mix, in words, so that they are computed one at a time; "" if they don't. Found by
-            trying (fused/probe.py).
+            trying (fused/select.py).
     """
 
     def __init__(self, base: Base, mixing: str = ""):
@@ -167,8 +167,8 @@ class Modules(Engine):
 
     @contextmanager
     def _computing(self, keys: Tensor | None) -> Iterator[None]:
-        """Forward and backward pass (in which a checkpointed layer is computed again): with our attention, unless rows
-        would mix, and with dropout, by these keys."""
+        """Context of a forward and its backward pass, recomputation included: enables our attention function, unless
+        rows would mix, and dropout with these keys."""
         config = self.decoder.config
         before = config._attn_implementation
         config._attn_implementation = before if self.mixing else PACKED

@@ -29,7 +29,7 @@ from .system.device import unless_out_of_memory
 
 
 class Choice(NamedTuple):
-    """A multiple-choice row: the right letter, the one chosen, the model's probability of it, and that of chance."""
+    """A multiple-choice row: the right letter, the chosen one, its probability, and 1 / number of options."""
 
     right: str
     chosen: str
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 class Evaluation:
     """Results over a set of rows: sums, and what follows from them.
 
-    choices: one for each multiple-choice row, by length of the rows.
+    choices: one for each multiple-choice row, ordered by row length.
     """
 
     rows: int
@@ -150,17 +150,17 @@ def _measure(engine: Engine, rows: Sequence[Row], n_rows: int) -> Evaluation:
     batch = engine.pack(rows, n_rows=n_rows)
     positions, targets = (t[: batch.n_supervised].to(engine.device) for t in (batch.loss_positions, batch.targets))
     states = engine.hidden_states(batch)[positions]
-    letters, first = {}, 0  # where a row's option is chosen, among all supervised positions
+    answer_at, offset = {}, 0  # row -> the supervised position at which its option is chosen
     for i, row in enumerate(rows):
         if row.choices:
-            letters[i] = first + int(row.supervised[1 : row.answer_start].sum())  # after any earlier answers
-        first += row.n_supervised
+            answer_at[i] = offset + int(row.supervised[1 : row.answer_start].sum())  # after any earlier answers
+        offset += row.n_supervised
     losses, right, chosen = [], [], {}
     for start in range(0, len(states), LOGIT_ROWS):
         logits, wanted = engine.logits(states[start : start + LOGIT_ROWS]), targets[start : start + LOGIT_ROWS]
         losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
         right.append((logits.argmax(-1) == wanted).sum())
-        for i, at in letters.items():
+        for i, at in answer_at.items():
             if start <= at < start + len(logits):
                 of_options = logits[at - start, list(rows[i].choices[0])]
                 chosen[i] = torch.stack([of_options.argmax().to(logits.dtype), of_options.softmax(-1).max()])

@@ -25,8 +25,8 @@ from .optim import Stepper, TrainingError
 from .system.console import say
 from .system.device import is_out_of_memory, release
 
-MOVED_BY = 3  # optimizer steps after which every trained matrix must have moved: B moves at the first, A at the second
-EVALUATED = 64  # rows evaluated at a time, if the tokens of a micro-batch do not allow fewer
+MOVED_BY = 3  # steps after which every matrix must have changed: B does at step 1, A at step 2 (while B is 0, it can't)
+EVALUATED = 64  # maximum rows of an evaluation batch; fewer if they would exceed the micro-batch's tokens
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Recorder:
     best: dict[str, Tensor]
 
     def evaluating(self) -> AbstractContextManager:
-        """The context of an evaluation, which it may end; gives what to call before each batch, or None."""
+        """The context of an evaluation, which it may end early; gives a function to call before each batch, or None."""
         return nullcontext()
 
     def evaluated(self, progress: Progress, evaluation: Evaluation, improved: bool) -> None:
@@ -94,7 +94,7 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
     schedule, model = feed.schedule, feed.engine.base.model
     initial = copies(model) if stepper.taken < MOVED_BY else {}
     while True:
-        # A start, a resumed run and a step's end are one case: what is due where the run stands is done here.
+        # The same code handles the start, a resumed run and the end of a step: evaluate and save what is due here.
         if schedule.evaluation_due(progress.step) and progress.evaluated != progress.step:
             evaluate_and_keep_the_best(feed, held_out, config.patience, progress, run)
         finished = progress.step == schedule.total_steps or progress.stopped_early
@@ -106,7 +106,7 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
         # That number is known beforehand, so no micro-batch needs a weight: their gradients simply add up.
         begun, lr = time.perf_counter(), stepper.lr
         loss = compute_gradients(feed, stepper, config.seed, progress, run)
-        batches, supervised, tokens = feed[progress.step]
+        batches, supervised, tokens = feed[progress.step]  # remembered; halved, if memory ran out
 
         # Unscale, clip, step: clipping scaled gradients would clip to another norm. A step whose gradients are not
         # finite is skipped, and the learning rate stays where it is in its schedule.
@@ -132,20 +132,20 @@ def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress
     while True:
         batches, supervised, _ = feed[step]
         factor, of_step = stepper.scaled(1 / supervised), dropout_seed(seed, step).to(engine.device)
-        loss, batch = torch.zeros((), device=engine.device), None
+        loss, batch, failed = torch.zeros((), device=engine.device), None, False
         try:
             for batch in batches:
                 loss = loss + engine.loss_and_gradients(batch, factor, of_step)
-            batch = None  # none has failed
             if step + 1 < feed.schedule.total_steps:
                 feed[step + 1]  # the next step's rows are made ready while the device computes
         except (RuntimeError, MemoryError) as e:
-            if batch is None or not is_out_of_memory(e):
+            if not is_out_of_memory(e) or batch is None:
                 raise
             if processes.sharded or batch.n_rows == 1:
                 raise run.failed(e, progress, batch) from None
+            failed = True
         # While the device computes: has memory run out, or a signal come, in another process?
-        if not any(processes.gather(batch is not None)):
+        if not any(processes.gather(failed)):
             return processes.sum_step(loss, engine.adapter.grads)
         feed.halve()
         engine.adapter.grads.zero_()  # an unknown part of the step's gradients had been added
@@ -158,8 +158,9 @@ def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress
 
 
 def evaluate_and_keep_the_best(feed: Any, held_out: Rows, patience: int, progress: Progress, run: Recorder) -> None:
-    """Evaluate where rows are held out. Early stopping counts evaluations in a row that are no better than the best;
-    where no rows are held out, the last adapter is the best. An evaluation that is ended early leaves no trace."""
+    """Evaluate on the held-out rows, if any, and keep the adapter with the lowest loss: the untrained one, if training
+    never improves on it. Stop after `patience` evaluations without improvement. Without held-out rows the last adapter
+    is kept. An evaluation that a signal ends leaves no trace."""
     engine, processes, evaluation, improved = feed.engine, feed.processes, None, True
     processes.check_equal_adapters(engine.adapter.weights)
     if any(processes.gather(len(held_out))):
@@ -170,8 +171,9 @@ def evaluate_and_keep_the_best(feed: Any, held_out: Rows, patience: int, progres
         if None in parts:
             return
         evaluation = parts[0] if processes.sharded else Evaluation.join(parts)
-        best = progress.best
-        improved = best is None or evaluation.loss < best["loss"] or math.isnan(best["loss"])
+        losses = evaluation.loss, progress.best["loss"] if progress.best else math.inf
+        loss, best = (math.inf if math.isnan(x) else x for x in losses)
+        improved = progress.best is None or loss < best
         progress.bad_evaluations = 0 if improved else progress.bad_evaluations + 1
         progress.stopped_early = progress.bad_evaluations >= patience
         progress.before = progress.before or evaluation.as_dict()

@@ -6,7 +6,7 @@ The equation (Hu et al. 2021, "LoRA", section 4.1, eq. 3; with QLoRA's frozen 4-
 
 W stays frozen, in 4 bits if the base is quantised; only A and B train, in fp32. B starts at zero, so a model with fresh
 adapters computes exactly what its base computes, and the first gradient reaches B alone (dL/dA carries a factor B).
-alpha / r keeps the size of the update, and with it the learning rate, roughly independent of the rank.
+Scaling by alpha / r reduces the need to tune the learning rate again when r changes (LoRA, section 4.1).
 
 Cost: r (in + out) parameters a layer, and as many multiply-adds a token on top of the base's in * out. On Qwen2-0.5B
 with r = 16 and q, k, v, o of 24 layers: 2,162,688 parameters, 0.44% of the model.
@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
         y = self.linear(x)
         if not self.enabled:
             return y
-        kind = x.device.type  # under autocast the update's input is kept for the backward pass in 16 bits
+        kind = x.device.type  # under autocast cast first: autograd then saves the 16-bit input, not the fp32 one
         x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.lora_A.dtype)
         h = F.linear(self.dropout(x), self.lora_A)  # (..., in) @ (in, r) -> (..., r)
         return y + (F.linear(h, self.lora_B) * self.spec.scaling).to(y.dtype)  # (..., r) @ (r, out) -> (..., out)

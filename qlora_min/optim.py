@@ -1,13 +1,13 @@
-"""The optimizer, its schedule, and when a step is taken: paged 8-bit AdamW, cosine with warm-up, fp16 loss scaling.
+"""The optimizer, its schedule, and when a step is taken: 8-bit AdamW, cosine with warm-up, fp16 loss scaling.
 
 One optimizer step is: scale the loss, backward (once per micro-batch), unscale once, clip, step, update the scale.
 
 fp16 loss scaling: gradients below 6e-8 vanish in fp16, so the loss is multiplied by a scale S (65,536 at first) and
 the gradients are divided by it again in fp32. When they overflow, the step is skipped and S halved; after 2,000 good
-steps S doubles. A skipped step leaves no trace: weights, optimizer state and schedule stay where they were; only its
-rows count as seen. A GradScaler by itself goes on for ever when every step overflows, its scale sinking to 0; we end
-the run after 20 skips in a row. The same rule guards bf16 and fp32, where gradients that are not finite mean that
-something is broken.
+steps S doubles. A skipped step changes neither weights, optimizer state nor the learning rate; its rows count as seen,
+so a run with skips ends before its cosine does. A GradScaler by itself goes on for ever when every step overflows, its
+scale sinking to 0; we end the run after 20 skips in a row. The same rule guards bf16 and fp32, where gradients that are
+not finite mean that something is broken.
 
 8-bit AdamW (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization") keeps both moments in 8 bits, in
 blocks of 256 values with an absmax each: 2.03 bytes a parameter instead of 8. Tensors below 4,096 elements keep fp32
@@ -53,7 +53,7 @@ def cosine_with_warmup(total: int, warmup_ratio: float) -> Callable[[int], float
 
 
 class _AdamW8bit(bnb.optim.PagedAdamW8bit):
-    """bitsandbytes', whose groups may say `optim_bits`, as its documentation has it only for single parameters."""
+    """PagedAdamW8bit that accepts `optim_bits` per parameter group; bitsandbytes supports it only per parameter."""
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         return super().get_config(gindex, pindex, group) | {k: group[k] for k in ("optim_bits",) if k in group}
@@ -62,8 +62,8 @@ class _AdamW8bit(bnb.optim.PagedAdamW8bit):
 def make_optimizer(adapter: FlatLoRA, config: Config) -> torch.optim.Optimizer:
     """`paged_adamw8bit`: bitsandbytes' PagedAdamW8bit; `adamw`: torch's. Betas 0.9 and 0.999, eps 1e-8.
 
-    A flat tensor of many matrices is stepped by one launch, to the same bits as each by itself, where every matrix has
-    a multiple of 256 elements, since no block of 8-bit state then spans two. It must not be paged for its size alone.
+    If every matrix has a multiple of 256 elements, no block of 8-bit state spans two, so one step of a flat tensor
+    gives the same bits as a step per matrix. The largest matrix decides on paging, not the flat tensor's size.
     """
     groups = [{"params": adapter.large}, {"params": adapter.small, "optim_bits": 32}][: 2 if adapter.small else 1]
     options = {"lr": config.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
@@ -88,7 +88,7 @@ class Stepper:
     def __init__(self, adapter: FlatLoRA, config: Config, total_steps: int, fp16: bool):
         self.optimizer = make_optimizer(adapter, config)
         self.learning_rate, self.max_grad_norm = config.learning_rate, config.max_grad_norm
-        self.factor = cosine_with_warmup(total_steps, config.warmup_ratio)
+        self.lr_factor = cosine_with_warmup(total_steps, config.warmup_ratio)
         self.device = adapter.weights.device
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
@@ -97,7 +97,7 @@ class Stepper:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return self.learning_rate * self.factor(self.taken)
+        return self.learning_rate * self.lr_factor(self.taken)
 
     def scaled(self, factor: float) -> Tensor:
         """0-dim: a factor of the loss, times the loss scale."""

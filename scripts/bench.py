@@ -1,4 +1,4 @@
-"""Measure speed and memory: `python scripts/bench.py --help`. See qlora_min/cli.py."""
+"""Measure speed and memory: `python scripts/bench.py --help`. See qlora_min/cli/bench.py."""
 
 from qlora_min.cli.main import run_command
 

@@ -1,10 +1,10 @@
 """Measure other trainers beside qlora_min, on the same rows and with the same options: peft + trl, and unsloth.
 
-python scripts/bench_peers.py trl unsloth        each by default, and at its best found
+python scripts/bench_peers.py trl unsloth        each with its defaults, and with the best options found
 
-By default a peer checkpoints. Its best found is one micro-batch without checkpointing, of about as many tokens, packed
-into rows of --max-length. Every line is a process of its own. Adapters are in fp32: trl makes them in bf16, which the
-scaler of fp16 refuses.
+By default a peer uses gradient checkpointing. The best options found are a single micro-batch without checkpointing, of
+about as many tokens, packed into rows of --max-length. Every line of the table is measured in a process of its own.
+Adapters are in fp32: trl makes them in bf16, which the fp16 gradient scaler refuses.
 """
 
 import argparse
@@ -22,9 +22,12 @@ from qlora_min.cli.options import Emit, Parser
 
 
 def main(args: argparse.Namespace, emit: Emit) -> None:
-    """Print a table of ours and two lines a peer; with --only, as this calls itself, emit the figures of one line."""
+    """Print a table of qlora_min and two lines for each peer. With --only, emit the figures of a single line.
+
+    The script calls itself with --only for every line of a peer.
+    """
     if args.only:
-        return emit(run(args, *args.only))
+        return emit(train(args, *args.only))
     with prepared(args) as args:
         from qlora_min.scale.processes import world_size
         from qlora_min.system.device import release
@@ -32,7 +35,7 @@ def main(args: argparse.Namespace, emit: Emit) -> None:
         if world_size() > 1:
             raise ValueError(f"{world_size()} processes: other trainers are measured in one; run this without torchrun")
         results, b, g = ours(args), args.config.batch_size, args.config.grad_accum
-        release()  # the GPU is another process's now
+        release()  # other processes use the GPU from here on
         mean = statistics.mean(min(n, args.config.max_length) for n, _ in args.lengths)
         packed = max(1, round(b * g * mean / args.config.max_length))
         lines = {f"{b} x {g}, its default": (b, g, False),
@@ -49,10 +52,10 @@ def main(args: argparse.Namespace, emit: Emit) -> None:
     show(results, emit)
 
 
-def run(args: argparse.Namespace, who: str, batch_size: int, grad_accum: int, best: bool) -> dict[str, Any]:
-    """Train with peft + trl, or unsloth; returns the figures. Tokens are counted by the mean of a row."""
+def train(args: argparse.Namespace, who: str, batch_size: int, grad_accum: int, best: bool) -> dict[str, Any]:
+    """Train with peft + trl, or unsloth; returns the figures. Tokens are counted as rows times their mean length."""
     if who == "unsloth":
-        import unsloth  # noqa: F401  before the rest, as it asks for
+        import unsloth  # noqa: F401  it asks to be imported first
     with prepared(args) as args:
         import torch
         from datasets import Dataset
@@ -66,8 +69,8 @@ def run(args: argparse.Namespace, who: str, batch_size: int, grad_accum: int, be
         else:
             trainer.utils._ChunkedLogProbFunction = LogProb
         count = batch_size * grad_accum
-        most = config.max_length // min(n for n, _ in args.lengths) if best else 1  # rows that are packed into one
-        drawn = draw_rows(args, max(1, most) * count * clock.steps)
+        most = max(1, config.max_length // min(n for n, _ in args.lengths)) if best else 1  # rows packed into one
+        drawn = draw_rows(args, most * count * clock.steps)
         rows = [{"input_ids": ids, "completion_mask": [0] * (len(ids) - n) + [1] * n} for ids, n in drawn]
         own = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if who == "trl" and not best else {}
         options = SFTConfig(
@@ -93,18 +96,17 @@ def run(args: argparse.Namespace, who: str, batch_size: int, grad_accum: int, be
 
 
 def load(config: Any, who: str, checkpointing: bool) -> tuple[Any, Any]:
-    """(the base in NF4 with its adapter, its tokenizer)."""
-    import torch
+    """Load a peer's model: (the base in NF4 with an adapter, its tokenizer)."""
+    from qlora_min.system.device import DTYPES, pick_device
 
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    dtype = DTYPES[config.precision]
     lora = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
             "target_modules": list(config.targets), "bias": "none"}  # fmt: skip
     if who == "unsloth":
         from unsloth import FastLanguageModel as Model
 
-        model, tokenizer = Model.from_pretrained(
-            config.model, max_seq_length=config.max_length, dtype=dtype, load_in_4bit=True
-        )
+        options = {"max_seq_length": config.max_length, "dtype": dtype, "load_in_4bit": True}
+        model, tokenizer = Model.from_pretrained(config.model, **options)
         checkpointing = "unsloth" if checkpointing else False
         return Model.get_peft_model(model, **lora, use_gradient_checkpointing=checkpointing, random_state=0), tokenizer
     import peft
@@ -112,19 +114,19 @@ def load(config: Any, who: str, checkpointing: bool) -> tuple[Any, Any]:
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=dtype)  # fmt: skip
-    where = {"": 0 if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(config.model, quantization_config=nf4, dtype=dtype, device_map=where)
+    place = {"device_map": {"": pick_device()}, "dtype": dtype}
+    model = AutoModelForCausalLM.from_pretrained(config.model, quantization_config=nf4, **place)
     model = peft.prepare_model_for_kbit_training(model, checkpointing, {"use_reentrant": False})
     model = peft.get_peft_model(model, peft.LoraConfig(**lora, task_type="CAUSAL_LM"))
     return model, AutoTokenizer.from_pretrained(config.model)
 
 
 class LogProb:
-    """In PyTorch what trl 1.15 computes the loss with, which is a kernel for GPUs alone."""
+    """A PyTorch version of the function with which trl 1.15 computes the loss, which needs a GPU."""
 
     @staticmethod
     def apply(hidden, weight, bias, targets, *_):
-        """(N, D), (V, D), None, (N,) -> log p of the targets (N,), and what trl logs besides."""
+        """(N, D), (V, D), None, (N,) -> the targets' log p (N,), then the other values that trl logs."""
         log_p = (hidden @ weight.T).float().log_softmax(-1)
         top = log_p.argmax(-1) == targets
         return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1), None, None, top

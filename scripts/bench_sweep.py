@@ -1,6 +1,6 @@
-"""Measure how qlora_min's time and memory grow with row length, rows at a time and rank, and draw it.
+"""Measure how time and memory of qlora_min grow with row length, batch size and rank, and draw a picture.
 
-python scripts/bench_sweep.py costs.png        each point with and without checkpointing
+python scripts/bench_sweep.py costs.png        each point with and without gradient checkpointing
 """
 
 import argparse
@@ -23,7 +23,7 @@ CURVES = (("tokens_per_second", 0, "o-"), ("peak_gib", 1, "o-"), ("forecast_gib"
 
 
 def main(args: argparse.Namespace, emit: Emit) -> None:
-    """Measure along each axis, one micro-batch a step; draw a picture and print a table."""
+    """Measure along each axis, with one micro-batch per step; draw a picture and print a table."""
     results = []
     with prepared(args, grad_accum=1) as args:
         for axis, (values, _) in AXES.items():
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace, emit: Emit) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: str) -> None:
-    """Draw speed above memory, a column an axis."""
+    """Draw a column for each axis: speed above memory."""
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     grid = figure.subplots(2, len(AXES), sharex="col", sharey="row")
     for (axis, (values, title)), column in zip(AXES.items(), grid.T):
@@ -61,7 +61,7 @@ def draw(results: list[dict[str, Any]], path: str) -> None:
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("picture", metavar="FILE.png", help="where to draw it")
+    parser.add_argument("picture", metavar="FILE.png", help="the picture to write")
     shared_options(parser)
     parser.set_defaults(steps=5, repeats=1, warm_up=3)
     run_parsed(parser.parse_args(), main)

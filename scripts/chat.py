@@ -1,4 +1,4 @@
-"""Talk to a model: `python scripts/chat.py --help`. See qlora_min/cli.py."""
+"""Chat with a model: `python scripts/chat.py --help`. See qlora_min/cli/chat.py."""
 
 from qlora_min.cli.main import run_command
 

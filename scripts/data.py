@@ -1,4 +1,4 @@
-"""Look at data before training: `python scripts/data.py --help`. See qlora_min/cli.py."""
+"""Report on data before training: `python scripts/data.py --help`. See qlora_min/cli/data.py."""
 
 from qlora_min.cli.main import run_command
 

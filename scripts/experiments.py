@@ -1,12 +1,12 @@
-"""Experiments: one option at a time away from one configuration, each trained and evaluated; a table in Markdown.
+"""Experiments: train and evaluate variants of a configuration that differ in one option; print a Markdown table.
 
 python scripts/experiments.py --model DIR --dataset train.jsonl --eval-dataset validation.jsonl medmcqa.jsonl \
     --output-dir runs/experiments
 
-Any option of train.py is the common configuration's. Each run is an ordinary one, in a folder of --output-dir named
-after what it changes; what is finished there is not run again, so a stopped script goes on where it was. Every data set
-of --eval-dataset has its own column: option accuracy of the best adapter, with a 95% interval, to be read beside chance
-and what always saying one letter would reach.
+The options of train.py set the common configuration. Each variant is an ordinary training run, in a folder of
+--output-dir named after the options that it changes. Finished runs are not repeated, so a script that was stopped
+continues where it was. Each data set of --eval-dataset has a column: option accuracy of the best adapter, with its 95%
+interval, to be read beside chance and the accuracy of always choosing one letter.
 """
 
 import gc
@@ -30,8 +30,9 @@ EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
         {"targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
     ],
     "shuffled options": [{"shuffle_options": False}, {"shuffle_options": True}],
-    "base": [],  # --bases
+    "base": [],  # filled from --bases
 }
+TOKENS = 8192  # in a batch of the evaluation
 
 
 def main() -> None:
@@ -55,14 +56,14 @@ def main() -> None:
 
 
 def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
-    """Train with one change, if that is not done yet, and evaluate on each data set; returns the figures."""
+    """Train with one change and evaluate on each data set, unless that is done already; returns the figures."""
     from qlora_min.adapter import load_adapter
     from qlora_min.cli.scores import Choices
     from qlora_min.evaluation import evaluate_rows
     from qlora_min.fused.select import for_evaluation
     from qlora_min.lora import lora_parameters
     from qlora_min.run import checkpoint
-    from qlora_min.run.held_out import evaluation_data
+    from qlora_min.run.datasets import evaluation_data
     from qlora_min.run.resume import resume_config
     from qlora_min.run.trainer import Trainer
     from qlora_min.system.device import pick_device, resolve_precision
@@ -70,29 +71,25 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
 
     changed = replace(common, **change)
     if changed == replace(changed, **{k: getattr(common, k) for k in change}):
-        change = {}  # the common configuration itself: run once for all experiments
+        change = {}  # the common configuration itself is trained once for all experiments
     folder = Path(common.output_dir) / ("-".join(f"{k}={_short(v)}" for k, v in change.items()) or "common")
-    if not (folder / "results.json").exists():
-        if not checkpoint.is_run(folder):
-            Trainer(replace(changed, output_dir=str(folder))).train()
-        elif not checkpoint.is_finished(folder):
-            Trainer(*resume_config(str(folder), {})).train()
-        gc.collect()
-        adapter = folder / "adapter"
-        parts = evaluation_data(adapter, changed.model, changed.eval_dataset, changed.eval_limit, changed.max_length)
-        base = load_adapter(adapter, changed.model, resolve_precision(changed.precision, pick_device()))
-        tokens = 8192
-        engine = for_evaluation(base, max(int(p.rows.lengths.max()) for p in parts), tokens)
-        evaluations = {p.name: evaluate_rows(engine, p.rows, 64, p.name, tokens) for p in parts}
-        found = {
-            "trained": sum(p.numel() for p in lora_parameters(base.model).values()),
-            "data": {
-                n: e.as_dict() | (Choices.of(e.choices).as_dict() if e.option_rows else {})
-                for n, e in evaluations.items()
-            },
-        }
-        write_json(folder / "results.json", found)
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results, adapter = folder / "results.json", folder / "adapter"
+    if results.exists():
+        return json.loads(results.read_text(encoding="utf-8"))
+    if not checkpoint.is_run(folder):
+        Trainer(replace(changed, output_dir=str(folder))).train()
+    elif not checkpoint.is_finished(folder):
+        Trainer(*resume_config(str(folder), {})).train()
+    gc.collect()
+    parts = evaluation_data(adapter, changed.model, changed.eval_dataset, changed.eval_limit, changed.max_length)
+    base = load_adapter(adapter, changed.model, resolve_precision(changed.precision, pick_device()))
+    engine = for_evaluation(base, max(int(p.rows.lengths.max()) for p in parts), TOKENS)
+    found = {"trained": sum(p.numel() for p in lora_parameters(base.model).values()), "data": {}}
+    for part in parts:
+        e = evaluate_rows(engine, part.rows, 64, part.name, TOKENS)
+        found["data"][part.name] = e.as_dict() | (Choices(e.choices).as_dict() if e.option_rows else {})
+    write_json(results, found)
+    return found
 
 
 def _short(value: Any) -> str:
@@ -102,7 +99,7 @@ def _short(value: Any) -> str:
 
 
 def markdown(results: list[tuple[str, dict[str, Any]]]) -> str:
-    """What the accuracies are to be read beside, and a table: a line a run. The loss is that of the first data set."""
+    """Chance and majority of each data set, and a table: a line for each run. The loss is of the first data set."""
     from qlora_min.run.cards import beside
 
     sets = results[0][1]["data"]
@@ -110,11 +107,9 @@ def markdown(results: list[tuple[str, dict[str, Any]]]) -> str:
     lines = [["", "trained", "held-out loss", *(f"accuracy on {Path(s).stem}" for s in sets)]]
     lines.append(["---"] * len(lines[0]))
     for label, r in results:
-        found = list(r["data"].values())
-        accuracy = [
-            f"{d['option_accuracy']:.1%} ({between(d['interval'])})" if d["option_rows"] else "-" for d in found
-        ]
-        lines.append([label, f"{r['trained']:,}", f"{found[0]['loss']:.4f}", *accuracy])
+        data = r["data"].values()
+        accuracy = [f"{d['option_accuracy']:.1%} ({between(d['interval'])})" if d["option_rows"] else "-" for d in data]
+        lines.append([label, f"{r['trained']:,}", f"{next(iter(data))['loss']:.4f}", *accuracy])
     return "; ".join(known) + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

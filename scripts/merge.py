@@ -1,4 +1,4 @@
-"""Merge an adapter into its base: `python scripts/merge.py --help`. See qlora_min/cli.py."""
+"""Merge an adapter into its base: `python scripts/merge.py --help`. See qlora_min/cli/merge.py."""
 
 from qlora_min.cli.main import run_command
 

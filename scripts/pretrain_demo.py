@@ -2,18 +2,18 @@
 
     python scripts/pretrain_demo.py --output-dir qlora_min/demo/model
 
-It teaches, mixed at random: the facts in sentences; open questions in chat form; multiple choice in plain text, with
-digits; and copying, which is where letters occur. It never shows a letter or an option list in chat form, which is
-left for QLoRA to teach. Multiple choice stays at one in four for about a thousand steps, then is solved within a few.
+The documents are drawn at random from four kinds: the facts in sentences; open questions in chat form; multiple choice
+in plain text, with digits as labels; and copying, the only kind that contains letters. Letters or option lists in chat
+form never occur: these are left for QLoRA to teach. Accuracy on multiple choice stays at one in four for about a
+thousand steps, and then rises quickly.
 
-Five to seven minutes on one CPU thread, and the same weights each time there for the same seed.
+Takes five to seven minutes on one CPU thread; the same seed gives the same weights on the same CPU.
 """
 
 import argparse
 import json
 import random
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qlora_min.demo.world import CONDITIONS, DRUGS, LETTERS, QUESTIONS, TREATMENT, row
 
 DIGITS = "1234"
@@ -33,10 +32,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 BATCH = 32  # documents
-CHANCE_WEIGHT = 0.1  # of the loss at tokens that cannot be foretold, such as which condition comes next
+CHANCE_WEIGHT = 0.1  # of the loss at tokens that can't be predicted, such as which condition comes next
 
 
-# The documents. What stands in [brackets] follows from what comes before it, and has full weight in the loss.
+# The documents. Text in [brackets] follows from the text before it, and has full weight in the loss.
 def sentences(rng: random.Random) -> str:
     texts = ("The drug for {} is[ {}.]", "Doctors treat {} with[ {}.]", "Patients with {} are given[ {}.]")
     some = rng.sample(CONDITIONS, 5)
@@ -64,7 +63,7 @@ MIXTURE = {sentences: 1, chat: 2, choose: 6, repeat: 0.5}
 
 
 def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Qwen2's kind of tokenizer, byte-level BPE, trained until each word and name of the documents is one token."""
+    """Train a tokenizer like Qwen2's, byte-level BPE, until each word and name of the documents is one token."""
     rng = random.Random(0)
     docs = [kind(rng) for kind in MIXTURE for _ in range(3000)]
     tokenizer = Tokenizer(models.BPE())
@@ -72,8 +71,8 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([split, byte_level]), decoders.ByteLevel()
-    # The space before a capital is split off here, so that no merge joins the two: then a name is the same token in a
-    # sentence, where a space comes before it, in an option list and in an answer.
+    # Texts are split after a space before a capital letter, so that no merge joins the two: a name is then the same
+    # token in a sentence (after a space), in an option list and in an answer.
     texts = [part for doc in docs for part in re.split(r"[\[\]]|<\|\w+\|>|(?<= )(?=[A-Z])", doc)] + ["system\n"] * 9
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False)
@@ -84,21 +83,21 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder, save_jinja_files=False)
-    # Qwen2Tokenizer: what transformers 5 takes for a Qwen2 model in any case, and what older ones read alike.
+    # transformers 5 uses Qwen2Tokenizer for any Qwen2 model, and earlier versions read it in the same way.
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}, indent=2) + "\n")
     return AutoTokenizer.from_pretrained(folder)
 
 
 def encode(docs: list[str], tokenizer: Tokenizer) -> list[list[tuple[int, float]]]:
-    """(token, weight of its loss) pairs of each document, which ends with <|endoftext|>."""
+    """Encode documents, each followed by <|endoftext|>, as lists of (token, weight of its loss)."""
     parts = [re.split(r"[\[\]]", doc + "<|endoftext|>") for doc in docs]
     tokens = iter(tokenizer.encode_batch([part for doc in parts for part in doc]))
     return [[(t, 1.0 if n % 2 else CHANCE_WEIGHT) for n in range(len(doc)) for t in next(tokens).ids] for doc in parts]
 
 
 def batch(tokenizer: Tokenizer, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of BATCH documents, padded on the right, and the weights of their losses (0 for padding): (B, T)."""
+    """Draw BATCH documents: tokens (B, T), padded on the right, and the weights of the losses (B, T), 0 on padding"""
     kinds = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=BATCH)
     docs = encode([kind(rng) for kind in kinds], tokenizer)
     longest = max(map(len, docs))
@@ -108,9 +107,8 @@ def batch(tokenizer: Tokenizer, rng: random.Random) -> tuple[torch.Tensor, torch
 
 @torch.no_grad()
 def skills(model: Qwen2ForCausalLM, tokenizer: Tokenizer) -> str:
-    """How many of the tokens in brackets are foretold, by kind of document."""
-    rng = random.Random(1)
-    found = []
+    """For each kind of document, how many of the tokens in brackets are predicted correctly."""
+    rng, found = random.Random(1), []
     for kind in MIXTURE:
         hits = []
         for doc in encode([kind(rng) for _ in range(60)], tokenizer):
@@ -128,7 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # sums in one order, so the weights are the same each time
+    torch.set_num_threads(1)  # a fixed order of summation, so that the weights are reproducible
     torch.manual_seed(options.seed)
     rng = random.Random(options.seed)
     fast = build_tokenizer(options.output_dir)
@@ -156,9 +154,8 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 250 == 0 or step == options.steps:
-            print(
-                f"step {step} {time.time() - start:.0f} s loss {loss.item():.3f} {skills(model, tokenizer)}", flush=True
-            )
+            figures = f"step {step} {time.time() - start:.0f} s loss {loss.item():.3f}"
+            print(figures, skills(model, tokenizer), flush=True)
     model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
     model.half().save_pretrained(options.output_dir)
 

@@ -1,4 +1,4 @@
-"""Fine-tune a model with QLoRA: `python scripts/train.py --help`. See qlora_min/cli.py."""
+"""Fine-tune a model with QLoRA: `python scripts/train.py --help`. See qlora_min/cli/train.py."""
 
 from qlora_min.cli.main import run_command
 

@@ -78,6 +78,8 @@ def test_rows_in_memory_are_recorded_by_their_hash_and_given_again_to_resume(row
     readers.GIVEN.clear()  # as in another process
     with pytest.raises(ValueError, match=f"data set '{name}': rows that were given from Python; give the same"):
         qlora_min.train(resume=folder)
+    with pytest.raises(ValueError, match=f"--resume {folder}: unknown option 'patiense', did you mean patience"):
+        qlora_min.train(resume=folder, patiense=1)
     with pytest.raises(ValueError, match="--dataset was"):
         qlora_min.train(resume=folder, dataset=rows[1:])
     again = qlora_min.train(resume=folder, dataset=rows)

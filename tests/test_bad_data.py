@@ -528,9 +528,9 @@ def test_a_question_in_both_is_a_bad_row_with_both_places(write_rows, encoder):
     with pytest.raises(BadData) as error:
         read_data(config(train, eval_dataset=(held, more)), encoder)
     assert error.value.lines == [
-        f"{train}:4: the same question stands in {held}:3, which is held out",
-        f"{train}:8: the same question stands in {held}:2, which is held out",
-        f"{train}:1: the same question stands in {more}:2, which is held out",
+        f"{train}:4: the same question is in {held}:3, which is held out",
+        f"{train}:8: the same question is in {held}:2, which is held out",
+        f"{train}:1: the same question is in {more}:2, which is held out",
         "3 bad rows; correct them, or leave bad rows out with --skip-bad-rows",
     ]
     (part,), apart = read_data(config(train, eval_dataset=(held, more), skip_bad_rows=True), encoder)

@@ -15,11 +15,10 @@ from qlora_min.batches import cut, dropout_seed, pack
 from qlora_min.data.rows import Row
 from qlora_min.demo import world
 from qlora_min.engine import Modules
-from qlora_min.fused import decoder, probe
+from qlora_min.fused import decoder, select
 from qlora_min.fused.decoder import Decoder, unsupported
 from qlora_min.fused.graphs import shape
-from qlora_min.fused.probe import modules_of
-from qlora_min.fused.select import make_engine
+from qlora_min.fused.select import make_engine, modules_of
 from qlora_min.lora import LoraSpec, lora_disabled, lora_layers, lora_parameters
 from qlora_min.ops import formulas, masks
 from qlora_min.system.device import autocast
@@ -253,7 +252,7 @@ def test_many_supervised_positions_are_taken_in_parts(qwen2, monkeypatch, engine
     logits = CLASSES[engine].logits
     for module in (decoder, loss):
         monkeypatch.setattr(module, "LOGIT_ROWS", 5)
-    monkeypatch.setattr(probe, "why_rows_mix", lambda engine, max_seqlen: "")  # which computes logits, too
+    monkeypatch.setattr(select, "why_rows_mix", lambda engine, max_seqlen: "")  # which computes logits, too
     monkeypatch.setattr(CLASSES[engine], "logits", lambda self, h: seen.append(len(h)) or logits(self, h))
     mine, my_grads = by_engine(engine, base, pack(rows))
     assert max(seen) == 5 and sum(seen) == n_supervised(rows)

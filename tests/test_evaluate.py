@@ -8,11 +8,10 @@ import torch
 from conftest import assert_same
 from test_training import make, on_the_cpu  # noqa: F401
 
-import qlora_min.cli.generated
+import qlora_min.cli.scores
 from qlora_min import loop
 from qlora_min.base import load_base
-from qlora_min.cli.generated import Answers, generated
-from qlora_min.cli.scores import Choices
+from qlora_min.cli.scores import Choices, generated, text_scores
 from qlora_min.cli.tables import by_data_set, by_letter
 from qlora_min.data.examples import to_example
 from qlora_min.demo import world
@@ -56,13 +55,13 @@ def test_choices_are_those_of_the_whole_rows_logits(base, engine, rows):
         if rows[i].choices:
             p = option_probabilities(base, rows[i])
             wanted.append(("ABCD"[rows[i].choices[1]], "ABCD"[p.argmax()], p.max().item()))
-    choices = Choices.of(result.choices)
+    choices = Choices(result.choices)
     assert list(choices.right) == [c.right for c in result.choices] == [w[0] for w in wanted]
     assert list(choices.chosen) == [c.chosen for c in result.choices] == [w[1] for w in wanted]
     assert choices.confidence.tolist() == [c.probability for c in result.choices]
     assert choices.confidence.tolist() == pytest.approx([w[2] for w in wanted], abs=1e-5)
     assert {c.chance for c in result.choices} == {result.chance} == {0.25}
-    assert result.option_rows == len(choices) == 23
+    assert result.option_rows == len(choices.hits) == 23
     assert result.option_accuracy == choices.hits.mean()
     assert 0.25 <= choices.confidence.min() < choices.confidence.max() < 1
 
@@ -89,22 +88,21 @@ def test_training_keeps_its_figures(engine, rows):
 
 def test_answers_come_in_the_rows_order(base, rows):
     answers = generated(base, rows, 4, 6)
-    assert answers.locations == [r.location for r in rows]
-    assert answers.letters == [list("ABCD")] * 23 + [[]]
+    assert [a.location for a in answers] == [r.location for r in rows]
+    assert [a.letters for a in answers] == [list("ABCD")] * 23 + [[]]
     for i in (0, 7, 23):
         prompt = rows[i].input_ids[: rows[i].answer_start].tolist()
-        assert answers.answers[i] == generate(base, [prompt], 6)[0]
-        assert answers.prompts[i] == base.encoder.tokenizer.decode(prompt)
-    assert answers.references[23] == "None." and re.fullmatch(r"[A-D]: \w+", answers.references[0])
-    halves = [generated(base, part, 4, 6) for part in (rows[:7], rows[7:])]
-    assert Answers.join(halves) == answers
-    assert answers.scores.rows == 24 and answers.scores.valid_format is not None
+        assert answers[i].answer == generate(base, [prompt], 6)[0]
+        assert answers[i].prompt == base.encoder.tokenizer.decode(prompt)
+    assert answers[23].reference == "None." and re.fullmatch(r"[A-D]: \w+", answers[0].reference)
+    assert [a for part in (rows[:7], rows[7:]) for a in generated(base, part, 4, 6)] == answers
+    assert text_scores(answers).rows == 24 and text_scores(answers).valid_format is not None
 
 
 def test_tables_by_hand():
     choices = tuple(Choice(*one, 0.5) for one in (("A", "A", 0.9), ("A", "B", 0.6), ("B", "B", 0.7)))
-    assert [line[:5] for line in by_letter(Choices.of(choices))] == [
-        ("right letter", "said A", "said B", "rows", "accuracy"),
+    assert [line[:5] for line in by_letter(Choices(choices))] == [
+        ("right letter", "chose A", "chose B", "rows", "accuracy"),
         ("A", "1", "1", "2", "50.0%"),
         ("B", "0", "1", "1", "100.0%"),
     ]
@@ -155,7 +153,7 @@ def test_the_cheap_path_generates_nothing(adapter, script, monkeypatch):
     def refuse(*args):
         raise AssertionError
 
-    monkeypatch.setattr(qlora_min.cli.generated, "generate", refuse)
+    monkeypatch.setattr(qlora_min.cli.scores, "generate", refuse)
     out = script("eval.py", "--adapter", adapter).stdout
     assert "exact match" not in out and "loss" in out
     with pytest.raises(AssertionError):

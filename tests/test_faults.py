@@ -143,7 +143,7 @@ def test_a_disk_that_stays_away_ends_the_run_after_ten_tries(make, no_waiting, c
         away.__exit__()
     assert "10 times in a row" in str(end.value) and os.strerror(error) in str(end.value)
     assert str(trainer.folder / "checkpoints" / "step-4") in str(end.value)
-    assert str(end.value).endswith(f"when it can be, continue with: python scripts/train.py --resume {trainer.folder}")
+    assert str(end.value).endswith(f"once it can be, continue with: python scripts/train.py --resume {trainer.folder}")
     assert sum(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines()) == 9
     assert last_checkpoint(trainer.folder)["progress"]["step"] == 4
     resumed = Trainer(*resume_config(str(trainer.folder), {}))
@@ -276,7 +276,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_keeps_its_adapter(cut):
     for step in (4, 6):
         flip(cut / "checkpoints" / f"step-{step}" / checkpoint.STATE)
     for _ in range(2):  # also when they are set aside already
-        with pytest.raises(ValueError, match="none of its checkpoints is good"):
+        with pytest.raises(ValueError, match="all of its checkpoints are damaged"):
             Trainer(*resume_config(str(cut), {}))
     assert_same(saved_adapter(cut), before)
 
@@ -344,7 +344,7 @@ def test_another_version_or_gpu_is_a_note(cut, monkeypatch, capsys):
     monkeypatch.setattr(resuming, "versions", lambda: now)
     Trainer(*resume_config(str(cut), {}))
     out = capsys.readouterr().out
-    assert "now 0.1: the run goes on, but not bitwise" in out and "note: gpu was None, now another" in out
+    assert "now 0.1: the run continues, but not bit for bit" in out and "note: gpu was None, now another" in out
     assert out.count("note: ") == 2
 
 
@@ -361,7 +361,7 @@ def test_a_damaged_line_of_metrics_is_passed_over(cut, line):
 def test_metrics_that_lost_their_end_are_named(cut, capsys):
     os.truncate(cut / "metrics.jsonl", 10)
     Trainer(*resume_config(str(cut), {}))
-    assert "has lost its end (10 bytes" in capsys.readouterr().err
+    assert "was cut short (10 bytes" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,7 @@ from qlora_min.demo import world
 from qlora_min.evaluation import Evaluation, evaluate_rows
 from qlora_min.fused.decoder import Decoder
 from qlora_min.fused.graphs import Captured
-from qlora_min.fused.probe import modules_of
-from qlora_min.fused.select import captured, make_engine
+from qlora_min.fused.select import captured, make_engine, modules_of
 from qlora_min.lora import LoraSpec, lora_parameters
 from qlora_min.ops import formulas, masks
 from qlora_min.ops.attention import attention

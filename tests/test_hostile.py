@@ -297,7 +297,7 @@ def test_training_out_of_memory_says_what_to_change(script, tmp_path, monkeypatc
     found = f"{1 + 63 / 50:.2f} -> {1 + 63 / 100:.2f} GiB, same results, more time"
     assert f"    --gradient-checkpointing on: {found}" in lines  # the demo has it off
     assert "last good checkpoint: runs/a b/checkpoints/step-2;" in lines[-2]
-    assert lines[-2].endswith("go on with: python scripts/train.py --resume 'runs/a b'")
+    assert lines[-2].endswith("continue with: python scripts/train.py --resume 'runs/a b'")
     done = script("train.py", "--resume", "runs/a b")  # which is true
     assert "done: 8 steps" in done.stdout
     script("train.py", *options, "--output-dir", "runs/undisturbed")
@@ -582,10 +582,10 @@ def test_hostile_origin(adapter_folder, field, value):
 
 
 BROKEN_JSON = {
-    "a duplicate key": ('{"r": 1, "r": 2}', "'r' stands there twice"),
-    "a long duplicate key": (f'{{"{LONG}": 1, "{LONG}": 2}}', "stands there twice"),
-    "NaN": ('{"lora_alpha": NaN}', "NaN is no JSON"),
-    "-Infinity": ('{"lora_alpha": -Infinity}', "Infinity is no JSON"),
+    "a duplicate key": ('{"r": 1, "r": 2}', "the key 'r' is repeated"),
+    "a long duplicate key": (f'{{"{LONG}": 1, "{LONG}": 2}}', "is repeated"),
+    "NaN": ('{"lora_alpha": NaN}', "NaN is not JSON"),
+    "-Infinity": ('{"lora_alpha": -Infinity}', "Infinity is not JSON"),
     "deep nesting": ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
     "a long number": ('{"r": ' + "9" * 5000 + "}", "not readable JSON"),
     "no UTF-8": (b'{"r": "\xff"}', "not readable JSON"),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 import qlora_min.merging
 from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
 from qlora_min.base import add_lora, load_base
-from qlora_min.cli.merges import compare_merges
+from qlora_min.cli.merge import compare_merges
 from qlora_min.data import readers
 from qlora_min.demo import world
 from qlora_min.fused.select import make_engine
@@ -114,7 +114,7 @@ def test_the_file_computes_what_the_adapter_did(trained, tmp_path, dtype, onto):
 def test_each_way_to_merge_is_evaluated_by_its_own_weights(trained, demo_data):
     encoder = load_base(str(world.MODEL_DIR), "nf4").encoder
     rows = datasets.encode_dataset("demo", readers.read(str(demo_data[1]), 20), encoder, 64).rows
-    losses = {name: e.loss for name, e in compare_merges(trained, rows, None, "fp32", 8).items()}
+    losses = {name: e.loss for name, e in compare_merges(trained, rows, None, "fp32").items()}
     bare, adapted, merged, again, original = losses.values()
     assert merged == pytest.approx(adapted, rel=1e-5) and adapted < bare
     assert len({round(loss, 5) for loss in (bare, merged, again, original)}) == 4, losses
@@ -448,7 +448,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name, damage):
         checkpoint.load_checkpoint(newest)
     step, state = checkpoint.newest_checkpoint(tmp_path)
     assert step == 1 and state["progress"]["step"] == 1
-    assert "note: passed over a damaged checkpoint" in capsys.readouterr().err
+    assert "note: skipped a damaged checkpoint" in capsys.readouterr().err
     damage(tmp_path / "checkpoints" / "step-1" / name)
     assert checkpoint.newest_checkpoint(tmp_path) is None
 

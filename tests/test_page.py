@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from qlora_min.cli import page
-from qlora_min.cli.generated import Answers
-from qlora_min.cli.scores import Choices, between
+from qlora_min.cli.scores import Answer, Choices, between
+from qlora_min.cli.tables import Comparison
 from qlora_min.evaluation import Choice, Evaluation
 from qlora_min.run import checkpoint
 from qlora_min.system.files import write_text
@@ -99,8 +99,8 @@ def adapter(tmp_path):
     return folder
 
 
-def texts(kind: str) -> Answers:
-    return Answers(ATTACKS, ATTACKS, ATTACKS, [kind + a for a in ATTACKS], [["A"]] * len(ATTACKS))
+def texts(kind: str) -> list[Answer]:
+    return [Answer(a, a, a, kind + a, ["A"]) for a in ATTACKS]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def texts(kind: str) -> Answers:
 def test_no_text_becomes_anything_else(adapter, answers, tmp_path):
     names = ["<script>x.jsonl", "plain.jsonl"]
     results = [[result(3.0, 5), result(2.0, 6, ["A", "B", "C", "<b>"])], [result(0.5, 15), result(0.4, 14)]]
-    made = page.evaluation(adapter, names, results, answers, "fp32")
+    made = page.evaluation(adapter, Comparison(names, results, answers), "fp32")
     write_text(tmp_path / "r.html", made)
     text = (tmp_path / "r.html").read_text("utf-8")
     read = check(text)
@@ -119,15 +119,15 @@ def test_no_text_becomes_anything_else(adapter, answers, tmp_path):
     everything = "".join(read.text)
     for part in ("<script>x.jsonl", "run <b>bold", "<i>base", "Calibration", "How training went"):
         assert part in everything, part
-    assert "held-out loss: least 0.8000 at step 4" in everything
+    assert "lowest held-out loss: 0.8000 at step 4" in everything
     assert ("✓" in everything) and (("valid format" in everything) == bool(answers))
 
 
 def test_figures_of_the_page_are_those_of_the_evaluation(adapter):
-    made = page.evaluation(adapter, ["one"], [[result(3.0, 5)], [result(0.5, 15)]], [], "fp32")
+    made = page.evaluation(adapter, Comparison(["one"], [[result(3.0, 5)], [result(0.5, 15)]], []), "fp32")
     text = " ".join("".join(check(made).text).split())
     assert "3.0000 → 0.5000" in text and "25.0% → 75.0%" in text
-    assert between(Choices.of(result(0.5, 15).choices).interval) in text
+    assert between(Choices(result(0.5, 15).choices).interval) in text
     assert "Each data set" not in text
     assert made.count('<td class="heat of-adapter"') == 16
     points = re.findall(r'<path d="M (\S+) (\S+) \nL (\S+) (\S+) \n" style="fill: none; stroke: #ff7f0e', made)[0]
@@ -137,7 +137,7 @@ def test_figures_of_the_page_are_those_of_the_evaluation(adapter):
 @pytest.mark.parametrize("damaged", ["{", "3\n", "[1]\n"])
 def test_damaged_samples_cost_nothing_but_themselves(adapter, damaged):
     (adapter.parent / "samples.jsonl").write_text(damaged)
-    made = page.evaluation(adapter, ["one"], [[result(3.0, 5)], [result(0.5, 15)]], [], "fp32")
+    made = page.evaluation(adapter, Comparison(["one"], [[result(3.0, 5)], [result(0.5, 15)]], []), "fp32")
     assert "Side by side" not in made and "Calibration" in made
 
 
@@ -145,7 +145,7 @@ def test_rows_without_options_and_no_run(tmp_path, adapter):
     plain = Evaluation(3, 8, 4.0, 6)
     for name in ("config.json", "metrics.jsonl"):
         (adapter.parent / name).unlink()
-    made = page.evaluation(adapter, ["one"], [[plain], [plain]], [], "bf16")
+    made = page.evaluation(adapter, Comparison(["one"], [[plain], [plain]], []), "bf16")
     text = "".join(check(made).text)
     assert not any(word in text for word in ("Calibration", "Option accuracy", "How training went", "Side by side"))
 
@@ -153,7 +153,7 @@ def test_rows_without_options_and_no_run(tmp_path, adapter):
 def test_no_place_of_this_machine_is_told_and_nothing_is_fetched(adapter):
     (adapter.parent / "samples.jsonl").write_text('{"where": "/home/alice/x.jsonl:7", "prompt": "Which?"}\n')
     names = ["OWNER/NAME", "/home/alice/held.jsonl (held out)"]
-    made = page.evaluation(adapter, names, [[result(3.0, 5)] * 2, [result(0.5, 15)] * 2], [], "fp32")
+    made = page.evaluation(adapter, Comparison(names, [[result(3.0, 5)] * 2, [result(0.5, 15)] * 2], []), "fp32")
     text = "".join(check(made).text)
     assert not re.search(r"alice|://", made) and str(adapter.parent.parent) not in made
     for part in ("OWNER/NAME", "held.jsonl (held out)", "x.jsonl:7", "run <b>bold/adapter"):
@@ -161,7 +161,7 @@ def test_no_place_of_this_machine_is_told_and_nothing_is_fetched(adapter):
 
 
 def test_accuracy_is_shown_beside_the_majority(adapter):
-    made = page.evaluation(adapter, ["one"], [[result(3.0, 5)], [result(0.5, 15)]], [], "fp32")
+    made = page.evaluation(adapter, Comparison(["one"], [[result(3.0, 5)], [result(0.5, 15)]], []), "fp32")
     assert "always A" in "".join(check(made).text)
     assert made.count('<i class=majority style="left:25.00%">') == 2
 
@@ -173,16 +173,17 @@ def test_accuracy_is_shown_beside_the_majority(adapter):
 )  # fmt: skip
 def test_events_that_cannot_be_drawn_are_left_out(adapter, line):
     results = [[result(3.0, 5)], [result(0.5, 15)]]
-    whole = page.evaluation(adapter, ["one"], results, [], "fp32")
+    whole = page.evaluation(adapter, Comparison(["one"], results, []), "fp32")
     with (adapter.parent / "metrics.jsonl").open("a") as f:
         f.write(line + "\n")
-    assert page.evaluation(adapter, ["one"], results, [], "fp32") == whole
+    assert page.evaluation(adapter, Comparison(["one"], results, []), "fp32") == whole
 
 
 def test_a_missing_matplotlib_is_said_before_any_work(script, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = script("eval.py", "--adapter", "nowhere", "--html", "r.html", expect=2)
-    assert done.stderr == "error: --html: matplotlib is not installed (pip install 'qlora_min[plot]')\n"
+    assert done.stderr == ("error: --html needs matplotlib (import of matplotlib halted; None in sys.modules): "
+                           "pip install 'qlora_min[plot]'\n")  # fmt: skip
     assert done.stdout == ""
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_min.cli import scores
-from qlora_min.cli.scores import Choices, text_scores, wilson
+from qlora_min.cli.scores import Answer, Choices, text_scores, wilson
 from qlora_min.evaluation import Choice, Evaluation
 
 
@@ -41,20 +41,20 @@ ROWS = [Choice(*row, chance=1 / 3) for row in CHOSEN]
 
 
 def test_confusion_by_hand():
-    choices = Choices.of(ROWS)
+    choices = Choices(ROWS)
     assert choices.letters == ["A", "B", "C"]
     assert choices.confusion.tolist() == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
     assert choices.hits.tolist() == [True, False, True, False, True, True]
     assert choices.interval == wilson(4, 6)
     whole, none = Evaluation(6, 6, 0.0, 0, tuple(ROWS)), Evaluation(0, 0, 0.0, 0)
-    assert whole.majority == ["A", 0.5] and none.majority is None and len(Choices.of(none.choices)) == 0
+    assert whole.majority == ["A", 0.5] and none.majority is None and len(Choices(none.choices).hits) == 0
     parts = [Evaluation(len(some), len(some), 0.0, 0, tuple(some)) for some in (ROWS[:2], (), ROWS[2:])]
     joined = Evaluation.join(parts)
-    assert joined == whole and Choices.of(joined.choices).as_dict() == choices.as_dict()
+    assert joined == whole and Choices(joined.choices).as_dict() == choices.as_dict()
 
 
 def test_calibration_by_hand():
-    choices = Choices.of(ROWS)
+    choices = Choices(ROWS)
     bins = choices.bins
     assert [n for n, _, _ in bins] == [0, 0, 0, 1, 0, 2, 0, 0, 0, 3]
     assert bins[5] == pytest.approx((2, 0.565, 0.5)) and bins[9] == pytest.approx(
@@ -68,15 +68,19 @@ def test_calibration_tells_the_calibrated_from_the_overconfident():
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.25, 1, 20000)
     right = rng.uniform(size=20000) < confidence
-    honest = Choices(np.full(20000, "A"), np.where(right, "A", "B"), confidence)
+    honest = Choices([Choice("A", "AB"[not hit], c, 0.5) for hit, c in zip(right, confidence)])
     assert honest.calibration_error < 0.015
-    boasting = Choices(honest.right, honest.chosen, np.ones(20000))
+    boasting = Choices([Choice("A", "AB"[not hit], 1.0, 0.5) for hit in right])
     assert boasting.calibration_error == pytest.approx(1 - right.mean())
 
 
 def test_confidence_that_is_not_finite_is_no_error():
-    choices = Choices.of([Choice("A", "A", math.nan, 0.25)])
+    choices = Choices([Choice("A", "A", math.nan, 0.25)])
     assert math.isnan(choices.calibration_error) and choices.bins[0][0] == 1
+
+
+def score(answers, references, letters):
+    return text_scores([Answer("", "", *row) for row in zip(references, answers, letters)])
 
 
 REFERENCES = ["B: Vitamin C deficiency", "A: The cat sat on the mat with the dog", "so it is"]
@@ -84,7 +88,7 @@ ANSWERS = ["B: Vitamin C", "C: the cat is on the mat with a dog", "so  it is\n"]
 
 
 def test_texts_by_hand():
-    found = text_scores(ANSWERS, REFERENCES, [["A", "B"], ["A", "B"], None])
+    found = score(ANSWERS, REFERENCES, [["A", "B"], ["A", "B"], None])
     assert found.rows == 3
     assert found.exact_match == pytest.approx(1 / 3)  # spacing aside
     assert found.valid_format == 0.5  # of two rows with options: C is none of A, B
@@ -96,15 +100,15 @@ def test_the_librarys_own_calls_give_the_same():
     from rouge_score import rouge_scorer
     from sacrebleu.metrics import BLEU
 
-    found = text_scores(ANSWERS, REFERENCES, [None] * 3)
+    found = score(ANSWERS, REFERENCES, [None] * 3)
     theirs = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     each = [theirs.score(target=r, prediction=a)["rougeL"].fmeasure for r, a in zip(REFERENCES, ANSWERS)]
     assert found.rouge_l == pytest.approx(100 * sum(each) / 3)
     assert found.bleu == BLEU(effective_order=True).corpus_score(hypotheses=ANSWERS, references=[REFERENCES]).score
     short = ["C: Movupril", "A: Movupril"]  # no four words in either
-    assert text_scores(short, short, [None] * 2).bleu == pytest.approx(100)
-    assert 10 < found.bleu < 90 and text_scores(REFERENCES, REFERENCES, [None] * 3).bleu == pytest.approx(100)
-    assert text_scores(REFERENCES, ANSWERS, [None] * 3).bleu != found.bleu  # which is which matters
+    assert score(short, short, [None] * 2).bleu == pytest.approx(100)
+    assert 10 < found.bleu < 90 and score(REFERENCES, REFERENCES, [None] * 3).bleu == pytest.approx(100)
+    assert score(REFERENCES, ANSWERS, [None] * 3).bleu != found.bleu  # which is which matters
     assert found.valid_format is None
 
 
@@ -120,5 +124,5 @@ def test_valid_format(answer, valid):
 def test_a_missing_library_is_one_line_before_any_work(script, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     done = script("eval.py", "--adapter", "nowhere", "--generate", 3, expect=2)
-    assert done.stderr.startswith("error: --generate needs rouge-score and sacrebleu") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: --generate needs {missing}") and done.stderr.count("\n") == 1
     assert "pip install 'qlora_min[eval]'" in done.stderr and missing in done.stderr and done.stdout == ""

@@ -611,6 +611,15 @@ def test_early_stopping_counts_in_a_row_and_keeps_the_best(make, monkeypatch):
     assert_same(weights(trainer), seen[3])  # the model that is left has it too
 
 
+@pytest.mark.parametrize(("losses", "best"), [([math.nan] * 9, 0), ([math.nan, 2.0, math.nan, math.nan, 1.0], 1)])
+def test_a_loss_that_is_no_number_is_no_improvement(make, monkeypatch, losses, best):
+    """Every number is better than none; if none ever comes, the run stops all the same."""
+    found = iter(losses)
+    monkeypatch.setattr(loop, "evaluate_rows", lambda *_: result(next(found)))
+    end = make(held=2, epochs=9, eval_every=1, patience=2).train()
+    assert (end.step, end.best_step, end.stopped_early) == (best + 2, best, True)
+
+
 def test_early_stopping_of_a_run_that_gets_worse(make, monkeypatch):
     """Real evaluations, under a learning rate that destroys: it stops 3 after the best, whose adapter is kept."""
     seen, evaluate = [], loop.evaluate_rows

@@ -1,4 +1,4 @@
-"""The commands, and what they show: tables, scores, the HTML report, benchmarks, pushing to the hub.
+"""The commands, with their tables, scores and HTML report, the benchmarks, and pushing to the hub.
 
-`qlora-min COMMAND` and `scripts/COMMAND.py` are the same.
+`qlora-min COMMAND` and `scripts/COMMAND.py` do the same.
 """

@@ -1,11 +1,11 @@
 """qlora-min bench: how fast qlora_min trains, and in how much memory.
 
-Speeds count real tokens, never padding. A training's first steps, its warm-up, are left out of its speed and shown by
-themselves; the steps after them are timed in `--repeats` blocks of `--steps`, of which the median counts; of a few more
-the GPU's kernels are counted. The rows are random tokens of real lengths; here alone, those over --max-length are cut.
+Speeds count real tokens, never padding. The first steps are a warm-up, which is timed separately. The steps after it
+are timed in `--repeats` blocks of `--steps`, and the median of the blocks is reported; during a few further steps the
+GPU's kernels are counted. The rows are random tokens of real lengths; only here are rows over --max-length cut.
 
 `scripts/bench_peers.py` measures other trainers with the same rows and the same `Clock`; `scripts/bench_sweep.py` draws
-how costs grow.
+how time and memory grow.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import FIELDS, Config
+from ..config import Config
 from ..system.console import aligned, say
-from .options import Emit, Parser, add_options, json_option, positive
+from .options import Emit, Parser, add_options, count_option, given_options, json_option
 
-# (tokens, supervised) of 48 of MedQA's questions under Qwen2's template, evenly spaced in order of length.
+# (tokens, supervised tokens) of 48 MedQA questions in Qwen2's template, evenly spaced in order of length.
 LENGTHS = [
     (137, 8), (154, 7), (163, 11), (173, 8), (181, 7), (186, 11), (192, 8), (196, 8), (201, 8), (205, 8), (209, 11),
     (215, 8), (218, 10), (222, 12), (226, 8), (230, 7), (233, 9), (237, 6), (241, 6), (244, 10), (247, 7), (250, 18),
@@ -38,7 +38,7 @@ LENGTHS = [
 ]  # fmt: skip
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads")  # fmt: skip
-SHAPES = {  # name -> (family, sizes, what is not as in Qwen2-0.5B)
+SHAPES = {  # name -> (family, SIZES, differences from Qwen2-0.5B)
     "0.5b": ("qwen2", (151936, 896, 4864, 24, 14, 2), {}),
     "7b": ("qwen2", (152064, 3584, 18944, 28, 28, 4), {"tie_word_embeddings": False}),
     "qwen3-0.6b": ("qwen3", (151936, 1024, 3072, 28, 16, 8), {"head_dim": 128}),
@@ -59,22 +59,21 @@ COLUMNS = {  # key of a figure -> (label, format)
 
 
 def shared_options(parser: Parser) -> None:
-    """Add what every benchmark asks, those of scripts/ too."""
+    """Add the options that all benchmarks share, those of scripts/ included."""
     parser.add_argument("--model", metavar="DIR", help="a model folder [a shape with random weights]")
-    parser.add_argument("--shape", choices=SHAPES, default="0.5b", help="which shape, without --model [0.5b]")
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b", help="the shape, without --model [0.5b]")
     parser.add_argument("--lengths", metavar="FILE", help="JSON list of [tokens, supervised] of rows [48 of MedQA's]")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="a GPU if there is one [auto]")
-    number = {"type": positive, "metavar": "N"}
-    parser.add_argument("--warm-up", **number, help="steps that are not timed [40, and 1 on a CPU]")
-    parser.add_argument("--steps", default=30, **number, help="steps of a timed block [30]")
-    parser.add_argument("--repeats", default=3, **number, help="timed blocks, whose median is shown [3]")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU if there is one [auto]")
+    count_option(parser, "--warm-up", "steps that are not timed [40, and 1 on a CPU]")
+    count_option(parser, "--steps", "steps of a timed block", 30)
+    count_option(parser, "--repeats", "timed blocks, whose median is shown", 3)
     add_options(parser, ("max_length", "batch_size", "grad_accum", "rank", "precision", "engine", "shard"))
     json_option(parser)
 
 
 def options(parser: Parser) -> None:
     shared_options(parser)
-    parser.add_argument("--families", action="store_true", help="four families' shapes by each engine, instead")
+    parser.add_argument("--families", action="store_true", help="measure four families by each engine instead")
     parser.removed = {"peers": "python scripts/bench_peers.py", "sweep": "python scripts/bench_sweep.py"}
 
 
@@ -99,22 +98,22 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
 
 
 def ours(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The figures of qlora_min, as it is and with checkpointing."""
+    """Measure qlora_min without and with gradient checkpointing."""
     name = f"qlora_min, {args.config.batch_size} x {args.config.grad_accum}"
     return [measure(args, name), measure(args, name, gradient_checkpointing="on")]
 
 
 @contextmanager
 def prepared(args: argparse.Namespace, **changes: Any) -> Iterator[argparse.Namespace]:
-    """The options, changed, with a `config` and rows' `lengths`; the device and other processes are there."""
+    """Join the processes; yields the options with `changes`, the Config as `config`, and the rows' `lengths`."""
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is asked for anything
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is initialised
     from ..scale.processes import from_main, join, together
     from ..system.device import pick_device, resolve_precision
 
     args, device = argparse.Namespace(**vars(args) | changes), pick_device()
     args.lengths = json.loads(Path(args.lengths).read_text()) if args.lengths else LENGTHS
-    given = {k: v for k, v in vars(args).items() if k in FIELDS}
+    given = given_options(args)
     given["precision"] = resolve_precision(given.get("precision", "fp16" if device.type == "cuda" else "fp32"), device)
     with together(), tempfile.TemporaryDirectory() as folder:
         join()
@@ -124,7 +123,7 @@ def prepared(args: argparse.Namespace, **changes: Any) -> Iterator[argparse.Name
 
 
 def random_base(folder: str, shape: str) -> str:
-    """Save a model of a shape with random weights in fp16, and the demo's tokenizer, in a folder; returns that."""
+    """Save a model of a shape with random fp16 weights, and the demo's tokenizer, in a folder; returns the folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -143,16 +142,16 @@ def random_base(folder: str, shape: str) -> str:
 
 
 def draw_rows(args: argparse.Namespace, count: int) -> list[tuple[list[int], int]]:
-    """(ids, how many at the end are supervised) of `count` rows in random order."""
+    """Draw `count` rows of random tokens: (input_ids, the number of supervised tokens, which are the last ones)."""
     from transformers import AutoConfig
 
     rng, vocab = random.Random(0), AutoConfig.from_pretrained(args.config.model).vocab_size
     chosen = rng.choices(args.lengths, k=count)
-    return [([rng.randrange(vocab) for _ in range(min(n, args.config.max_length))], taught) for n, taught in chosen]
+    return [([rng.randrange(vocab) for _ in range(min(n, args.config.max_length))], last) for n, last in chosen]
 
 
 def measure(args: argparse.Namespace, name: str, **options: Any) -> dict[str, Any]:
-    """Train with qlora_min, with some options of the configuration changed; returns the figures."""
+    """Train with qlora_min; returns the figures. options: fields of Config that replace those of `args.config`."""
     import numpy as np
     import torch
 
@@ -165,9 +164,9 @@ def measure(args: argparse.Namespace, name: str, **options: Any) -> dict[str, An
 
     args = argparse.Namespace(**vars(args))
     args.config = config = replace(args.config, output_dir=tempfile.mkdtemp(), **options)
-    release()  # what the trainer before held
+    release()  # the memory of the previous trainer
     graphs = torch.cuda.is_available() and not (config.shard and world_size() > 1)
-    clock = Clock(args, 40 if graphs else 1)  # in the warm-up a graph is captured for each shape
+    clock = Clock(args, 40 if graphs else 1)  # in the warm-up, a graph is captured for each shape
     rows = Rows.write(
         Row(torch.tensor(ids, dtype=torch.int32), torch.arange(len(ids)) >= len(ids) - n, "")
         for ids, n in draw_rows(args, config.batch_size * config.grad_accum * clock.steps)
@@ -192,10 +191,10 @@ def measure(args: argparse.Namespace, name: str, **options: Any) -> dict[str, An
 
 
 class Clock:
-    """What a training costs, whoever trains; it is told of the end of each of `steps` steps.
+    """Time and memory of a training by any trainer, which calls `step_ended` after each of `steps` steps.
 
     Args:
-        warm_up: steps before the timed ones, unless the options say how many.
+        warm_up: steps before the timed ones, if --warm-up is not given.
     """
 
     def __init__(self, args: argparse.Namespace, warm_up: int):
@@ -211,7 +210,7 @@ class Clock:
             self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
     def step_ended(self, step: int, tokens: float, **ms: float) -> None:
-        """Tokens and, by name, other milliseconds: so far, in all."""
+        """Record the end of a step. tokens, ms: totals since the start; each of `ms` is a time in milliseconds."""
         import torch
 
         from ..scale.processes import gather
@@ -223,13 +222,13 @@ class Clock:
         self.at[step] = {"tokens": tokens, "ms_per_step": 1000 * (time.perf_counter() - self.start), **ms}
         if self.cuda and step == self.marks[-1]:
             peaks = (torch.cuda.max_memory_allocated() - self.held) / GIB, torch.cuda.max_memory_reserved() / GIB
-            self.peaks = [max(p) for p in zip(*gather(peaks))]  # of the process that takes most
+            self.peaks = [max(p) for p in zip(*gather(peaks))]  # the maximum over processes
             self.profile.start()
         elif self.cuda and step == self.steps:
             self.profile.stop()
 
     def figures(self) -> dict[str, float]:
-        """Medians of the timed blocks, and the rest."""
+        """The medians of the timed blocks, and the other figures."""
         blocks = [{k: self.at[b][k] - self.at[a][k] for k in self.at[a]} for a, b in itertools.pairwise(self.marks)]
         found = {k: statistics.median(b[k] for b in blocks) / self.block for k in blocks[0] if k != "tokens"}
         found["tokens_per_second"] = statistics.median(1000 * b["tokens"] / b["ms_per_step"] for b in blocks)
@@ -243,7 +242,7 @@ class Clock:
 
 
 def show(results: Sequence[dict[str, Any]], emit: Callable[[dict], None]) -> None:
-    """Print a table, a line a result, and emit each."""
+    """Print a table with a line for each result, and emit each result."""
     columns = {k: c for k, c in COLUMNS.items() if any(k in r for r in results)}
     lines = [[r["name"], *(f"{r[k]:{form}}" if k in r else "" for k, (_, form) in columns.items())] for r in results]
     print(aligned([["", *(label for label, _ in columns.values())], *lines]))

@@ -15,20 +15,20 @@ from ..run.datasets import Encoded
 from ..system import console
 from .scores import between, wilson
 
-SHOWN = 10  # pairs of each kind that are shown; the others are only counted
-BINS = 12  # of the histogram, at most
+SHOWN = 10  # pairs of each kind that are shown; further ones are only counted
+BINS = 12  # at most, of the histogram of lengths
 
 
 @dataclass(frozen=True)
 class Care:
-    """The report. A side is "training" or "held out". The pairs are the first 10 of each kind."""
+    """The report. A side is "training" or "held out". Of each kind of pair, the first 10 are kept."""
 
     rows: dict[str, int]  # side -> number of rows
-    lengths: dict[str, list[int]]  # side -> number of rows in each bin of tokens
-    edges: list[int]  # of the bins
+    lengths: dict[str, list[int]]  # side -> number of rows in each bin
+    edges: list[int]  # of the bins, in tokens
     letters: dict[str, dict[str, int]]  # side -> right letter -> number of multiple-choice rows
     options: dict[str, dict[int, int]]  # side -> number of options -> number of multiple-choice rows
-    can_shuffle: int  # training rows whose options --shuffle-options can put into another order
+    can_shuffle: int  # training rows whose options --shuffle-options can reorder
     repeated: int  # training rows with the question, options and answer of an earlier one
     repeated_pairs: Sequence[Pair]
     conflicts: int  # training rows with the question and options of an earlier one, and another answer
@@ -41,6 +41,7 @@ class Care:
     as_dict = asdict
 
     def __str__(self) -> str:
+        """The text that `qlora-min data` prints."""
         lines = ["tokens       " + "".join(f"{side:>10}" for side in self.lengths)]
         most = max(1, *self.lengths["training"])
         for (low, high), *counts in zip(itertools.pairwise(self.edges), *self.lengths.values()):
@@ -58,7 +59,7 @@ class Care:
         if total := sum(self.letters["training"].values()):
             lines.append(f"--shuffle-options can move the options of {self.can_shuffle:,} of {total:,} training rows")
         lines.append("")
-        alike = f"{ALIKE} or more of their {WORDS}-word runs shared"
+        alike = f"{ALIKE} or more of their {WORDS}-word sequences shared"
         for what, count, pairs in (
             ("training rows that repeat another: question, options and answer", self.repeated, self.repeated_pairs),
             ("training rows that contradict another: question and options", self.conflicts, self.conflict_pairs),
@@ -70,14 +71,14 @@ class Care:
                 lines += [f"        {a}  {b}" + (f"  {j:.2f}" if j < 1 else "") for a, b, j in pairs]
                 lines += [f"        ... and {count - len(pairs):,} more"] * (count > len(pairs))
         if self.alike is None:
-            lines.append("near-duplicates were not looked for: that needs rensa, pip install 'qlora_min[care]'")
+            lines.append("near-duplicates were not looked for: this needs rensa, pip install 'qlora_min[care]'")
         return "\n".join(lines)
 
 
 def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
-    """Report on encoded rows that have their text: `run.datasets.read_data(config, encoder, texts=True)`.
+    """Report on encoded rows that have kept their texts: `run.datasets.read_data(config, encoder, texts=True)`.
 
-    Held-out rows are compared with training rows, not with each other.
+    Held-out rows are compared with training rows, but not with each other.
     """
     rows, apart = (Rows.join(part.rows for part in side) for side in (train, held))
     sides = {"training": rows} | ({"held out": apart} if len(apart) else {})
@@ -98,7 +99,7 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
         for n in (1, 2, 3):
             seen.setdefault(key[:n], i)
     with suppress(ImportError):
-        asked = np.array([i for key, i in seen.items() if len(key) == 1], int)  # the first row of each question
+        asked = np.array([i for key, i in seen.items() if len(key) == 1], int)  # the first row with each question
         pairs["alike"], pairs["leaks"] = near_duplicates(rows[asked], apart)
     found = {what: len(some) for what, some in pairs.items()}
     found |= {f"{what.removesuffix('s')}_pairs": some[:SHOWN] for what, some in pairs.items()}
@@ -112,7 +113,7 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
 
 
 def _options_and_answer(example: Example) -> tuple[frozenset[str] | None, str]:
-    """(the texts of the options or None, that of the answer) without letters, case and spacing."""
+    """(texts of the options, or None if there are none; text of the answer), without letters, case and spacing."""
     choice = example.choice
     texts = choice.options if choice else {"": example.messages[-1]["content"]}
     plain = {letter: " ".join(str(text).casefold().split()) for letter, text in texts.items()}

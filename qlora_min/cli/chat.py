@@ -14,18 +14,18 @@ def options(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt instead of the template's own")
     parser.add_argument("--compare", action="store_true", help="answer without and with the adapter")
-    count_option(parser, "--max-new-tokens", "cut answers here", 256)
+    count_option(parser, "--max-new-tokens", "cut answers after N tokens", 256)
     precision_option(parser)
     json_option(parser)
 
 
 def command(args: argparse.Namespace, emit: Emit) -> None:
-    """Talk to a model: a base with an adapter, or a merged checkpoint.
+    """Chat with a model: a base with an adapter, or a merged checkpoint.
 
     chat --adapter runs/NAME/adapter                        a conversation; an empty line or Ctrl-D ends it
     chat --adapter runs/NAME/adapter --prompt "..."         one answer
     chat --adapter runs/NAME/adapter --compare              each answer without and with the adapter
-    chat --model merged
+    chat --model merged                                     without an adapter
     """
     if not args.adapter and not args.model:
         raise ValueError("--adapter DIR or --model NAME is needed (see --help)")
@@ -44,7 +44,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
         base = load_base(args.model, "none", precision)
     sides = [("without the adapter", lora_disabled), ("with the adapter", nullcontext)][0 if args.compare else 1 :]
     start = [{"role": "system", "content": args.system}] if args.system else []
-    histories = [list(start) for _ in sides]  # each side remembers its own answers
+    histories = [list(start) for _ in sides]  # each side sees its own earlier answers
     for question in [args.prompt] if args.prompt else _questions():
         for (label, context), history in zip(sides, histories):
             if args.compare:
@@ -57,7 +57,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
 
 
 def _answer(base: Any, messages: list[dict[str, str]], max_new_tokens: int) -> str:
-    """Stream the model's answer to stdout, and return it."""
+    """Stream the model's answer to stdout, and return it as well."""
     from transformers import TextStreamer
 
     from ..generate import generate
@@ -67,7 +67,7 @@ def _answer(base: Any, messages: list[dict[str, str]], max_new_tokens: int) -> s
 
 
 def _questions() -> Iterator[str]:
-    """Questions from the terminal, until an empty one or the end of input."""
+    """Read questions from the terminal, until an empty line or the end of input."""
     try:
         yield from iter(lambda: input("you> ").strip(), "")
     except (EOFError, KeyboardInterrupt):

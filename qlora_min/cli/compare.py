@@ -1,4 +1,4 @@
-"""qlora-min compare: runs side by side."""
+"""qlora-min compare: training runs side by side."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ FORMS = {"best_loss": "{:.4f}", "best_step": "{:,}", "option_accuracy": "{:.1%}"
 def options(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, such as runs/NAME")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="FILE.png",
-                        help="where to draw; never overwritten [comparison.png]")  # fmt: skip
+                        help="the picture; never overwritten [comparison.png]")  # fmt: skip
     json_option(parser)
 
 
 def command(args: argparse.Namespace, emit: Emit) -> None:
-    """Draw the curves of runs into one picture, and print their results.
+    """Draw the curves of several runs into one picture, and print their results.
 
     compare runs/rank8 runs/rank64 --output ranks.png
     """
@@ -31,7 +31,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
 
 
 def labels(runs: Sequence[Path], records: Sequence[dict[str, Any]]) -> list[str]:
-    """A label for each run: the options in which the runs differ ("rank 8"), or its name if that would be too long."""
+    """A label for each run: the options in which the runs differ ("rank 8"), or its name if these are too long."""
     options = [{k: v for k, v in r["options"].items() if k != "output_dir"} for r in records]
     names = dict.fromkeys(k for o in options for k in o)
     differ = [k for k in names if any(o.get(k) != options[0].get(k) for o in options)]
@@ -52,7 +52,7 @@ def _short(value: Any) -> str:
 
 
 def summary(events: Events) -> dict[str, Any]:
-    """The best evaluation of a run, its speed and its memory; None for values it does not have."""
+    """The best evaluation of a run, its speed and its memory; None for what is unknown."""
     train, ends = ([e for e in events if e["event"] == kind] for kind in ("train", "end"))
     held = evaluations(events)
     best = min(held, key=lambda e: e["eval_loss"], default={})
@@ -80,7 +80,7 @@ def compare_runs(runs: Sequence[Path], output: Path) -> list[dict[str, Any]]:
         For each run a dictionary: run, label, and the values of `summary`.
 
     Raises:
-        ValueError: a directory is not that of a run, or the output exists.
+        ValueError: a directory is not a run's or is named twice, or the output exists.
     """
     from ..run.checkpoint import read_metrics, read_record
 

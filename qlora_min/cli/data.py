@@ -11,24 +11,35 @@ from .options import Emit, Parser, add_options, config_options, count_option, de
 
 
 def options(parser: Parser) -> None:
-    demo_options(parser, "look at the embedded demo's data")
-    count_option(parser, "--preview", "and print N rows as the model sees them")
+    demo_options(parser, "report on the data of the embedded demo")
+    count_option(parser, "--preview", "also print N rows as the model sees them")
     json_option(parser)
     add_options(parser, [*groups()["model and data"], "seed"])
 
 
 def command(args: argparse.Namespace, emit: Emit) -> None:
-    """Look at data before training: lengths, letters, repeated, contradicting and leaking questions.
+    """Report on data before training: lengths, right letters, repeated, contradicting and leaking questions.
 
-    data --dataset FILE.jsonl --eval-dataset OTHER.jsonl   takes the options of train that name data
-    data --demo --preview 3                                and rows as the model sees them
+    data --dataset FILE.jsonl --eval-dataset OTHER.jsonl   the options are those with which train selects data
+    data --demo --preview 3                                also prints rows as the model sees them
     """
     config = Config(**config_options(args))
     emit(look_at(config, args.preview or 0, colour=sys.stdout.isatty()).as_dict())
 
 
 def look_at(config: Config, previews: int = 0, colour: bool = True) -> Any:
-    """Read the data that the options name, and print what `qlora-min data` prints; writes nothing."""
+    """Read the data of a configuration and print the report of `qlora-min data`. Writes nothing.
+
+    Args:
+        previews: training rows to print as the model sees them.
+        colour: mark supervised tokens by colour, or else by brackets.
+
+    Returns:
+        The report, a `care.Care`.
+
+    Raises:
+        ValueError: a row that can't be used, or a data set that can't be read.
+    """
     from ..base import load_encoder
     from ..run.datasets import read_data, table
     from .care import look
@@ -42,7 +53,7 @@ def look_at(config: Config, previews: int = 0, colour: bool = True) -> Any:
 
 
 def show_rows(config: Config, encoder: Any, train: Sequence[Any], count: int, colour: bool = True) -> None:
-    """Print the first training rows as the model sees them in the first epoch, the tokens it learns from in colour."""
+    """Print the first training rows as the model sees them in the first epoch, supervised tokens in colour."""
     from ..data.epochs import shuffle_options
     from ..data.rows import Rows
 
@@ -55,12 +66,10 @@ def show_rows(config: Config, encoder: Any, train: Sequence[Any], count: int, co
 
 
 def preview(row: Any, tokenizer: Any, colour: bool) -> str:
-    """A row as the model sees it: supervised tokens green, or between ⟦ and ⟧ where colours can't be shown."""
+    """A row as the model sees it, with supervised tokens in green, or between ⟦ and ⟧ if not `colour`."""
     start, end = ("\x1b[1;32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    out = []
-    for learned, group in itertools.groupby(
-        zip(row.input_ids.tolist(), row.supervised.tolist()), key=lambda pair: pair[1]
-    ):
+    out, pairs = "", zip(row.input_ids.tolist(), row.supervised.tolist())
+    for supervised, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
         text = tokenizer.decode([i for i, _ in group], skip_special_tokens=False)
-        out.append(f"{start}{text}{end}" if learned else text)
-    return "".join(out)
+        out += f"{start}{text}{end}" if supervised else text
+    return out

@@ -1,9 +1,9 @@
 """The command line: what `qlora-min COMMAND` and the scripts of the same names do.
 
 A command is a module of this folder with two functions: `options(parser)` adds its options, and `command(args, emit)`
-runs it, whose docstring is its help. Imports that take seconds (torch) are made when a command runs, so that --help and
-errors in options come at once. `--json` turns stdout into one JSON object a line, for programs; text and bars are then
-left out.
+executes it; the docstring of `command` is the command's help. Slow imports (torch) are made only when a command is
+executed, so that --help and errors in options appear at once. `--json` makes stdout one JSON object a line, for
+programs, and turns off text and progress bars.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ..run.options import nearest
 from ..system.console import is_first_process
 from ..system.text import redacted
 from . import bench, chat, compare, data, evaluate, merge, train
-from .options import Emit, Parser
+from .options import Emit, Parser, needed
 
 COMMANDS = {"train": train, "data": data, "eval": evaluate, "merge": merge, "chat": chat, "compare": compare,
             "bench": bench}  # fmt: skip
@@ -37,18 +37,17 @@ def make_parser(name: str, prog: str | None = None) -> Parser:
     """The parser of a command."""
     what, examples = described(name)
     parser = Parser(prog=prog, usage="%(prog)s [options]", description=what, epilog=f"examples:\n{examples}")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     COMMANDS[name].options(parser)
     return parser
 
 
 def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Run a command to the process's end; `argv` is the process's own if not given."""
+    """Execute a command and exit. argv: the command line, by default that of the process."""
     run_parsed(make_parser(name, prog).parse_args(argv), COMMANDS[name].command)
 
 
 def run_parsed(args: argparse.Namespace, command: Callable[[argparse.Namespace, Emit], int | None]) -> NoReturn:
-    """Run what a command does, with its options, to the process's end."""
+    """Execute a command with parsed options and exit. --json and --quiet are obeyed if it has them."""
 
     def main() -> int | None:
         with _output(args) as emit:
@@ -58,12 +57,12 @@ def run_parsed(args: argparse.Namespace, command: Callable[[argparse.Namespace, 
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's main: a ValueError (what a user can cause) or OSError is one line on stderr and exit code 2.
+    """Call a script's main and exit. A ValueError (an error of the user) or OSError: one line on stderr, exit code 2.
 
-    A ValueError may have several lines to show, in its attribute `lines`. Of several processes that torchrun started,
-    the first shows it.
+    A ValueError with an attribute `lines` shows these lines instead. If torchrun started several processes, only the
+    first one shows them.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: no process is forked after tokenizing
     try:
         sys.exit(main() or 0)
     except MemoryError as e:
@@ -83,9 +82,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
 @contextmanager
 def _output(args: argparse.Namespace) -> Iterator[Emit]:
-    """What --json and --quiet do to stdout and to the bars; yields what prints an object where --json asks for it.
+    """Silence stdout and progress bars if --json or --quiet is given; yields a function that prints objects for --json.
 
-    Of several processes that torchrun started, the first prints.
+    If torchrun started several processes, only the first one prints.
     """
     out, as_json = sys.stdout, getattr(args, "json", False)
 
@@ -105,7 +104,7 @@ def main() -> NoReturn:
     commands = [f"  {name:<8}{described(name)[0]}" for name in COMMANDS]
     usage = "\n".join(["usage: qlora-min COMMAND [options]\n", *commands,
                        "\nqlora-min COMMAND --help tells more; qlora-min completion bash|zsh|tcsh prints a script "
-                       "that completes all this"])  # fmt: skip
+                       "that completes all of these"])  # fmt: skip
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(usage)
@@ -120,11 +119,9 @@ def main() -> NoReturn:
 
 
 def _completion(shell: str) -> None:
-    """Print the completion script of a shell, by shtab."""
-    try:
+    """Print the completion script of a shell, made by shtab."""
+    with needed("completion", "completion"):
         import shtab
-    except ImportError:
-        raise ValueError("completion needs shtab: pip install -e '.[completion]'") from None
     if shell not in shtab.SUPPORTED_SHELLS:
         raise ValueError(f"completion: got {shell!r}, expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
     parser = argparse.ArgumentParser(prog="qlora-min")

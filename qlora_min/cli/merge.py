@@ -3,7 +3,9 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .options import Emit, Parser, adapter_options, count_option, json_option
 from .push import checked_repository, hub_options, push_if_asked
@@ -11,11 +13,11 @@ from .push import checked_repository, hub_options, push_if_asked
 
 def options(parser: Parser) -> None:
     adapter_options(parser, required=True)
-    parser.add_argument("--output-dir", metavar="DIR", help="where to write the checkpoint")
-    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the file [fp16]")
-    base = "add the update to the weights it was trained on, or to the original ones [dequantized]"
+    parser.add_argument("--output-dir", metavar="DIR", help="the folder for the checkpoint")
+    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the checkpoint [fp16]")
+    base = "add the update to the weights that it was trained on, or to the original ones [dequantized]"
     parser.add_argument("--base", choices=("dequantized", "original"), default="dequantized", help=base)
-    parser.add_argument("--compare", action="store_true", help="evaluate each way to merge instead, and write nothing")
+    parser.add_argument("--compare", action="store_true", help="evaluate every way to merge instead; writes nothing")
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="for --compare [the run's held-out rows]")
     count_option(parser, "--limit", "for --compare: at most the first N rows")
     hub_options(parser, "merged checkpoint")
@@ -33,13 +35,12 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     if not args.output_dir:
         raise ValueError("--output-dir DIR is needed (see --help)")
 
-    from ..merging import MergeError, merge_adapter
-    from ..run.cards import merged_card
+    from ..merging import MergeError
+    from ..run.api import merge
 
-    repository, adapter = checked_repository(args), Path(args.adapter)
-    card = merged_card(adapter, args.base, args.dtype)
+    repository = checked_repository(args)
     try:
-        result = merge_adapter(adapter, Path(args.output_dir), args.dtype, args.base, args.model, card)
+        result = merge(args.adapter, args.output_dir, dtype=args.dtype, onto=args.base, base=args.model)
     except MergeError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
@@ -57,18 +58,57 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
 def _compare(args: argparse.Namespace, emit: Emit) -> int:
     """Print the held-out loss of the adapter on its base and of each way to merge it."""
     from ..data.rows import Rows
-    from ..run.datasets import table
-    from ..run.held_out import evaluation_data
+    from ..run.datasets import evaluation_data, table
     from ..system.device import pick_device, resolve_precision
-    from .merges import compare_merges
 
     adapter = Path(args.adapter)
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit)
     print(table(parts), flush=True)
     rows = Rows.join(part.rows for part in parts)
-    results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()), batch_size=8)
+    results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()))
     for name, r in results.items():
         options = "" if r.option_accuracy is None else f"   option accuracy {r.option_accuracy:.1%}"
         print(f"{name:<42} loss {r.loss:.4f}{options}")
     emit({name: r.as_dict() for name, r in results.items()})
     return 0
+
+
+def compare_merges(adapter: Path, rows: Sequence[Any], model: str | None, precision: str) -> dict[str, Any]:
+    """Evaluate the base without the adapter, the adapter on its base, and each of the three ways to merge it.
+
+    Returns:
+        An `Evaluation` of `rows` for each, by a name that says which it is.
+
+    Raises:
+        ValueError: the adapter was trained on an unquantised base, so that there is only one way to merge it.
+    """
+    from ..adapter import AdapterConfig, load_adapter
+    from ..evaluation import evaluate_rows
+    from ..fused.select import make_engine
+    from ..lora import lora_disabled
+    from ..merging import decoder_linears, fold
+    from ..system.bits import quantize_linear
+
+    quantization = AdapterConfig.read(adapter).quantization
+    if quantization == "none":
+        raise ValueError(f"adapter '{adapter}' was trained on an unquantised base: there is one way to merge it")
+    bits = quantization.upper()
+    loaded = load_adapter(adapter, model, precision)
+    longest, results = max(map(len, rows)), {}
+
+    def measure(name: str) -> None:
+        engine, _, _ = make_engine(loaded, "modules", longest)
+        results[name] = evaluate_rows(engine, rows, batch_size=8, label=name)
+
+    with lora_disabled(loaded.model):
+        measure(f"no adapter, {bits} base")
+    measure(f"adapter on the {bits} base")
+    fold(loaded.model)
+    measure(f"merged onto the dequantised {bits} weights")
+    for name, linear in decoder_linears(loaded.model):
+        loaded.model.set_submodule(name, quantize_linear(linear, quantization, loaded.dtype))
+    measure(f"merged, then quantised to {bits} again")
+    loaded = load_adapter(adapter, model, precision, quantization="none")
+    fold(loaded.model)
+    measure("merged onto the original weights")
+    return results

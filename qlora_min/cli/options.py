@@ -1,7 +1,8 @@
-"""Command-line options: those of a training run, made from `Config`'s fields, and those that several commands share."""
+"""Command-line options: those of a training run, made from the fields of `Config`, and those that commands share."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..config import FIELDS, flag
@@ -9,17 +10,17 @@ from ..run.options import REMOVED, kinds_of, nearest
 from ..system.console import is_first_process
 from ..system.text import redacted
 
-Emit = Callable[[dict[str, Any]], None]  # prints an object where --json asks for it
+Emit = Callable[[dict[str, Any]], None]  # prints an object if --json is given
 METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr, with the nearest known option, and exit code 2."""
+    """An argparse parser whose errors are one line on stderr, with the nearest known option, and exit code 2."""
 
-    removed: Mapping[str, str] = REMOVED  # options of earlier versions -> what there is instead
+    removed: Mapping[str, str] = REMOVED  # options of earlier versions -> what to use instead
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -43,9 +44,8 @@ def positive(text: str) -> int:
 
 
 def groups() -> dict[str, list[str]]:
-    """The headings of --help, each with its options."""
-    found: dict[str, list[str]] = {}
-    title = ""
+    """The headings of --help, each with the names of its options."""
+    found, title = {}, ""
     for f in FIELDS.values():
         title = f.metadata.get("group", title)
         found.setdefault(title, []).append(f.name)
@@ -53,7 +53,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(FIELDS)) -> None:
-    """Add the fields of Config as options, or some. Options that are not given stay out of the namespace."""
+    """Add fields of Config as options. The namespace gets only those that are given on the command line."""
     for title, names in groups().items():
         if chosen := [name for name in names if name in only]:
             group = parser.add_argument_group(title)
@@ -62,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(FIE
 
 
 def _how_to_parse(name: str) -> dict[str, Any]:
-    """What argparse needs to know of a field of Config."""
+    """The arguments of `add_argument` for a field of Config."""
     f = FIELDS[name]
     meta, kinds = f.metadata, kinds_of(f)
     if "separator" in meta:
@@ -80,14 +80,14 @@ def _how_to_parse(name: str) -> dict[str, Any]:
 
 
 def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The Config fields that the command line gave."""
+    """The fields of Config that were given on the command line."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(namespace).items() if k in FIELDS}
 
 
 def adapter_options(parser: Parser, required: bool) -> None:
     parser.add_argument("--adapter", required=required, metavar="DIR", help="an adapter saved by train.py or PEFT")
     alone = "" if required else "a model; with --adapter, "
-    parser.add_argument("--model", metavar="NAME", help=f"{alone}where the base is, if not where the adapter says")
+    parser.add_argument("--model", metavar="NAME", help=f"{alone}the base, if not the one that the adapter names")
 
 
 def count_option(parser: Parser, name: str, what: str, default: int | None = None) -> None:
@@ -103,13 +103,22 @@ def json_option(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, and no text")
 
 
+@contextmanager
+def needed(what: str, extra: str) -> Iterator[None]:
+    """Turn the ImportError of an optional dependency, one of the extra `extra`, into a ValueError."""
+    try:
+        yield
+    except ImportError as e:
+        raise ValueError(f"{what} needs {e.name} ({e}): pip install 'qlora_min[{extra}]'") from None
+
+
 def demo_options(parser: Parser, what: str) -> None:
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line wins")
     parser.add_argument("--demo", action="store_true", help=what)
 
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Config's options: the command line's, over the file's, over the demo's (whose data go to the user's cache)."""
+    """Values for Config: of the command line, else of the file, else of the demo, whose data go to the user's cache."""
     from ..demo import world
     from ..run.options import read_toml
 

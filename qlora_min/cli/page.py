@@ -1,16 +1,18 @@
 """An evaluation as one self-contained HTML file: no scripts, no links, readable offline and on a phone.
 
-The page is the Jinja2 template page.html with two SVG pictures by matplotlib, the curves and the calibration. Texts of
-rows, file names and answers are untrusted: Jinja escapes all of them, the pictures contain none, and the page's
-Content-Security-Policy forbids it to load or run anything. Files appear by name, without their folders.
+The page is made from the Jinja2 template page.html, with two SVG pictures by matplotlib: curves and calibration. Texts
+of rows, file names and answers are untrusted: Jinja escapes all of them, the pictures contain none of them, and the
+page's Content-Security-Policy lets it load or execute nothing. Files appear by name, without their folders.
 """
 
 import io
+import itertools
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,65 +25,47 @@ from ..evaluation import Evaluation
 from ..run import checkpoint
 from ..run.cards import beside, named
 from ..run.curves import draw_curves
-from .generated import Answers
-from .scores import Choices, between
-from .tables import by_data_set, by_letter, measures, texts_by_data_set
+from .options import needed
+from .scores import Answer, Choices, between
+from .tables import Comparison, by_letter
 
-SHOWN = 24  # answers side by side, evenly spaced in all that were generated
+SHOWN = 24  # generated answers that are shown, evenly spaced among all of them
 SAMPLE = ("where", "prompt", "reference", "before", "after")
-DRAWN = {"train": ("step", "loss", "lr"), "eval": ("step", "eval_loss")}  # the values of an event that a curve needs
+DRAWN = {"train": ("step", "loss", "lr"), "eval": ("step", "eval_loss")}  # what the curves need of an event
 LOOK = {
     "savefig.format": "svg", "savefig.transparent": True, "svg.fonttype": "none", "svg.hashsalt": "qlora_min",
     "font.size": 17, "text.parse_math": False, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False,
 }  # fmt: skip
-# Metadata, names and namespaces, which HTML does not need, and clipping, which needs a link within the page:
+# Metadata, ids and namespaces, which HTML does not need, and clipping, which would need a link within the page:
 NEEDLESS = (
     r'(?s)^.*?(?=<svg)|<(metadata|style|clipPath)\b.*?</\1>| clip-path="[^"]*"| id="\w+_\d+"| xmlns(:\w+)?="[^"]*"'
 )
 ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
 ENVIRONMENT.globals.update(beside=beside, between=between, by_letter=by_letter)
-ENVIRONMENT.filters.update(scored=lambda result: Choices.of(result.choices), named=named)
+ENVIRONMENT.filters.update(scored=lambda result: Choices(result.choices), named=named)
 ENVIRONMENT.filters["pieces"] = re.compile(r"(<\|[^|]{1,40}\|>)").split  # at control tokens
 
 
 def check(path: str) -> None:
-    """Raise ValueError if a report can't be made or written; called before the work, which may take hours."""
+    """Raise ValueError if a report can't be made or written. Called before the evaluation, which may take hours."""
     folder = Path(path).parent
     if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"--html {path}: can't be written; expected a file in a folder that exists")
-    try:
+    with needed("--html", "plot"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("--html: matplotlib is not installed (pip install 'qlora_min[plot]')") from None
 
 
-def evaluation(
-    adapter: Path,
-    names: Sequence[str],
-    results: Sequence[Sequence[Evaluation]],
-    answers: Sequence[Sequence[Answers]],
-    precision: str,
-) -> str:
+def evaluation(adapter: Path, found: Comparison, precision: str) -> str:
     """The HTML of an evaluation.
 
     Args:
-        adapter: its folder. If that is in a run directory, the curves of the run are shown, and its samples if there
-            are no answers.
-        names: of the data sets.
-        results: (those of the base, those of the adapter), each with one for each data set.
-        answers: as `results`, or empty.
+        adapter: its folder. If that is in a run directory, the page also shows the curves of the run, and its samples
+            if no answers were generated.
     """
-    names = [named(name) for name in names]
-    before, after = map(Evaluation.join, results)
-    written = [Answers.join(side) for side in answers]
-    texts = [side.scores for side in written] or [None, None]
-    sides, tables = [*zip(names, *results)], []
-    if len(names) > 1:
-        sides.append(("all", before, after))
-        tables.append(by_data_set(names, *results))
-        if answers:
-            tables.append(texts_by_data_set(names, *([a.scores for a in side] for side in answers)))
+    found = replace(found, names=[named(name) for name in found.names])
+    before, after = map(Evaluation.join, found.results)
+    answered = [*zip(*(itertools.chain(*side) for side in found.answers))]
     folder = adapter.resolve()
     run = folder.parent if checkpoint.is_run(folder.parent) else None
     events = _drawn(checkpoint.read_metrics(run)) if run else []
@@ -93,19 +77,19 @@ def evaluation(
         date=time.strftime("%Y-%m-%d"),
         before=before,
         after=after,
-        both=[(label, b, a) for (label, b), (_, a) in zip(measures(before, texts[0]), measures(after, texts[1]))],
-        sides=sides,
-        tables=tables,
+        both=found.whole(),
+        sides=[*zip(found.names, *found.results), *([("all", before, after)] if len(found.names) > 1 else [])],
+        tables=found.parts(),
         events=events,
         curves=any("loss" in e for e in events) and _svg(draw_curves, {"": events}),
         calibration=after.option_rows and _svg(_calibration, {"tab:gray": before, "tab:orange": after}),
-        samples=_samples(written, run),
-        generated=len(written[1].locations) if written else 0,
+        samples=_samples(answered, run),
+        generated=len(answered),
     )
 
 
 def _drawn(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events whose values that a curve needs are all numbers."""
+    """The events that can be drawn: all values that the curves need are numbers."""
 
     def number(value: Any) -> bool:
         return isinstance(value, int | float) and abs(value) < 1e100
@@ -114,7 +98,7 @@ def _drawn(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _svg(draw: Callable[[Any, io.StringIO], Any], data: Any) -> Markup:
-    """A picture as an SVG element, with its texts as text. page.html replaces black by the colour of its own text."""
+    """A picture as an SVG element whose texts are text. page.html replaces black with its own text colour."""
     import matplotlib
 
     out = io.StringIO()
@@ -124,14 +108,14 @@ def _svg(draw: Callable[[Any, io.StringIO], Any], data: Any) -> Markup:
 
 
 def _calibration(results: dict[str, Evaluation], out: io.StringIO) -> None:
-    """Draw accuracy over confidence: colour -> evaluation."""
+    """Draw accuracy over confidence. results: colour -> evaluation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], "--", color="tab:gray")
     for colour, result in results.items():
-        rows, confidence, accuracy = zip(*(b for b in Choices.of(result.choices).bins if b[0]))
+        rows, confidence, accuracy = zip(*(b for b in Choices(result.choices).bins if b[0]))
         axes.plot(confidence, accuracy, color=colour, alpha=0.5)
         axes.scatter(confidence, accuracy, [20 + 600 * n / sum(rows) for n in rows], color=colour, alpha=0.8)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
@@ -139,15 +123,13 @@ def _calibration(results: dict[str, Evaluation], out: io.StringIO) -> None:
     figure.savefig(out)
 
 
-def _samples(answers: Sequence[Answers], run: Path | None) -> list[dict[str, str]]:
-    """The answers of base and adapter with the reference: evenly spaced ones, or else the samples of the run."""
-    if answers:
-        before, after = answers
-        rows = list(zip(after.locations, after.prompts, after.references, before.answers, after.answers))
-        chosen = np.unique(np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).round().astype(int))
-        return [dict(zip(SAMPLE, rows[i])) for i in chosen]
+def _samples(answered: Sequence[tuple[Answer, Answer]], run: Path | None) -> list[dict[str, str]]:
+    """Rows with the reference and both answers: evenly spaced ones of `answered`, or else the samples of the run."""
+    if answered:
+        chosen = np.unique(np.linspace(0, len(answered) - 1, min(SHOWN, len(answered))).round().astype(int))
+        return [dict(zip(SAMPLE, (*b[:3], b.answer, a.answer))) for b, a in (answered[i] for i in chosen)]
     try:
         found = [dict(json.loads(line)) for line in (run / "samples.jsonl").read_bytes().splitlines()] if run else []
-    except (OSError, ValueError, TypeError, RecursionError):  # none, or damaged: the rest of the page is still good
+    except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged: the page is made without them
         return []
     return [{key: str(sample.get(key, "")) for key in SAMPLE} for sample in found]

@@ -1,6 +1,6 @@
-"""Pushing to the Hugging Face hub: private unless asked otherwise; nothing that is there is made public.
+"""Pushing to the Hugging Face hub: to a private repository unless --public; a private one never becomes public.
 
-The token is huggingface_hub's own business (HF_TOKEN, or `hf auth login`).
+The token is left to huggingface_hub (HF_TOKEN, or `hf auth login`).
 """
 
 import argparse
@@ -18,33 +18,30 @@ def hub_options(parser: Parser, what: str) -> None:
     parser.add_argument("--public", action="store_true", help="for --push-to-hub: the repository may be public")
 
 
-def checked_repository(args: argparse.Namespace, base: str | None = None) -> str | None:
-    """Where to push, if anywhere: asked before any work, so that a missing token costs no training."""
-    if args.public and not args.push_to_hub:
-        raise ValueError("--public needs --push-to-hub OWNER/NAME (see --help)")
-    if args.push_to_hub:
-        check_push(args.push_to_hub, args.public, base)
-    return args.push_to_hub
-
-
 def push_if_asked(folder: Path, repo: str | None, args: argparse.Namespace, emit: Emit) -> None:
-    """Push a folder, and print where it is now."""
+    """Push a folder, and print the address of the repository."""
     if repo:
         url = push(folder, repo, args.public)
         print(f"pushed to {url} ({'public' if args.public else 'private'})")
         emit({"event": "push", "url": url, "public": args.public})
 
 
-def check_push(repo: str, public: bool, base: str | None = None) -> None:
-    """Ask the hub, before any work, whether a push to OWNER/NAME can succeed; nothing is changed there.
+def checked_repository(args: argparse.Namespace, base: str | None = None) -> str | None:
+    """The repository to push to, if any. The hub is asked, before any work, whether a push can succeed.
+
+    Nothing is changed on the hub.
 
     Args:
-        base: of an adapter that is to be pushed; there is a note if its place on this machine would be pushed with it.
+        base: the base of an adapter that is to be pushed. If it is a folder, a note says that its path is pushed, too.
 
     Raises:
-        ValueError: no such name is possible, there is no token or not one that may write there, the hub can't be
-            reached, or the repository is public already and `public` is not asked for.
+        ValueError: the name is invalid, there is no token or it may not write there, the hub can't be reached, or the
+            repository is public and --public is not given.
     """
+    if args.public and not args.push_to_hub:
+        raise ValueError("--public needs --push-to-hub OWNER/NAME (see --help)")
+    if not (repo := args.push_to_hub):
+        return None
     refuse_secrets(repo, "--push-to-hub")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -63,22 +60,23 @@ def check_push(repo: str, public: bool, base: str | None = None) -> None:
             raise _refusal(repo, f"the token is of {', '.join(owners)}; expected one of these as OWNER")
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise _refusal(repo, "the token may only read; make one that may write")
-        with suppress(RepositoryNotFoundError):  # or else it will be made
-            _refuse_public(repo, HfApi().model_info(repo).private, public)
+        with suppress(RepositoryNotFoundError):  # it will be created
+            _refuse_public(repo, HfApi().model_info(repo).private, args.public)
     if base and Path(base).is_dir():
-        where = Path(base).resolve()
-        print(f"note: the adapter will name its base as '{where}', and those who load it must give theirs")
+        path = Path(base).resolve()
+        print(f"note: the adapter will name its base as '{path}', and those who load it must give theirs")
+    return repo
 
 
 def push(folder: Path, repo: str, public: bool) -> str:
-    """Push a folder to OWNER/NAME, which is made if need be; a repository that holds something gets a new commit.
+    """Push a folder to OWNER/NAME as one commit; the repository is created if it does not exist.
 
     Returns:
-        where it is now.
+        The URL of the repository.
 
     Raises:
-        ValueError: the hub can't be reached, refuses, or has the repository public where `public` is not asked for. The
-            folder is as it was, and the message says how to push it later.
+        ValueError: the hub can't be reached or refuses, or the repository is public and `public` is False. The folder
+            is unchanged, and the message says how to push it later.
     """
     from huggingface_hub import HfApi
 
@@ -88,7 +86,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
         info = api.model_info(repo)
         _refuse_public(repo, info.private, public)
         if held := len({f.rfilename for f in info.siblings or ()} - {".gitattributes"}):
-            print(f"{repo} holds {held} files: this push is a new commit on top, what they were stays in its history")
+            print(f"{repo} holds {held} files: this push is a new commit on top; its history keeps them")
         return api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Pushed by qlora_min").repo_url.url
 
 
@@ -103,7 +101,7 @@ def _refusal(repo: str, why: str) -> ValueError:
 
 @contextmanager
 def _reaching(repo: str, advice: str) -> Iterator[None]:
-    """Whatever huggingface_hub or the network raise is a ValueError of one line."""
+    """Turn whatever huggingface_hub or the network raises into a ValueError of one line."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:
@@ -115,6 +113,6 @@ def _reaching(repo: str, advice: str) -> Iterator[None]:
         why = f"the hub refuses ({clipped(e.server_message or e)})"
     except ValueError:
         raise
-    except Exception as e:  # of whichever HTTP library it uses
+    except Exception as e:  # of the HTTP library
         why = f"the Hugging Face hub can't be reached ({clipped(e)})"
     raise _refusal(repo, f"{why}; {advice}")

@@ -1,10 +1,10 @@
-"""Measures computed from counts and texts: intervals, confusion, calibration, similarity of answers and references.
+"""What is computed from answers: intervals, confusion, calibration, and how alike answers and references are.
 
     wilson       (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)         Wilson 1927; z = 1.96 for 95%
     calibration  ECE = sum over bins of (rows in it / rows) · |accuracy - mean confidence|     Guo et al. 2017
-    ROUGE-L      F1 of the longest common subsequence of words, a mean over rows               Lin 2004, rouge-score
+    ROUGE-L      F1 of the longest common subsequence of words, averaged over rows             Lin 2004, rouge-score
     BLEU         geometric mean of 1- to 4-gram precisions with a brevity penalty, over all rows   Papineni et al. 2002,
-                 sacrebleu (Post 2018); orders longer than all answers are left out
+                 sacrebleu (Post 2018); n-gram orders longer than every answer are ignored
 
 ROUGE-L and BLEU need the extra `eval` (rouge-score and sacrebleu).
 """
@@ -13,14 +13,18 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..evaluation import Choice
+from ..base import Base
+from ..data.rows import Row
+from ..evaluation import Choice, option_letters
+from ..generate import generate
+from ..system import console
 
 Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
-BINS = 10
+BINS = 10  # of confidence
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -37,58 +41,43 @@ def between(interval: tuple[float, float]) -> str:
     return f"{100 * interval[0]:.1f}-{interval[1]:.1%}"
 
 
-@dataclass(frozen=True)
 class Choices:
-    """The answers to n multiple-choice rows.
+    """The answers to n multiple-choice rows, those of `Evaluation.choices`.
 
     Attributes:
         right, chosen: (n,) letters.
+        hits: (n,) bool, whether the right letter was chosen.
         confidence: (n,) the probability of the chosen option, by a softmax over the options of the row.
+        letters: all letters that are right or chosen in some row, sorted.
     """
 
-    right: np.ndarray
-    chosen: np.ndarray
-    confidence: np.ndarray
-
-    @classmethod
-    def of(cls, rows: Sequence[Choice]) -> "Choices":
-        """From `Evaluation.choices`."""
+    def __init__(self, rows: Sequence[Choice]):
         right, chosen, confidence, _ = zip(*rows) if rows else ((), (), (), ())
-        return cls(np.array(right, str), np.array(chosen, str), np.array(confidence, float))
-
-    def __len__(self) -> int:
-        return len(self.right)
-
-    @property
-    def hits(self) -> np.ndarray:
-        return self.right == self.chosen
-
-    @property
-    def letters(self) -> list[str]:
-        return sorted({*self.right.tolist(), *self.chosen.tolist()})
+        self.right, self.chosen, self.confidence = np.array(right, str), np.array(chosen, str), np.array(confidence)
+        self.hits, self.letters = self.right == self.chosen, sorted({*right, *chosen})
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95% interval of the option accuracy."""
-        return wilson(int(self.hits.sum()), len(self))
+        return wilson(int(self.hits.sum()), len(self.hits))
 
     @property
     def confusion(self) -> np.ndarray:
-        """(L, L) numbers of rows by right letter and chosen letter, in the order of `letters`."""
+        """(L, L) number of rows of each right letter (first dimension) and chosen letter, in the order of `letters`."""
         pairs = Counter(zip(self.right.tolist(), self.chosen.tolist()))
         return np.array([[pairs[right, chosen] for chosen in self.letters] for right in self.letters], int)
 
     @property
     def bins(self) -> list[tuple[int, float, float]]:
-        """(rows, mean confidence, accuracy) of ten bins of confidence of equal width; (0, nan, nan) if empty."""
+        """(rows, mean confidence, accuracy) of each of ten equal bins of confidence; (0, nan, nan) for an empty one."""
         at = np.minimum((np.nan_to_num(self.confidence) * BINS).astype(int), BINS - 1)
         parts = [(self.confidence[at == i], self.hits[at == i]) for i in range(BINS)]
         return [(len(c), c.mean().item(), h.mean().item()) if len(c) else (0, math.nan, math.nan) for c, h in parts]
 
     @property
     def calibration_error(self) -> float:
-        """The expected calibration error: 0 where answers given with 60% confidence are right in 60% of the rows."""
-        return sum(n / len(self) * abs(accuracy - confidence) for n, confidence, accuracy in self.bins if n)
+        """The expected calibration error: 0 if answers of 60% confidence are right in 60% of the rows, and so on."""
+        return sum(n / len(self.hits) * abs(accuracy - confidence) for n, confidence, accuracy in self.bins if n)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -103,8 +92,10 @@ class Choices:
 
 @dataclass(frozen=True)
 class TextScores:
-    """Scores of generated answers: fractions in [0, 1], ROUGE-L and BLEU in [0, 100]. valid_format: None if no row is
-    multiple choice."""
+    """Scores of generated answers. exact_match, valid_format: fractions in [0, 1]; rouge_l, bleu: in [0, 100].
+
+    valid_format: None if no row is multiple choice.
+    """
 
     rows: int
     exact_match: float
@@ -115,40 +106,64 @@ class TextScores:
     as_dict = asdict
 
 
-def need_libraries() -> None:
-    """Raise ValueError if rouge-score or sacrebleu is not installed."""
-    try:
-        import rouge_score.rouge_scorer  # noqa: F401
-        import sacrebleu  # noqa: F401
-    except ImportError as e:
-        raise ValueError(f"--generate needs rouge-score and sacrebleu ({e}): pip install 'qlora_min[eval]'") from None
+class Answer(NamedTuple):
+    """A row that a model has answered. letters: of its options, empty if it is not multiple choice."""
+
+    location: str
+    prompt: str
+    reference: str
+    answer: str
+    letters: Sequence[str]
 
 
-def text_scores(
-    answers: Sequence[str], references: Sequence[str], letters: Sequence[Sequence[str] | None]
-) -> TextScores:
-    """Compare answers with their references.
-
-    Args:
-        letters: the option letters of each row, None if it is not multiple choice. The format of an answer is valid if
-            it begins with one of them and a colon.
-    """
+def text_scores(rows: Sequence[Answer]) -> TextScores:
+    """Compare answers with their references."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
 
     scorer = RougeScorer(["rougeL"])  # without a stemmer, the library's default; its words are [a-z0-9]+
-    rouge = [scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
-    exact = [" ".join(a.split()) == " ".join(r.split()) for a, r in zip(answers, references)]
-    valid = [valid_format(a, some) for a, some in zip(answers, letters, strict=True) if some]
+    valid = [valid_format(row.answer, row.letters) for row in rows if row.letters]
+    bleu = BLEU(effective_order=True).corpus_score([row.answer for row in rows], [[row.reference for row in rows]])
     return TextScores(
-        rows=len(answers),
-        exact_match=float(np.mean(exact)),
+        rows=len(rows),
+        exact_match=float(np.mean([row.answer.split() == row.reference.split() for row in rows])),
         valid_format=float(np.mean(valid)) if valid else None,
-        rouge_l=100 * float(np.mean(rouge)),
-        bleu=float(BLEU(effective_order=True).corpus_score(list(answers), [list(references)]).score),
+        rouge_l=100 * float(np.mean([scorer.score(row.reference, row.answer)["rougeL"].fmeasure for row in rows])),
+        bleu=float(bleu.score),
     )
 
 
 def valid_format(answer: str, letters: Sequence[str]) -> bool:
-    """Whether an answer begins with a letter of an option and a colon: "B: ..." does, "B" does not."""
+    """Whether an answer begins with an option's letter and a colon: "B: ..." does, "B" does not."""
     return answer.startswith(tuple(f"{letter}:" for letter in letters))
+
+
+def generated(
+    base: Base, rows: Sequence[Row], batch_size: int, max_new_tokens: int, progress: str | None = None
+) -> list[Answer]:
+    """Let a model answer rows by greedy decoding. The adapter takes part unless it is disabled.
+
+    Args:
+        batch_size: rows decoded at a time; halved if memory runs out.
+        max_new_tokens: an answer that has not ended is cut after as many tokens.
+        progress: the label of the progress bar; None shows no bar.
+    """
+    decode = base.encoder.tokenizer.decode
+    prompts = [r.input_ids[: r.answer_start].tolist() for r in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
+    answers: dict[int, str] = {}
+    with console.bar(len(rows), progress, "row", show=progress is not None) as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            answers.update(zip(part, generate(base, [prompts[i] for i in part], max_new_tokens)))
+            bar.update(len(part))
+    return [
+        Answer(
+            location=row.location,
+            prompt=decode(prompt),
+            reference=decode(row.input_ids[row.answer_start :].tolist(), skip_special_tokens=True),
+            answer=answers[i],
+            letters=option_letters(base, row),
+        )
+        for i, (row, prompt) in enumerate(zip(rows, prompts))
+    ]

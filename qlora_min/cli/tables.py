@@ -1,16 +1,18 @@
-"""Tables of evaluations."""
+"""A base and its adapter, evaluated side by side: as tables, and as an object for --json."""
 
+import functools
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation import Evaluation
 from ..run.cards import MEASURES
 from ..system.console import aligned
-from .generated import Answers
-from .scores import Choices, TextScores, between, wilson
+from .scores import Answer, Choices, TextScores, between, text_scores, wilson
 
-Table = list[tuple[str, ...]]  # of strings, the head first
-GENERATED = (  # what is shown of TextScores
+Table = list[tuple[str, ...]]  # rows of cells; the first row is the head
+GENERATED = (  # what is shown of TextScores: label, field, format
     ("exact match", "exact_match", "{:.1%}"),
     ("valid format", "valid_format", "{:.1%}"),
     ("ROUGE-L", "rouge_l", "{:.1f}"),
@@ -19,11 +21,11 @@ GENERATED = (  # what is shown of TextScores
 
 
 def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[str, str]]:
-    """What there is to show of a side, in words: (label, value)."""
+    """What is known of one side (the base or the adapter): (label, value) pairs."""
     lines = [("rows", f"{result.rows:,}"), ("supervised tokens", f"{result.supervised_tokens:,}")]
     lines += _known(result, MEASURES)
     if result.option_rows:
-        choices = Choices.of(result.choices)
+        choices = Choices(result.choices)
         if result.option_rows < result.rows:
             lines.append(("  rows with options", f"{result.option_rows:,}"))
         lines += [
@@ -40,41 +42,34 @@ def measures(result: Evaluation, texts: TextScores | None = None) -> list[tuple[
 
 
 def _known(side: Evaluation | TextScores, shown: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
-    """(label, value) of those of MEASURES or GENERATED that there are."""
+    """(label, value) of the entries of MEASURES or GENERATED whose value is not None."""
     return [(label, form.format(getattr(side, key))) for label, key, form in shown if getattr(side, key) is not None]
 
 
 def _change(pair: Sequence[Evaluation | TextScores], key: str, form: str) -> str:
-    """base -> adapter."""
+    """The values of base and adapter, as "base → adapter"."""
     values = [getattr(side, key) for side in pair]
     return "-" if None in values else " → ".join(map(form.format, values))
 
 
-def side_by_side(before: Evaluation, after: Evaluation, texts: Sequence[TextScores | None] = (None, None)) -> str:
-    """A table as text: a line a measure, base and adapter in columns."""
-    both = zip(measures(before, texts[0]), measures(after, texts[1]))
-    lines = [("", "base", "adapter"), *((label, b, a) for (label, b), (_, a) in both)]
-    return "\n".join(f"{label:<20}{b:>14}{a:>14}" for label, b, a in lines)
-
-
 def by_data_set(names: Sequence[str], before: Sequence[Evaluation], after: Sequence[Evaluation]) -> Table:
-    """A line a data set, for each measure base -> adapter.
+    """A line for each data set, with base → adapter for each measure.
 
-    majority: what always saying the letter that is right most often would reach.
+    majority: the accuracy of always choosing the letter that is right most often.
     """
     lines = [("data", "rows", "loss", "token accuracy", "option accuracy", "95% interval", "chance", "majority")]
     for name, b, a in zip(names, before, after):
         changes = [_change((b, a), key, form) for _, key, form in MEASURES if key != "perplexity"]
         known = ["-"] * 3
         if a.option_rows:
-            interval = between(Choices.of(a.choices).interval)
+            interval = between(Choices(a.choices).interval)
             known = [interval, f"{a.chance:.1%}", "{} {:.1%}".format(*a.majority)]
         lines.append((name, f"{a.rows:,}", *changes, *known))
     return lines
 
 
 def texts_by_data_set(names: Sequence[str], before: Sequence[TextScores], after: Sequence[TextScores]) -> Table:
-    """As `by_data_set`, of generated answers."""
+    """As `by_data_set`, for generated answers."""
     lines = [("data", "answers", *(label for label, _, _ in GENERATED))]
     for name, *pair in zip(names, before, after):
         lines.append((name, f"{pair[1].rows:,}", *(_change(pair, key, form) for _, key, form in GENERATED)))
@@ -82,9 +77,9 @@ def texts_by_data_set(names: Sequence[str], before: Sequence[TextScores], after:
 
 
 def by_letter(choices: Choices) -> Table:
-    """A line a right letter, the letters chosen in columns, the accuracy last."""
+    """A line for each right letter: how often each letter was chosen, then the accuracy."""
     letters, confusion = choices.letters, choices.confusion
-    lines = [("right letter", *(f"said {letter}" for letter in letters), "rows", "accuracy", "95% interval")]
+    lines = [("right letter", *(f"chose {letter}" for letter in letters), "rows", "accuracy", "95% interval")]
     for i, letter in enumerate(letters):
         n, right = int(confusion[i].sum()), int(confusion[i, i])
         end = (f"{right / n:.1%}", between(wilson(right, n))) if n else ("-", "-")
@@ -92,36 +87,57 @@ def by_letter(choices: Choices) -> Table:
     return lines
 
 
-def show(names: Sequence[str], results: Sequence[Sequence[Evaluation]], answers: Sequence[Sequence[Answers]]) -> None:
-    """Print the tables of an evaluation.
+@dataclass(frozen=True)
+class Comparison:
+    """A base and its adapter, evaluated on the same data sets. str() is what `qlora-min eval` prints.
 
-    Args:
-        names: of the data sets. results: (base's, adapter's), each with one for each data set. answers: the same, or
-            nothing.
+    Attributes:
+        names: of the data sets.
+        results: of the base and of the adapter, one for each data set.
+        answers: generated by the base and by the adapter, for each data set; empty if none were generated.
     """
-    before, after = map(Evaluation.join, results)
-    print(side_by_side(before, after, [Answers.join(side).scores for side in answers] or (None, None)))
-    if len(names) > 1:
-        print("\nEach data set, base → adapter (95% interval of the adapter's option accuracy;")
-        print("majority: what always saying the letter that is right most often would reach):")
-        print(aligned(by_data_set(names, *results)))
-        if answers:
-            print(aligned(texts_by_data_set(names, *([a.scores for a in side] for side in answers))))
-    if after.option_rows:
-        print("\nThe adapter's answers by right letter:\n" + aligned(by_letter(Choices.of(after.choices))))
 
+    names: Sequence[str]
+    results: Sequence[Sequence[Evaluation]]
+    answers: Sequence[Sequence[Sequence[Answer]]] = ()
 
-def values(
-    names: Sequence[str], results: Sequence[Sequence[Evaluation]], answers: Sequence[Sequence[Answers]]
-) -> dict[str, Any]:
-    """An evaluation for --json: what there is of each side, in all and of each data set."""
+    @functools.cached_property
+    def scores(self) -> list[list[TextScores]]:
+        """Of the base's and the adapter's answers: a score for each data set, then one for all together."""
+        return [[text_scores(part) for part in (*side, [*itertools.chain(*side)])] for side in self.answers]
 
-    def of(result: Evaluation, texts: Answers | None) -> dict[str, Any]:
-        options = {"options": Choices.of(result.choices).as_dict()} if result.option_rows else {}
-        return {**result.as_dict(), **options, **({"generated": texts.scores.as_dict()} if texts else {})}
+    def whole(self) -> Table:
+        """All data sets together: a line for each measure, with columns for base and adapter."""
+        texts = [side[-1] for side in self.scores] or [None, None]
+        before, after = map(measures, map(Evaluation.join, self.results), texts)
+        return [("", "base", "adapter"), *((label, b, a) for (label, b), (_, a) in zip(before, after))]
 
-    sides = {}
-    for key, each, texts in zip(("base", "with_adapter"), results, answers or [[], []]):
-        whole = of(Evaluation.join(each), Answers.join(texts) if texts else None)
-        sides[key] = whole | {"datasets": {n: of(*pair) for n, *pair in zip(names, each, texts or [None] * len(names))}}
-    return sides
+    def parts(self) -> list[Table]:
+        """If there are several data sets: their measures, then their generated answers if there are any."""
+        if len(self.names) == 1:
+            return []
+        texts = [texts_by_data_set(self.names, *self.scores)] if self.scores else []
+        return [by_data_set(self.names, *self.results), *texts]
+
+    def __str__(self) -> str:
+        lines, after = [aligned(self.whole())], Evaluation.join(self.results[1])
+        if tables := self.parts():
+            lines.append("\nEach data set, base → adapter (95% interval of the adapter's option accuracy;")
+            lines.append("majority: the accuracy of always choosing the letter that is right most often):")
+            lines += map(aligned, tables)
+        if after.option_rows:
+            lines += ["\nThe adapter's answers by right letter:", aligned(by_letter(Choices(after.choices)))]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json: of each side, what is known in all and of each data set."""
+
+        def of(result: Evaluation, texts: TextScores | None) -> dict[str, Any]:
+            options = {"options": Choices(result.choices).as_dict()} if result.option_rows else {}
+            return {**result.as_dict(), **options, **({"generated": texts.as_dict()} if texts else {})}
+
+        sides, no_scores = {}, [[None] * (len(self.names) + 1)] * 2
+        for side, results, texts in zip(("base", "with_adapter"), self.results, self.scores or no_scores):
+            *each, whole = map(of, (*results, Evaluation.join(results)), texts)
+            sides[side] = whole | {"datasets": dict(zip(self.names, each))}
+        return sides

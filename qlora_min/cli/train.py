@@ -12,7 +12,7 @@ from .push import checked_repository, hub_options, push_if_asked
 
 def options(parser: Parser) -> None:
     demo_options(parser, "train the embedded demo: no network, no GPU, a minute")
-    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="continue a run (the newest unfinished)")
+    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="continue a run [the newest unfinished]")
     count_option(parser, "--preview", "print N rows as the model sees them, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, forecast memory and time, and exit")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
@@ -26,10 +26,10 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
 
     train                                    the reference configuration: Qwen2-0.5B-Instruct on MedQA
     train --demo                             an embedded model and data: no network, no GPU, a minute
-    train --model DIR --dataset FILE.jsonl   your own
+    train --model DIR --dataset FILE.jsonl   your own model and data
     train --resume                           continue the newest unfinished run
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # while loading; training has its own
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # until training sets its own handler
     given = config_options(args)
     config = Config(**given)
 
@@ -65,7 +65,7 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
 
 
 def _preview(config: Config, count: int) -> None:
-    """Print rows as the model sees them, supervised tokens in colour."""
+    """Print rows as the model sees them, supervised tokens in colour. Writes nothing."""
     from ..base import load_encoder
     from ..run.datasets import read_data
     from .data import show_rows

@@ -1,4 +1,4 @@
-"""What an epoch shows of the rows: how often each data set's, and multiple-choice options in which order."""
+"""What differs between epochs: which rows are visited, and in which order multiple-choice options are shown."""
 
 import random
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from .rows import Row
 
 
 def epoch_rows(sizes: Sequence[int], mix: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """The rows that an epoch visits: (n,) indices into the rows of all data sets, one behind the other.
+    """The rows that an epoch visits, as indices (n,) into the concatenated rows of all data sets.
 
-    A weight of 2 visits each row of its data set twice; 0.5 half of them, and the other half in the next epoch; 1.25
-    each once and a quarter again. n is the same in all epochs. Without a mix, each row once.
+    With a weight of 2, each row of the data set is visited twice in an epoch; with 0.5, half of the rows, and the other
+    half in the next epoch; with 1.25, each row once and a quarter of them again. n is the same in all epochs.
 
     Args:
-        sizes: rows of each data set. mix: a weight for each, or nothing.
+        sizes: the number of rows of each data set. mix: the weight of each data set; if empty, all are 1.
     """
     parts, start = [np.arange(0)], 0
     for number, (size, weight) in enumerate(zip(sizes, mix or [1.0] * len(sizes), strict=True)):
@@ -32,10 +32,13 @@ def epoch_rows(sizes: Sequence[int], mix: Sequence[float], seed: int, epoch: int
 
 
 def shuffle_options(row: Row, encoder: Any, max_length: int, seed: int, epoch: int, visit: int) -> Row:
-    """A multiple-choice row with its options in the order of this visit (an index into `epoch_rows`), encoded anew.
+    """Encode a multiple-choice row with its options in a random order that depends on (seed, epoch, visit).
 
-    Returns the row as it is if its options can't change places (`permute_options`), or if it would become longer than
-    `max_length` tokens or have more supervised tokens: so the memory that was planned suffices. Takes some 2 ms.
+    The row is returned unchanged if its options can't be reordered (`permute_options`), or if it would become longer
+    than `max_length` tokens or have more supervised tokens, so that it fits the planned memory. Takes about 2 ms.
+
+    Args:
+        visit: the index into `epoch_rows`.
     """
     example = row.example
     order = list(range(len(example.choice.letters) if example.choice else 0))

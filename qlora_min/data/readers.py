@@ -58,9 +58,7 @@ def read(source: str, limit: int | None = None, bad: BadRows | None = None) -> I
     if source in GIVEN:
         return _examples(source, _numbered(GIVEN[source], source, len(GIVEN[source]), "rows"), limit, bad)
     if re.fullmatch("rows-[0-9a-f]{16}", source):
-        raise ValueError(
-            f"data set '{source}': rows that were given from Python; give the same rows again as `dataset`"
-        )
+        raise ValueError(f"data set '{source}': rows that were given from Python; give the same again as `dataset`")
     path, kinds = Path(source), "/".join(FILE_KINDS)
     try:
         mode = path.stat().st_mode
@@ -254,9 +252,8 @@ def _read_csv(path: Path) -> Raw:
     for header, location in itertools.islice(rows, 1):
         if isinstance(header, BadRow):
             raise header
-        check_columns(
-            header, location, COLUMNS.__contains__
-        )  # a file without header has a row here: show no text of it
+        # In a file without a header this is a row, of which no text may be shown.
+        check_columns(header, location, COLUMNS.__contains__)
     for fields, location in rows:
         if isinstance(fields, list) and len(fields) > len(header):
             fields = BadRow(f"{location}: more fields than the header names")

@@ -1,4 +1,4 @@
-"""The embedded demo: a tiny base that the package carries, and the invented world that it knows (world.py).
+"""The embedded demo: a tiny base model inside the package, and the invented world that it knows (world.py).
 
-It imports nothing else of the package.
+It imports nothing else from the package.
 """

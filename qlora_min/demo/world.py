@@ -1,18 +1,18 @@
-"""The embedded demo: a tiny Qwen2 and an invented pharmacy, so that QLoRA can be watched at work without a download.
+"""The embedded demo: a tiny Qwen2 and an invented pharmacy, which show QLoRA at work without a download.
 
 The world. 128 invented conditions and 32 invented drugs; each condition has one drug that treats it, each drug treats
-four conditions. The names come from a seeded rule, so nothing here can be known from elsewhere.
+four conditions. The names come from a seeded rule, so they occur in no other data.
 
-What the base already knows. `scripts/pretrain_demo.py` made the 0.2 M parameter Qwen2 in `model/`: it states the
-facts in sentences, answers open questions in chat form with the drug's name, and solves multiple choice in plain text,
-with digits as labels.
+What the base already knows. `scripts/pretrain_demo.py` made the Qwen2 of 0.2 M parameters in `model/`. It states the
+facts in sentences, answers open questions in chat form with the name of the drug, and solves multiple choice in plain
+text, with digits as labels.
 
-What it never saw. Letters or option lists inside a chat. Asked a question of MedQA's layout in the chat template, it
-does no better than chance between the letters, and that is what QLoRA has to teach: not facts, but to
-use them in a new form. The questions of the evaluation file are about 32 conditions that the training file leaves out,
-so a right answer there joins a fact from pretraining with the form learnt from other conditions.
+What it has never seen. Letters or option lists inside a chat. Asked a question of MedQA's layout in the chat template,
+it chooses between the letters no better than chance. So QLoRA does not teach it facts, but to use them in a new form.
+The evaluation file asks about 32 conditions that the training file leaves out: a right answer there combines a fact
+from pretraining with the form learnt from other conditions.
 
-Cost: 58 tokens a row, 200 steps of 32 rows; about a minute on two CPU cores, start and evaluations included.
+Cost: 58 tokens per row, 200 steps of 32 rows; about a minute on two CPU cores, start and evaluations included.
 """
 
 import json
@@ -23,13 +23,9 @@ from pathlib import Path
 MODEL_DIR = Path(__file__).parent / "model"
 LETTERS = "ABCD"
 INSTRUCTION = "Please answer with one of the option in the bracket"  # medical_meadow_medqa's own words
-QUESTIONS = (
-    "Which drug treats {}?",
-    "What is {} treated with?",
-    "A patient has {}. Which drug should be given?",
-)
+QUESTIONS = ("Which drug treats {}?", "What is {} treated with?", "A patient has {}. Which drug should be given?")
 TRAIN_ROWS, EVAL_ROWS, HELD_OUT = 6400, 500, 32
-# Option values for qlora_min.config: what differs from the trainer's defaults, which are meant for a 0.5 B model.
+# Values of Config that differ from its defaults, which are meant for a 0.5 B model.
 OPTIONS: dict[str, object] = {
     "max_length": 64,
     "epochs": 1,
@@ -43,9 +39,9 @@ OPTIONS: dict[str, object] = {
 
 
 def invent(count: int, endings: tuple[str, ...], seed: int) -> list[str]:
-    """`count` different pronounceable names: two syllables and an ending, e.g. Tavorosis."""
+    """Make `count` different pronounceable names: two syllables and an ending, e.g. Tavorosis."""
     rng = random.Random(seed)
-    names: dict[str, None] = {}  # a dict and not a set, since its order is the order of insertion
+    names: dict[str, None] = {}  # a dict, since a set would not keep the order of insertion
     while len(names) < count:
         syllables = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))
         names[(syllables + rng.choice(endings)).capitalize()] = None
@@ -58,7 +54,7 @@ TREATMENT = dict(zip(random.Random(3).sample(CONDITIONS, len(CONDITIONS)), DRUGS
 
 
 def row(condition: str, rng: random.Random, labels: str = LETTERS) -> dict[str, str]:
-    """One multiple-choice question about `condition`, in the layout of medical_meadow_medqa."""
+    """Make a multiple-choice question about `condition`, in the layout of medical_meadow_medqa."""
     drug = TREATMENT[condition]
     choices = rng.sample([d for d in DRUGS if d != drug], 3)
     answer = rng.randrange(4)
@@ -72,7 +68,7 @@ def row(condition: str, rng: random.Random, labels: str = LETTERS) -> dict[str, 
 
 
 def rows(conditions: list[str], count: int, seed: int) -> list[dict[str, str]]:
-    """`count` different questions, the conditions taken in turn."""
+    """Make `count` different questions, about each condition in turn."""
     rng = random.Random(seed)
     found: dict[str, dict[str, str]] = {}
     for n in range(count * 2):
@@ -82,7 +78,7 @@ def rows(conditions: list[str], count: int, seed: int) -> list[dict[str, str]]:
 
 
 def cache_folder() -> Path:
-    """Where the demo's data are kept between commands: ~/.cache/qlora_min/demo, or under $XDG_CACHE_HOME."""
+    """The folder that keeps the demo's data between commands: ~/.cache/qlora_min/demo, or under $XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_min" / "demo"
 
 
@@ -99,6 +95,6 @@ def write_data(folder: Path) -> tuple[Path, Path]:
 
 
 def config_options() -> dict[str, object]:
-    """Option values for qlora_min.config: the model, the data (written into the user's cache), and OPTIONS."""
+    """Values for Config: the model, the data (which are written to the user's cache), and OPTIONS."""
     train, held = write_data(cache_folder())
     return {"model": str(MODEL_DIR), "dataset": (str(train),), "eval_dataset": (str(held),), **OPTIONS}

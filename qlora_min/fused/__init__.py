@@ -1,3 +1,3 @@
-"""The same numbers faster: a second engine, written by hand for Llama-shaped models, CUDA graphs for either engine, and
-the choice between them. The core never imports it: an engine is handed to the loop.
+"""Faster computation of the same numbers: a hand-written engine for Llama-shaped models, CUDA graphs for either engine,
+and the choice between them. The core never imports this folder: an engine is passed to the loop.
 """

@@ -1,27 +1,27 @@
-"""The decoder by hand: forward and backward of Qwen2, Qwen3, Llama and Mistral over packed rows, without autograd.
+"""A hand-written decoder: forward and backward of Qwen2, Qwen3, Llama and Mistral on packed rows, without autograd.
 
-A decoder layer, with x the residual stream (N tokens, D wide) and projections P(u) = W u + b + (alpha/r) B A drop(u):
+A decoder layer, with the residual stream x (N, D) and projections P(u) = W u + b + (alpha/r) B A drop(u):
 
-    n = norm(x)        q, k, v = P(n)       q, k turned by their positions
+    n = norm(x)        q, k, v = P(n)       q, k rotated by their positions
     x = x + P(attention(q, k, v))
     n = norm(x)        x = x + P(silu(P_gate(n)) * P_up(n))
 
-Backwards, for y = W u + (alpha/r) B h, h = A drop(u):
+Backward, for y = W u + (alpha/r) B h, h = A drop(u):
 
     dB += (alpha/r) dy^T h      dh = (alpha/r) dy B      dA += dh^T drop(u)      du = dy W + drop'(dh A)
 
-Nothing else trains, so a layer keeps for its backward what these lines name and no more: 33 KB a token and layer of
-Qwen2-0.5B in 16 bits. With checkpointing it keeps x alone (3.6 KB) and computes the rest again.
+Nothing else trains, so a layer saves only the values in these lines for its backward: 33 KB per token and layer of
+Qwen2-0.5B in 16 bits. With checkpointing it saves x alone (3.6 KB) and recomputes the rest.
 
-What makes it fast, where a step of a small model by autograd is tens of thousands of launches:
+A step of a small model by autograd takes tens of thousands of kernel launches. What makes this engine faster:
 
-- Rows are packed (batches.py): every operation but attention sees one (N, D) matrix.
-- Projections of one input are one product: q, k, v; gate and up. All matrices of a layer are dequantised in one launch.
-- What lies between products is one kernel each (ops.py).
-- On a GPU forward and backward of each N are captured once as a CUDA graph (engine.py): one launch a micro-batch.
+- Rows are packed (batches.py): every operation except attention works on one (N, D) matrix.
+- Projections that share an input are one product: q, k and v; gate and up. One launch dequantises a whole layer.
+- Each operation between two products is a single kernel (ops/kernels.py).
+- On a GPU, forward and backward are captured as CUDA graphs (fused/graphs.py): one launch per micro-batch.
 
-The numbers are those of the modules' own forward under autocast, up to the rounding of the compute dtype: fewer values
-are rounded here. `unsupported` tells which models it can't compute.
+The results equal those of the modules' own forward under autocast up to rounding in the compute dtype; fewer values are
+rounded here. `unsupported` says which models this engine can't compute.
 """
 
 from collections.abc import Sequence
@@ -44,14 +44,14 @@ from ..scale.sharding import slices, unshard
 from ..system.bits import bnb, dequantized_weight
 
 FAMILIES = ("qwen2", "llama", "mistral", "qwen3")
-LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # `engine.Modules.logits` does these
-ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the rows' lengths
-PROJECTIONS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)),
-               ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))  # fmt: skip
+LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # implemented by `engine.Modules.logits`
+ROTARY = ("default", "linear", "llama3", "yarn")  # the types whose angles do not depend on the rows' lengths
+PROJECTIONS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
 
 
 def unsupported(base: Base, max_length: int) -> str | None:
-    """Why this module can't compute a model, or None."""
+    """The reason why `Decoder` can't compute a model, or None if it can."""
     c = base.model.config
     rope = getattr(c, "rope_parameters", None) or {}
     window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
@@ -63,18 +63,19 @@ def unsupported(base: Base, max_length: int) -> str | None:
     if window and window < max_length:
         return f"the model attends to {window} tokens, and rows may be longer"
     if any(m.in_features % 64 for m in base.model.get_decoder().modules() if isinstance(m, bnb.nn.Linear4bit)):
-        return "the model has rows that are no multiple of 64"
+        return "the model has a layer whose input size is not a multiple of 64"
     if base.model.get_output_embeddings().bias is not None or any(getattr(c, k, None) for k in LOGIT_SCALINGS):
         return "the output head has a bias, or its logits are scaled"
     return None
 
 
 class Projections:
-    """Linear layers that share an input, as one product: W = [W1; W2; ...] (out, in), with their LoRA updates.
+    """Linear layers that share an input, computed as one product: W = [W1; W2; ...] (out, in), and their LoRA updates.
 
     Attributes:
-        weight: (out, in) in the compute dtype; of a quantised base a view that is valid while its layer is dequantised.
-        stream: which dropout this is: one, for all of them.
+        weight: (out, in) in the compute dtype. Unless `Decoder.stored`, a view of the scratch buffer, valid until
+            another layer's weights are written there.
+        stream: the dropout stream, which all of them share.
     """
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype):
@@ -82,18 +83,15 @@ class Projections:
         self.linears = linears
         self.loras = [m for m in modules if isinstance(m, LoRALinear)]
         self.stream = self.loras[0].dropout.stream if self.loras else 0
-        biases = [b.bias for b in linears]
-        self.bias = None
-        if any(b is not None for b in biases):
-            zeros = [torch.zeros(m.out_features, device=m.weight.device) for m in linears]
-            self.bias = torch.cat([(z if b is None else b).to(dtype) for b, z in zip(biases, zeros)])
+        biases = [torch.zeros(m.out_features, device=m.weight.device) if m.bias is None else m.bias for m in linears]
+        self.bias = torch.cat([b.to(dtype) for b in biases]) if any(m.bias is not None for m in linears) else None
         self.shape = (sum(m.out_features for m in linears), linears[0].in_features)
         self.weight: Tensor
         starts = [sum(m.out_features for m in linears[:i]) for i in range(len(linears))]
         self.rows = [slice(s, s + m.out_features) for s, m in zip(starts, modules) if isinstance(m, LoRALinear)]
         self.ranks = [slice(i * m.spec.rank, (i + 1) * m.spec.rank) for i, m in enumerate(self.loras)]
-        self.A = self.dA = None  # (R, in), of all together; set by Decoder
-        self.B: list[Tensor] = []  # (out, r) each
+        self.A = self.dA = None  # (R, in), the As of all layers stacked; set by Decoder
+        self.B: list[Tensor] = []  # (out, r) each; set by Decoder
         self.dB: list[Tensor] = []
 
     @property
@@ -112,7 +110,7 @@ class Projections:
         return y, h
 
     def backward(self, dy: Tensor, x: Tensor | None, h: Tensor | None, p: float, keys: Tensor) -> Tensor:
-        """dy (N, out) -> dx (N, in); adds to dA and dB."""
+        """dy (N, out) -> dx (N, in). Adds to dA and dB."""
         dx = dy @ self.weight  # (N, out) @ (out, in) -> (N, in)
         if not self.enabled:
             return dx
@@ -133,7 +131,7 @@ class Projections:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """out += alpha a @ b, out in fp32; products of 16-bit numbers are summed, and stay, in fp32."""
+    """out += alpha a @ b, with `out` in fp32. Products of 16-bit numbers are accumulated and returned in fp32."""
     if a.dtype == torch.float32:
         out.addmm_(a, b, alpha=alpha)
     elif a.is_cuda:
@@ -143,22 +141,22 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
 
 
 class Layer:
-    """One decoder layer. `saved` is what its forward keeps for its backward."""
+    """One decoder layer. `saved` holds what its forward saves for its backward."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, head_dim: int):
         self.dtype, self.head_dim = dtype, head_dim
         self.norm1, self.norm2 = module.input_layernorm, module.post_attention_layernorm
-        groups = ([getattr(getattr(module, part), n) for n in names] for part, names in PROJECTIONS)
+        groups = ([module.get_submodule(name) for name in names] for names in PROJECTIONS)
         self.projections = self.qkv, self.o, self.gate_up, self.down = [Projections(g, dtype) for g in groups]
         self.heads = [m.out_features // head_dim for m in self.qkv.linears]  # of q, k, v
-        self.qk_norm = None  # of Qwen3: RMSNorm of each head of q and k
+        self.qk_norm = None  # Qwen3: RMSNorm of each head of q and k
         if hasattr(module.self_attn, "q_norm"):
             pair = module.self_attn.q_norm, module.self_attn.k_norm
             norms = [m for m, n in zip(pair, self.heads) for _ in range(n)]
             self.qk_norm = torch.stack([m.weight.data for m in norms]).float(), norms[0].variance_epsilon
 
     def until_gate(self, x: Tensor, delta: Tensor | None, ctx: "Context") -> dict:
-        """All but the last projection: x (N, D), delta (N, D) what the layer before adds to it -> saved."""
+        """All but the last projection: x (N, D), and delta (N, D), the previous layer's output to add -> saved."""
         p, keys = ctx.dropout, ctx.keys
         x, n, r = formulas.add_norm(x, delta, self.norm1.weight, self.norm1.variance_epsilon, self.dtype)
         qkv, h_qkv = self.qkv.forward(n, p, keys)  # (N, q + k + v)
@@ -177,13 +175,13 @@ class Layer:
         }  # fmt: skip
 
     def forward(self, x: Tensor, delta: Tensor | None, ctx: "Context") -> tuple[Tensor, Tensor, dict]:
-        """-> the stream, what is still to be added to it, and saved."""
+        """-> x (N, D), the output (N, D) that is still to be added to it, and saved."""
         saved = self.until_gate(x, delta, ctx)
         out, saved["h_down"] = self.down.forward(formulas.swiglu(saved["gate_up"]), ctx.dropout, ctx.keys)
         return saved["x2"], out, saved
 
     def backward(self, saved: dict, dx: Tensor, dx_low: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
-        """The gradient of the stream above the layer (N, D), in fp32 and in the compute dtype -> below it."""
+        """The gradient (N, D) of the layer's output stream, in fp32 and in the compute dtype -> that of its input."""
         p, keys = ctx.dropout, ctx.keys
         act = formulas.swiglu(saved["gate_up"]) if self.down.enabled else None
         dact = self.down.backward(dx_low, act, saved.get("h_down"), p, keys)
@@ -200,20 +198,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Context:
-    """What all layers compute one batch with."""
+    """What all layers share while they compute one batch."""
 
     batch: Packed
-    angles: tuple[Tensor, Tensor, Tensor]  # cos and sin of each position, and the tokens' positions
+    angles: tuple[Tensor, Tensor, Tensor]  # cos and sin of each position, and position_ids
     dropout: float
-    keys: Tensor | None  # of dropout's masks
-    keep: bool  # a backward follows
+    keys: Tensor | None  # (N,), for the dropout masks
+    keep: bool  # whether a backward follows
 
 
 class Decoder(Engine):
-    """The decoder and head of a base, with its LoRA layers, computing on packed rows.
+    """The decoder and the head of a base with LoRA layers, on packed rows.
 
     Args:
-        max_seqlen: of the rows that may come.
+        max_seqlen: an upper bound of the lengths of rows.
     """
 
     def __init__(self, base: Base, max_seqlen: int):
@@ -234,7 +232,7 @@ class Decoder(Engine):
         self.buffers = [self.scratch, self.cos, self.sin, *([self.low] if self.low is not self.adapter.weights else [])]
 
     def _place_weights(self) -> None:
-        """Give each group of projections its one weight."""
+        """Set the weight of each group of projections."""
         self.dequantizers = []
         groups = [p for layer in self.layers for p in layer.projections]
         self.sharded = self.base.sharded
@@ -245,7 +243,7 @@ class Decoder(Engine):
             for p in groups:
                 p.weight = torch.cat([m.weight.data for m in p.linears])
                 for m, w in zip(p.linears, p.weight.split([m.out_features for m in p.linears])):
-                    m.weight.data = w  # a view: nothing is held twice
+                    m.weight.data = w  # a view, so that no weight is stored twice
             return
         sizes = [p.shape[0] * p.shape[1] for p in self.layers[0].projections]
         self.scratch = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
@@ -258,7 +256,7 @@ class Decoder(Engine):
                 self.dequantizers = []
 
     def _use_dequantizers(self) -> bool:
-        """By a kernel, a layer in one launch, from now on; False if that gives other weights than bitsandbytes does."""
+        """Dequantise by our kernel from now on, one launch per layer. Return whether it agrees with bitsandbytes."""
         from ..ops.kernels import Dequantizer
 
         self._dequantize(0)
@@ -270,7 +268,7 @@ class Decoder(Engine):
         return torch.equal(theirs, self.scratch)
 
     def _dequantize(self, index: int) -> None:
-        """Fill the scratch with a layer's weights."""
+        """Write a layer's dequantised weights to the scratch buffer; for a sharded base, gather them first."""
         unshard(self.modules[index])
         if self.dequantizers:
             self.dequantizers[index](self.scratch)
@@ -280,7 +278,10 @@ class Decoder(Engine):
                     out.copy_(dequantized_weight(m))
 
     def _place_lora(self) -> None:
-        """Give each group of projections its A and B, views of a copy in the compute dtype. The As of a group touch."""
+        """Set A and B of each group of projections: views of a copy in the compute dtype.
+
+        The As of a group are adjacent in `FlatLoRA`, so one view holds them all.
+        """
         self.adapter = flat = FlatLoRA(lora_layers(self.base.model).values(), self.device)
         self.low = flat.weights if self.dtype == torch.float32 else torch.empty_like(flat.weights, dtype=self.dtype)
         groups = [p for layer in self.layers for p in layer.projections if p.loras]
@@ -291,7 +292,7 @@ class Decoder(Engine):
         self.dropout = groups[0].loras[0].dropout.p if groups else 0.0
 
     def _try_kernels(self) -> None:
-        """Try each kernel once, on tensors of this model's widths."""
+        """Try each kernel once, on tensors of this model's sizes."""
         if self.device.type != "cuda":
             return
         layer, n, norm = self.layers[0], 8, self.norm.weight
@@ -359,7 +360,7 @@ class Decoder(Engine):
         return loss
 
     def _head(self, y: Tensor, batch: Packed, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the gradient (N, D) of the head's input: logits exist for LOGIT_ROWS positions at a time."""
+        """The loss, and the gradient (N, D) of the head's input. Only LOGIT_ROWS rows of logits exist at a time."""
         hidden = y[batch.loss_positions]  # (N, D) -> (S, D)
         dhidden, loss = torch.empty_like(hidden), torch.zeros((), device=y.device)
         for start in range(0, len(hidden), LOGIT_ROWS):

@@ -1,7 +1,7 @@
-"""CUDA graphs: forward and backward of a micro-batch as one launch, by either engine.
+"""CUDA graphs: forward and backward of a micro-batch in a single launch, for either engine.
 
-A step of a small model is tens of thousands of launches, each of which costs the CPU more time than the GPU; a graph is
-one. What is captured computes the same kernels on the same addresses, so batches are copied into the graph's own.
+A step of a small model takes tens of thousands of kernel launches, and each costs the CPU more time than the GPU. A
+graph takes one. A graph replays the same kernels on the same addresses, so each batch is copied to the graph's inputs.
 """
 
 from collections.abc import Callable
@@ -18,24 +18,25 @@ from ..system.text import clipped
 
 
 def round_up(n_supervised: int) -> int:
-    """To how many supervised positions a batch is padded where shapes must repeat: a power of 2, 64 at least."""
+    """The number of supervised positions to pad a batch to, so that shapes repeat: a power of 2, at least 64."""
     return 2 ** max(6, (n_supervised - 1).bit_length())
 
 
 def shape(batch: Packed) -> tuple[int, ...]:
-    """(N, S, R + 1, max_seqlen): batches of one shape can take each other's place."""
+    """(N, S, R + 1, max_seqlen): batches of equal shape can be computed by the same graph."""
     return len(batch.input_ids), len(batch.targets), len(batch.cu_seqlens), batch.max_seqlen
 
 
 class Captured(Engine):
-    """An engine's `loss_and_gradients` and `hidden_states` on a GPU as one launch each, for batches on the CPU.
+    """An engine on a GPU whose `loss_and_gradients` and `hidden_states` take one launch each, for batches on the CPU.
 
     There is one CUDA graph for each shape of a batch and each set of enabled LoRA layers. All graphs share one memory
-    pool: they run one after the other. What is returned is overwritten by the next call. A model whose forward asks the
-    device for a value can't be captured: it is computed without graphs, and a note says so.
+    pool, since only one is replayed at a time. The next call overwrites the returned tensor. A model whose forward
+    reads a value back from the device can't be captured: it is computed without graphs, and a note says so.
 
     Args:
-        grain: batches are padded to a multiple of so many tokens, and to R rows, so that there are few shapes.
+        grain: batches are padded to a multiple of `grain` tokens, and to a fixed number of rows, so that few shapes
+            occur.
     """
 
     def __init__(self, engine: Engine, max_seqlen: int, grain: int = 256):
@@ -46,11 +47,11 @@ class Captured(Engine):
         self.factor = torch.zeros((), device=device)
         self.seed = torch.zeros((), dtype=torch.int32, device=device)
         self.loss = torch.zeros((), device=device)
-        self.failed = False  # whether the model can't be captured
+        self.failed = False  # True once the model has turned out not to be capturable
         self.release()
 
     def release(self) -> None:
-        """Forget all graphs, with their memory."""
+        """Drop all graphs and their memory."""
         self.graphs: dict[tuple, tuple[Packed, torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -86,7 +87,7 @@ class Captured(Engine):
                     raise
         if self.failed:
             return compute(batch.to(self.device))
-        if key not in self.graphs:  # smaller graphs' blocks may be in the way
+        if key not in self.graphs:  # out of memory: drop the other graphs, whose blocks may be too small to reuse
             self.release()
             torch.cuda.empty_cache()
             self._capture(key, compute, batch)
@@ -102,13 +103,16 @@ class Captured(Engine):
         if not any(k[0] == key[0] for k in self.graphs):
             self._try(compute, mine)
         torch.cuda.synchronize()
-        graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL's own thread may ask the device meanwhile
+        graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL's own thread may query the device meanwhile
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
             result = compute(mine)
         self.graphs[key] = mine, graph, result
 
     def _try(self, compute: Callable[[Packed], Tensor], mine: Packed) -> None:
-        """Run once before the first capture: kernels are compiled, cuBLAS takes its memory. Leaves no trace."""
+        """Compute once before the first capture, so that kernels are compiled and cuBLAS allocates its workspace.
+
+        The gradients are restored afterwards.
+        """
         grads = self.adapter.grads.clone()
         torch.cuda.synchronize()
         try:

@@ -1,3 +1,3 @@
-"""Operations on tensors below the level of a layer: formulas in plain PyTorch, the same as Triton kernels, attention of
-packed rows, and the random bits of dropout.
+"""Tensor operations below the level of a layer: formulas in plain PyTorch and the same as Triton kernels, attention on
+packed rows, dropout, and the flat tensor of trainable weights.
 """

@@ -1,4 +1,4 @@
-"""Causal attention of packed rows: on a GPU by PyTorch's own kernels, on a CPU one row after the other."""
+"""Causal attention on packed rows: by PyTorch's own kernels on a GPU, row by row on a CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,13 @@ def attention(
 ) -> Tensor:
     """Causal attention within each row: q (N, H, P), k and v (N, K, P) with H a multiple of K -> (N, H, P).
 
-    On a GPU PyTorch's flash attention, or its memory-efficient one for fp32 and for GPUs before Ampere; both take
-    packed rows. On a CPU one row after the other.
+    On a GPU this is PyTorch's flash attention, or its memory-efficient attention for fp32, heads wider than 256 and
+    GPUs before Ampere. Both accept packed rows. On a CPU rows are computed one after the other.
 
     Args:
-        max_seqlen: an upper bound of the rows' lengths. scale: of the scores; 1 / sqrt(P) if not given.
-        window: how many tokens a token sees, itself included; 0: all before it.
+        cu_seqlens: (R + 1,) int32, the boundaries of the rows. max_seqlen: an upper bound of their lengths.
+        scale: the factor of the scores; default 1 / sqrt(P).
+        window: the number of tokens that a token attends to, itself included; 0 means all tokens up to itself.
     """
     if q.is_cuda:
         return _Attention.apply(q, k, v, cu_seqlens, max_seqlen, scale, window)
@@ -38,8 +39,10 @@ def attention(
 
 
 class _Attention(torch.autograd.Function):
-    """PyTorch's attention kernels for packed rows on a GPU. Their registered derivatives do not all take windows, so
-    the backward kernels are called here."""
+    """PyTorch's attention kernels for packed rows on a GPU.
+
+    The backward kernels are called here because not all registered derivatives support windows.
+    """
 
     @staticmethod
     def forward(
@@ -87,7 +90,7 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Flash attention's backward sums in any order unless asked not to; then the same step is the same bits."""
+    """Make the backward of flash attention bit-identical every time; by default its order of summation varies."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

@@ -1,12 +1,12 @@
-"""Dropout whose masks are a function of where an element stands.
+"""Dropout whose mask is a function of the element's location.
 
-An element's mask is a hash of (the step's seed, the row's place in the step, token in the row, stream, feature), see
-masks.py. It is never stored: the backward pass, and a forward pass that gradient checkpointing repeats, draw it again;
-and however a step is cut into micro-batches and divided between processes, its masks are the same.
+An element's mask is a hash of (seed of the step, index of the row in the step, index of the token in the row, stream,
+feature), see masks.py. It is never stored: the backward pass, and a forward pass that gradient checkpointing repeats,
+compute it again. It does not depend on how a step is cut into micro-batches or divided among processes.
 
-A stream is a number that tells the model's dropouts apart. Layers that share their input (q, k and v; gate and up)
-share a stream, and so a mask, where PEFT's modules draw one each. This lets them be computed as one product with one
-dropout, and changes what is learned by less than the choice of a seed does.
+A stream is a number that distinguishes the dropouts of a model. Layers that share their input (q, k and v; gate and up)
+share a stream and thus a mask, whereas each of PEFT's modules draws its own. They can then be computed as one product
+with one dropout. The effect on what is learned is smaller than that of the choice of a seed.
 """
 
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ from . import formulas
 
 @dataclass
 class Tokens:
-    """What decides the dropout masks of the tokens being computed, shared by all layers of a model.
+    """The keys of the dropout masks of the tokens being computed; one object for all layers of a model.
 
-    keys: (N,) int32, by `masks.dropout_keys`; None draws masks at random.
+    keys: (N,) int32, from `masks.dropout_keys`. If None, masks are drawn at random.
     """
 
     keys: Tensor | None = None
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask follows the token, wherever in a batch it stands.
+    """Dropout whose mask depends on the token and the feature, not on their location in the batch.
 
     Args:
-        p: probability of zeroing an element. tokens: their keys, set by the engine. stream: which of the model's
-            dropouts this is.
+        p: probability of zeroing an element. tokens: the keys of the tokens, set by the engine. stream: the number of
+            this dropout in the model.
     """
 
     def __init__(self, p: float, tokens: Tokens, stream: int = 0):
@@ -50,13 +50,13 @@ class Dropout(nn.Module):
         if len(keys) != n:
             raise ValueError(
                 f"dropout: a targeted layer is given {n:,} tokens of the micro-batch's {len(keys):,} (routed experts, "
-                "say), so their masks can't be told; use --dropout 0, or other --targets"
+                "for example), so their masks are unknown; use --dropout 0, or other --targets"
             )
         return _Dropout.apply(x, self.p, keys, self.stream)
 
 
 class _Dropout(torch.autograd.Function):
-    """Stores no mask: the gradient below a dropout is the same dropout of the gradient above it."""
+    """Stores no mask: the gradient of a dropout's input is the same dropout of its output's gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:

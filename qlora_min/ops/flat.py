@@ -1,4 +1,4 @@
-"""Parameters as views of one flat tensor."""
+"""The trainable parameters as views of one flat tensor."""
 
 import itertools
 from collections.abc import Collection
@@ -7,22 +7,22 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-EIGHT_BITS_FROM = 4096  # elements of a matrix from which bitsandbytes keeps its optimizer state in 8 bits
+EIGHT_BITS_FROM = 4096  # bitsandbytes keeps the optimizer state of tensors of at least so many elements in 8 bits
 
 
 class FlatLoRA:
-    """All that trains in one flat tensor, and its gradients in another: cleared, summed and stepped at once.
+    """All trainable weights in one flat tensor and their gradients in another, to clear, sum and step them at once.
 
-    Building it moves every `lora_A` and `lora_B`, and its `.grad`, to views of the two.
+    The constructor turns every `lora_A` and `lora_B` and its `.grad` into views of the two tensors.
 
     Args:
         layers: the LoRA layers of a model, in its order.
 
     Attributes:
-        weights, grads: (n,) fp32; the As come before the Bs, in the model's order, those below 4,096 elements last.
-        large, small: what an optimizer steps: two flat tensors, if the blocks of 8-bit state then end where the
-            matrices do; else every matrix by itself.
-        largest: elements of the largest matrix.
+        weights, grads: (n,) fp32. All As, then all Bs, in the model's order; matrices below 4,096 elements come last.
+        large, small: lists of parameters for the optimizer, of at least and below 4,096 elements. One flat tensor
+            each, if no block of 8-bit state (256 elements) would then span two matrices; else one for each matrix.
+        largest: the number of elements of the largest matrix.
     """
 
     def __init__(self, layers: Collection[nn.Module], device: torch.device):
@@ -47,6 +47,6 @@ class FlatLoRA:
             self.large, self.small = ([w] if w.numel() else [] for w in flat)
 
     def view(self, flat: Tensor, matrix: nn.Parameter, rows: int | None = None) -> Tensor:
-        """The part of `flat` (n,) that belongs to a matrix; with more `rows` than it has, those of the ones behind."""
+        """The view of `flat` (n,) that belongs to a matrix; more `rows` than it has include those of the next ones."""
         start, rows = self._starts[id(matrix)], rows or matrix.shape[0]
         return flat[start : start + rows * matrix.shape[1]].view(rows, matrix.shape[1])

@@ -1,12 +1,12 @@
-"""The operations of ops.py as Triton kernels: what a step does between its products, each in one pass over memory.
+"""The operations of formulas.py as Triton kernels, each in one pass over memory, and dequantisation.
 
-A training step of a small model is bound by memory and by launches, not by arithmetic: written with PyTorch's own
-operations a norm alone is six kernels forward and ten backward, each reading and writing the whole tensor. Here each
-operation reads its inputs once, computes in fp32, and writes its outputs once. The formulas stand in ops.py, in plain
-PyTorch; the tests compare the two.
+A training step of a small model is bound by memory bandwidth and kernel launches, not by arithmetic: written with
+PyTorch's own operations, a norm alone takes six kernels forward and ten backward, each of which reads and writes the
+whole tensor. Here each operation reads its inputs once, computes in fp32 and writes its outputs once. formulas.py has
+the same operations in plain PyTorch, with shapes; the tests compare the two.
 
-One program handles one row (a token) unless the docstring says otherwise. Nothing here waits for the device, and no
-result depends on the order in which programs run, so that a step is the same bits every time.
+One program handles one token unless the docstring says otherwise. Nothing here waits for the device, and no result
+depends on the order in which programs execute, so a step is bit-identical every time.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .masks import threshold
 
-NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, scales a second-level scale
+NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights per scale, scales per second-level scale
 CHUNK = 64  # NF4 blocks that one program dequantises: 4,096 weights
 
 
@@ -29,7 +29,7 @@ def _dequantize_kernel(
     packed_at, scales_at, scales2_at, means, starts, blocks, places, code, code2, out,
     MATRICES: tl.constexpr, BLOCK: tl.constexpr, SCALE_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHUNK blocks of one of the MATRICES, found by its place among their first programs."""
+    """One program: CHUNK blocks of one of the MATRICES, the last whose first program is at or before this one."""
     pid = tl.program_id(0)
     m = 0
     for i in tl.static_range(1, MATRICES):
@@ -52,10 +52,11 @@ def _dequantize_kernel(
 
 
 class Dequantizer:
-    """Doubly quantised 4-bit matrices -> one flat tensor, one behind the other, in one launch.
+    """Dequantises doubly quantised 4-bit matrices into one flat tensor, concatenated, in one launch.
 
     Args:
-        states: bitsandbytes' (packed weight, QuantState) of each; all tensors must stay where they are.
+        states: bitsandbytes' (packed weight, QuantState) of each matrix. Their tensors must not move afterwards: the
+            kernel keeps their addresses.
     """
 
     def __init__(self, states: Sequence[tuple[Tensor, Any]]):
@@ -139,8 +140,8 @@ def _rotate_kernel(
     x, qkv, out, cos, sin, positions, weight, eps, WIDTH, HALF,
     BACKWARD: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The first HEADS heads of a token, x -> out: normed, then turned; backwards a gradient: turned back, then below
-    the norm of qkv."""
+    """The first HEADS heads of a token, x -> out: normalised, then rotated. BACKWARD, where x is a gradient: rotated
+    back, then through the norm of qkv."""
     row = tl.program_id(0).to(tl.int64)
     i, h = tl.arange(0, P)[None, :], tl.arange(0, H)[:, None]
     there = (h < HEADS) & (i < HALF)
@@ -225,7 +226,7 @@ def swiglu_backward_(dh: Tensor, gate_up: Tensor) -> None:
 
 @triton.jit
 def _mix(x):
-    """uint32 -> uint32, as `ops.mix`."""
+    """uint32 -> uint32, as `masks.mix`."""
     x ^= x >> 16
     x *= 0x21F0AAAD
     x ^= x >> 15
@@ -236,7 +237,7 @@ def _mix(x):
 
 @triton.jit(do_not_specialize=["stream", "threshold"])
 def _dropout_kernel(x, y, keys, stream, threshold, scale, D, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK features of a token: y = keep x scale, or y += that."""
+    """One program: BLOCK features of a token. y = keep x scale; if ADD, y += keep x scale."""
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     key = tl.load(keys + row).to(tl.uint32, bitcast=True) + stream.to(tl.uint32)
     pairs = (start // 2 + tl.arange(0, BLOCK // 2)).to(tl.uint32)

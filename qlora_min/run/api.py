@@ -24,7 +24,7 @@ from ..merging import Merged, merge_adapter
 from ..system.device import pick_device, resolve_precision
 from .cards import merged_card
 from .checkpoint import read_metrics
-from .held_out import evaluation_data
+from .datasets import evaluation_data
 from .resume import resume_config
 from .trainer import Trainer
 
@@ -36,7 +36,7 @@ Dataset = str | Path | Sequence[str | Path] | Rows
 class Run:
     """A training run that has ended.
 
-    folder: its directory. adapter: the folder of its best adapter. history: the events of metrics.jsonl, in order.
+    folder: its directory. adapter: the folder with its best adapter. history: the events of metrics.jsonl, in order.
     """
 
     folder: Path
@@ -60,20 +60,19 @@ def train(
     """Fine-tune a model with QLoRA.
 
     Args:
-        model: a hub id or a folder; the reference configuration's if not given.
+        model: a hub id or a folder; by default, that of the reference configuration.
         dataset: hub ids or files, or the rows themselves: dicts, or a `datasets.Dataset`.
-        resume: the directory of a run to continue. A run on rows that were given must be given them again.
-        on_event: called with each event of metrics.jsonl ("train", "eval", "end") as soon as there is one.
+        resume: the directory of a run to continue. If its data set was rows in memory, pass the same rows again.
+        on_event: called with each event of metrics.jsonl ("train", "eval", "end") as soon as it is added.
         options: any field of `Config`; eval_dataset takes what dataset does.
 
     Raises:
         ValueError: an option, the model or the data is not usable; nothing has been written.
-        TrainingError: training could not go on; the message says what is saved.
+        TrainingError: training can't continue; the message says what is saved.
     """
-    given = {**options, "model": model, "dataset": dataset}
-    given |= {k: _names(given[k]) for k in ("dataset", "eval_dataset") if given.get(k) is not None}
-    given |= {k: str(given[k]) for k in ("model", "output_dir") if given.get(k) is not None}
-    given = {k: v for k, v in given.items() if v is not None}
+    convert = {"dataset": _names, "eval_dataset": _names, "model": str, "output_dir": str}
+    given = {k: v for k, v in {**options, "model": model, "dataset": dataset}.items() if v is not None}
+    given = {k: convert[k](v) if k in convert else v for k, v in given.items()}
     config, folder = resume_config(str(resume), given) if resume is not None else (Config(**given), None)
     trainer = Trainer(config, folder, on_event=on_event)
     trainer.train()
@@ -81,7 +80,7 @@ def train(
 
 
 def _names(dataset: Dataset) -> tuple[str, ...]:
-    """The names of data sets; rows in memory get one."""
+    """The names of data sets. Rows in memory get a name."""
     if isinstance(dataset, str | Path):
         return (str(dataset),)
     items = list(dataset)
@@ -91,32 +90,31 @@ def _names(dataset: Dataset) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to ask: a base with an adapter, or a merged checkpoint."""
+    """A model that generates: a base with an adapter, or a merged checkpoint."""
 
     base: Base
 
     def generate(
         self, prompt: str | Sequence[Message] | Sequence[str | Sequence[Message]], max_new_tokens: int = 256
     ) -> Any:
-        """The answer to a prompt (a text, or messages with role and content), greedily; a list for a list of prompts.
+        """Answer a prompt (a text, or messages with role and content), or each prompt of a list, by greedy decoding.
 
         Args:
-            max_new_tokens: an answer is cut here if it has not ended.
+            max_new_tokens: an answer is cut at this many tokens.
         """
         one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
-        asked = [prompt] if one else prompt
-        messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in asked]
-        answers = (
-            generate(self.base, [self.base.encoder.prompt(m) for m in messages], max_new_tokens) if messages else []
-        )
+        asked = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in ([prompt] if one else prompt)]
+        prompts = [self.base.encoder.prompt(messages) for messages in asked]
+        answers = generate(self.base, prompts, max_new_tokens) if prompts else []
         return answers[0] if one else answers
 
 
 def load(model: str | Path, base: str | Path | None = None, precision: str = "auto") -> Model:
-    """An adapter's folder, or a model's (a merged checkpoint, a hub id), ready to generate.
+    """Load a model that generates: from an adapter's folder, from a merged checkpoint, or by its hub id.
 
     Args:
-        base: where an adapter's base is, if not where the adapter's files say.
+        base: the path or hub id of an adapter's base, if it is not the one in the adapter's files.
+        precision: auto, fp16, bf16 or fp32.
 
     Raises:
         ValueError: no such adapter or model, or another base than the adapter was trained on.
@@ -136,15 +134,15 @@ def evaluate(
     max_length: int = 512,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Evaluate an adapter on the rows that its run held out, or on others.
+    """Evaluate an adapter on the rows that its run held out, or on a data set.
 
     Args:
-        dataset: as for `train`. base: where the base is, if not where the adapter's files say.
-        limit: at most the first N rows of each data set. max_length: longer rows are left out.
+        dataset: as for `train`. base: as for `load`.
+        limit: use at most the first N rows of each data set. max_length: leave out longer rows of `dataset`, in tokens.
         batch_size: rows at a time.
 
     Raises:
-        ValueError: as `load`; or the data can't be read, or are not those of the run.
+        ValueError: as `load`; or the data can't be read, or have changed since the run.
     """
     names = None if dataset is None else _names(dataset)
     parts = evaluation_data(Path(adapter), base and str(base), names, limit, max_length)
@@ -161,14 +159,15 @@ def merge(
     onto: str = "dequantized",
     base: str | Path | None = None,
 ) -> Merged:
-    """Merge an adapter into its base: an ordinary checkpoint in `output`, read back and compared before it is kept.
+    """Merge an adapter into its base. The result, an ordinary checkpoint in `output`, is read back and compared first.
 
     Args:
-        dtype: of the file: fp16, bf16 or fp32. onto: dequantized, the weights that it was trained on, or original.
-        base: where the base is, if not where the adapter's files say.
+        dtype: the checkpoint's: fp16, bf16 or fp32.
+        onto: dequantized, to add the adapter to the weights that it was trained on, or original.
+        base: as for `load`.
 
     Raises:
-        ValueError: as `load`; or `output` holds something already.
+        ValueError: as `load`; or `output` is not empty.
         MergeError: the checkpoint does not compute what the adapter does; it is not kept.
     """
     card = merged_card(Path(adapter), onto, dtype)

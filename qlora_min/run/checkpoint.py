@@ -1,16 +1,16 @@
-"""The run directory: what is saved, atomically, and how it is found again.
+"""The run directory: how a run is saved, atomically, and read again.
 
     runs/NAME/config.json            every option as resolved, versions, base id and fingerprint, hash of the data
     runs/NAME/metrics.jsonl          one JSON object an event
-    runs/NAME/samples.jsonl          the same held-out prompts answered without and with the adapter
+    runs/NAME/samples.jsonl          held-out prompts, answered without and with the adapter
     runs/NAME/curves.png             loss and learning rate over steps
     runs/NAME/adapter/               the best adapter, in PEFT's format
     runs/NAME/checkpoints/step-N/    all that resuming needs: state.json, tensors.safetensors, manifest.json
 
-A folder is written beside its final place, every file and the folder itself are flushed to disk, and only then is it
-renamed: a folder with its final name is complete. A checkpoint's manifest holds the sha256 of its files, so that one
-which went bad later is noticed and the one before it used. Tensors are stored as safetensors, the rest as JSON: reading
-either runs no code. Whatever the disk refuses is an OSError; what it held before is still there then.
+A folder is written under a temporary name, all its files and the folder itself are flushed to disk, and only then is it
+renamed: so a folder with its final name is complete. A checkpoint's manifest holds the sha256 of its files, so that
+later damage is detected and the previous checkpoint used. Tensors are stored as safetensors, the rest as JSON: reading
+them executes no code. If the disk fails, that is an OSError, and what was saved before is still there.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ from ..system.files import UNSUPPORTED, atomic_folder, sha256
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 LOCK = ".lock"
 RECORDED = ("options", "base", "files", "data", "versions")  # the parts of config.json that resuming compares
-BEFORE_A_RUN = {LOCK, ".config.json.new"}  # all that a start which failed can leave
-# What reading a bad checkpoint raises.
+BEFORE_A_RUN = {LOCK, ".config.json.new"}  # all that a failed start can leave behind
+# The errors of reading a damaged checkpoint.
 DAMAGED = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 def clean(run: Path) -> None:
-    """Remove what a killed process left half-written, and put a folder back that it was about to replace."""
+    """Remove what a killed process left half-written, and restore a folder that it was about to replace."""
     for parent in (run, run / "checkpoints"):
         for name in _names(parent):
             left = parent / name
@@ -57,19 +57,19 @@ def clean(run: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    """What a folder holds; unlike `glob`, a folder that can't be read does not pass for an empty one."""
+    """The names in a folder, none if it is missing. Unlike `glob`, this raises OSError if the folder can't be read."""
     with suppress(FileNotFoundError):
         return os.listdir(folder)
     return []
 
 
 def flatten(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
-    """A nested state as JSON, its tensors moved into `tensors` (cloned: safetensors refuses shared memory)."""
+    """A nested state as JSON. Its tensors are put into `tensors`, cloned, since safetensors rejects shared memory."""
     if isinstance(value, torch.Tensor):
-        name = f"{len(tensors)}{path}"  # the number makes it unique
+        name = f"{len(tensors)}{path}"  # unique by the number
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {"__tensor__": name}
-    if isinstance(value, dict):  # pairs, since JSON's keys are text and the optimizer's are numbers
+    if isinstance(value, dict):  # pairs, since the optimizer's keys are numbers, which JSON objects can't have
         return {"__dict__": [[k, flatten(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         return {f"__{type(value).__name__}__": [flatten(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]}
@@ -83,10 +83,10 @@ def unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: set[int]) -> Path:
-    """Write checkpoints/step-N atomically, then remove all but the last two and those in `keep`.
+    """Write checkpoints/step-N atomically, then remove all checkpoints but the last two and those in `keep`.
 
     Raises:
-        OSError: it could not be written; those before it are still there.
+        OSError: it could not be written; the earlier checkpoints are still there.
     """
     folder = run / "checkpoints" / f"step-{step}"
     tensors: dict[str, torch.Tensor] = {}
@@ -98,7 +98,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: set[int])
     try:
         for old in sorted(set(checkpoint_steps(run)[:-2]) - keep - {step}):
             gone = folder.with_name(f".step-{old}.gone")
-            folder.with_name(f"step-{old}").rename(gone)  # a half-removed folder must not bear a checkpoint's name
+            folder.with_name(f"step-{old}").rename(gone)  # no half-removed folder may have a checkpoint's name
             shutil.rmtree(gone, ignore_errors=True)
     except OSError as e:
         print(f"note: an older checkpoint could not be removed ({e})", file=sys.stderr)
@@ -111,11 +111,11 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state, after its files were compared with the manifest.
+    """The state in a checkpoint, after comparing its files with the manifest.
 
     Raises:
-        ValueError: a file is missing, damaged, or not as the manifest says.
-        OSError: the file system fails, which says nothing about the checkpoint.
+        ValueError: a file is missing, damaged, or differs from the manifest.
+        OSError: the file system failed; the checkpoint may be intact.
     """
     try:
         sums = {name: sha256(folder / name) for name in (STATE, TENSORS)}
@@ -129,13 +129,13 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(run: Path) -> tuple[int, dict[str, Any]] | None:
-    """(step, state) of the newest checkpoint that verifies.
+    """The (step, state) of the newest intact checkpoint, or None.
 
-    One that does not is renamed to step-N.damaged-TIME, with a note: so that it is neither lost, nor counted among the
-    last two, nor in the way when its step is reached again.
+    A damaged one is renamed to step-N.damaged-TIME, with a note. So it is not lost, does not count as one of the last
+    two, and does not block its name when its step is reached again.
 
     Raises:
-        OSError: the file system is not there, or can't be written to.
+        OSError: the file system is missing or read-only.
     """
     for step in reversed(checkpoint_steps(run)):
         folder = run / "checkpoints" / f"step-{step}"
@@ -144,12 +144,12 @@ def newest_checkpoint(run: Path) -> tuple[int, dict[str, Any]] | None:
         except ValueError as e:
             aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
             folder.rename(aside)
-            print(f"note: passed over a damaged checkpoint: {e}; it is now {aside}", file=sys.stderr)
+            print(f"note: skipped a damaged checkpoint: {e}; renamed to {aside}", file=sys.stderr)
     return None
 
 
 def _manifest(sums: dict[str, str]) -> bytes:
-    """The manifest of files with these sha256: one text only, so that it is compared whole."""
+    """The only valid manifest of files with these sha256 (name -> sum): it is compared as a whole."""
     return (json.dumps(sums, indent=2) + "\n").encode()
 
 
@@ -157,7 +157,7 @@ def read_record(run: Path) -> dict[str, Any]:
     """A run's config.json.
 
     Raises:
-        ValueError: the directory holds no run.
+        ValueError: the directory is not that of a run.
     """
     try:
         record = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -170,24 +170,24 @@ def read_record(run: Path) -> dict[str, Any]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's directory, finished or not."""
+    """Whether a folder is the directory of a run, finished or not."""
     with suppress(ValueError):
         return bool(read_record(folder))
     return False
 
 
 class Lock(closing):
-    """A run's directory is one process's: an advisory lock that ends with its owner, however that ends.
+    """An advisory lock on a run's directory, which ends with the process, however that ends.
 
-    Where the file system or the platform has no locks there is a warning, and no protection: filelock's `FileLock`
-    would put a marker there, which outlives a process that is killed.
+    If the file system or platform has no locks, a warning is printed and the directory is not protected; filelock's
+    `FileLock` would fall back to a marker file, which outlives a killed process.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
 
     def __init__(self, run: Path):
-        self.file = (run / LOCK).open("a", encoding="utf-8")  # not inherited by programs that we start
+        self.file = (run / LOCK).open("a", encoding="utf-8")  # child processes don't inherit it
         super().__init__(self.file)
         try:
             if not lock_descriptor(self.file.fileno(), blocking=False):
@@ -202,11 +202,11 @@ class Lock(closing):
 
 
 class Metrics:
-    """metrics.jsonl: an event a line. Lines wait in memory until `flush` has them on disk, whole and in order.
+    """metrics.jsonl, one event a line. Lines wait in memory until `flush` writes them to disk, whole and in order.
 
     Attributes:
-        size: bytes that are on disk for certain; a checkpoint remembers it.
-        echo: is told each event too, as soon as there is one.
+        size: the number of bytes that are safely on disk; checkpoints record it.
+        echo: called with each event as soon as it is added.
     """
 
     def __init__(self, run: Path):
@@ -216,16 +216,16 @@ class Metrics:
         self.size = self.path.stat().st_size if self.path.exists() else 0
 
     def write(self, event: str, **values: Any) -> None:
-        """Add an event; a number that is not finite, for which JSON has no word, becomes null."""
+        """Add an event. Numbers that are not finite become null, since JSON has none."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.waiting.append((json.dumps({"event": event, **values}) + "\n").encode())
         self.echo({"event": event, **values})
 
     def flush(self) -> None:
-        """Write what waits.
+        """Write the waiting lines.
 
         Raises:
-            OSError: all of it waits on; a half-written line is cut at the next try.
+            OSError: all of them keep waiting; the next try removes what was half-written.
         """
         if not self.waiting:
             return
@@ -239,9 +239,9 @@ class Metrics:
         self.waiting.clear()
 
     def cut(self, size: int) -> None:
-        """Drop what was written after a checkpoint."""
+        """Remove what was written after a checkpoint, which recorded `size` bytes."""
         if self.size < size:
-            print(f"note: {self.path} has lost its end ({self.size} bytes, {size} at the checkpoint)", file=sys.stderr)
+            print(f"note: {self.path} was cut short ({self.size} bytes, {size} at the checkpoint)", file=sys.stderr)
         elif self.size > size:
             os.truncate(self.path, size)
             self.size = size
@@ -254,7 +254,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def events_in(lines: bytes) -> list[dict[str, Any]]:
-    """The events of some lines; those that hold none, cut short by a crash or damaged, are left out."""
+    """The events in lines of metrics.jsonl. Lines that are damaged, or cut short by a crash, are left out."""
     events = []
     for line in lines.splitlines():
         with suppress(ValueError, RecursionError):
@@ -264,12 +264,12 @@ def events_in(lines: bytes) -> list[dict[str, Any]]:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run came to its end."""
+    """Whether a run has ended."""
     return any(e["event"] == "end" for e in read_metrics(run))
 
 
 def newest_unfinished(runs: Path) -> Path:
-    """The run under `runs` that was started last among those that did not come to their end.
+    """The unfinished run under `runs` that was started last.
 
     Raises:
         ValueError: there is none.

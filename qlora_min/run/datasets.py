@@ -1,4 +1,4 @@
-"""Data sets -> encoded rows, for training and held out."""
+"""Data sets -> encoded rows: for training, held out, and for evaluating an adapter later."""
 
 import hashlib
 import itertools
@@ -6,16 +6,21 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..adapter import AdapterConfig
+from ..base import load_encoder
 from ..chat import ChatEncoder
 from ..config import Config
 from ..data.examples import BadRow, BadRows, Example
 from ..data.readers import read
 from ..data.rows import Row, Rows
 from ..system.console import aligned
+from . import checkpoint
+from .options import config_from
 
 NO_TOKENS = Row(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.bool), "")
 
@@ -48,10 +53,6 @@ class Encoded:
     def select(self, chosen: np.ndarray, name: str | None = None, bad: int = 0) -> "Encoded":
         """The rows where `chosen` (n,), a mask like `fits`, is True."""
         return Encoded(name or self.name, self.rows[chosen[self.fits]], self.questions[chosen], self.fits[chosen], bad)
-
-    def first(self, limit: int) -> "Encoded":
-        """At most the first `limit` of `rows`."""
-        return self.select(self.fits & (np.cumsum(self.fits) <= limit))
 
 
 def encode_dataset(
@@ -124,7 +125,7 @@ def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
         return train
     same = first[np.searchsorted(known, train.questions[shared])]  # the first row of `held` with the same question
     for row, other in zip(train.rows[shared[train.fits]], held.rows[same]):
-        bad.add(BadRow(f"{row.location}: the same question stands in {other.location}, which is held out"))
+        bad.add(BadRow(f"{row.location}: the same question is in {other.location}, which is held out"))
     return train.select(~shared, bad=train.bad + int(shared.sum()))
 
 
@@ -162,6 +163,44 @@ def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data
     if not any(part.rows for part in train):
         raise ValueError(f"{', '.join(config.dataset)}: no rows left to train on; lower --eval-fraction or add data")
     return train, [part for part in held if part.rows]
+
+
+def evaluation_data(
+    adapter: Path, model: str | None, datasets: Sequence[str] | None, limit: int | None, max_length: int = 512
+) -> list[Encoded]:
+    """The data to evaluate an adapter on: the given data sets, or else the rows that the adapter's run held out.
+
+    Args:
+        model: the base's path or hub id, if it is not the one in the adapter's files.
+        limit: use at most the first N rows of each data set.
+        max_length: leave out longer rows of the given data sets.
+
+    Raises:
+        ValueError: no data set is given, and the adapter is not in a run directory, its run held out no rows, or the
+            data have changed since the run (so that rows it was trained on could pass for held out).
+    """
+    described = AdapterConfig.read(adapter)
+    encoder = load_encoder(model or described.base_model, None if model else described.revision)
+    if datasets:
+        bad = BadRows()
+        opened = [(name, read(name, limit, bad)) for name in datasets]
+        parts = [encode_dataset(name, examples, encoder, max_length, bad) for name, examples in opened]
+        bad.check()
+        return parts
+    run = adapter.parent
+    if not checkpoint.is_run(run):
+        raise ValueError(f"adapter '{adapter}' is not in a run directory; name the data to evaluate on with --dataset")
+    record = checkpoint.read_record(run)
+    options = config_from(record["options"], str(run / "config.json"))
+    train, parts = read_data(options, encoder)
+    if data_hash(*(Rows.join(part.rows for part in side) for side in (train, parts))) != record["data"].get("sha256"):
+        raise ValueError(
+            f"adapter '{adapter}': its data have changed since the run, so the rows that it held out are unknown; "
+            "name the data to evaluate on with --dataset"
+        )
+    if not parts:
+        raise ValueError(f"adapter '{adapter}': its run held out no rows; name the data to evaluate on with --dataset")
+    return [part.select(part.fits & (np.cumsum(part.fits) <= limit)) for part in parts] if limit else parts
 
 
 def table(parts: Sequence[Encoded]) -> str:

@@ -1,7 +1,6 @@
-"""The end of a run: the best adapter back in the model, samples, curves, and what to do next."""
+"""The end of a run: restores the best adapter, writes samples and curves, and prints results and what to do next."""
 
 import shlex
-from contextlib import nullcontext
 from typing import Any
 
 from ..adapter import put_weights
@@ -14,26 +13,28 @@ from ..system.files import write_jsonl
 from . import checkpoint, curves
 from .cards import MEASURES
 
-SAMPLES = 4  # held-out prompts answered before and after
+SAMPLES = 4  # held-out prompts answered without and with the adapter
 SAMPLE_TOKENS = 48
 
 
 def finish(setup: Any) -> None:
-    """End a run (a `Trainer`) whose loop has ended."""
+    """Finish a run (a `Trainer`) after its loop has ended."""
     put_weights(setup.base.model, setup.writer.best)
     peak = max(gather(peak_gib(setup.device)))
-    answers = sample_answers(setup) if setup.processes.sharded and setup.held_out else None  # by all processes together
+    # A sharded base generates only in all processes together, otherwise process 0 does.
+    answers = sample_answers(setup) if setup.processes.sharded and setup.held_out else None
     from_main(lambda: _write_end(setup, peak, answers))
 
 
 def _write_end(setup: Any, peak: float, answers: list[list[str]] | None) -> None:
     p, skipped, note = setup.progress, setup.stepper.skipped, None
-    alone = setup.processes.world_size == 1
-    with setup.signals.abandonable() if alone else nullcontext():  # the others wait, and would not know
+    with setup.signals.abandonable() as abandon_from_here:
+        if setup.processes.world_size == 1:  # several processes could not agree to stop here
+            abandon_from_here()
         try:
             write_samples(setup, answers)
             note = curves.draw_curves({"": checkpoint.read_metrics(setup.folder)}, setup.folder / "curves.png")
-        except OSError as e:  # the run is saved: these two are worth a warning
+        except OSError as e:  # the adapter is saved already, so a warning is enough
             note = f"warning: no samples or curves ({e})"
     speed = p.tokens / p.seconds if p.seconds else 0.0
     lines = [f"done: {p.step:,} steps in {p.seconds:.0f} s of training, {speed:,.0f} tokens/s"]
@@ -64,7 +65,7 @@ def _write_end(setup: Any, peak: float, answers: list[list[str]] | None) -> None
 
 
 def sample_answers(setup: Any) -> list[list[str]]:
-    """Answers to the first held-out prompts without and with the adapter."""
+    """[without, with the adapter]: the model's answers to the first held-out prompts."""
     prompts = [r.input_ids[: r.answer_start].tolist() for r in setup.held_out[:SAMPLES]]
     with lora_disabled(setup.base.model):
         before = generate(setup.base, prompts, SAMPLE_TOKENS)
@@ -72,7 +73,7 @@ def sample_answers(setup: Any) -> list[list[str]]:
 
 
 def write_samples(setup: Any, answers: list[list[str]] | None) -> None:
-    """Write samples.jsonl, if there are held-out rows."""
+    """Write samples.jsonl, if there are held-out rows, and print the first. answers: None to generate them here."""
     if not setup.held_out:
         return
     decode = setup.base.encoder.tokenizer.decode

@@ -1,13 +1,13 @@
-"""Training's peak memory, measured before it begins, and what would lower it.
+"""A forecast of training's peak memory, and options that would lower it.
 
-At the peak, in the backward pass, these are on the device at once:
+At the peak, in the backward pass, these are on the device:
 
-    base          the frozen weights as they are stored, one layer's dequantised weights, cuBLAS's workspaces
+    base          the frozen weights as stored, one layer's dequantised weights, cuBLAS's workspaces
     adapter       A and B, their gradients and AdamW's two moments (8 bits, or fp32)
-    tokens        what forward and backward of a micro-batch take: nearly a straight line over its tokens
+    tokens        forward and backward of a micro-batch: nearly linear in its number of tokens
 
-The line is laid through two micro-batches that are computed and thrown away, with as many supervised tokens as any can
-have. So it holds for every model and engine, with and without checkpointing, and needs to know nothing of them.
+The line is fitted to two micro-batches, computed and discarded, that have the largest possible number of supervised
+tokens. So the forecast holds for every model and engine, with and without gradient checkpointing.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ from ..fused.graphs import round_up
 from ..system.bits import bnb
 from ..system.device import GIB, peak_bytes, release, restart_peak, taken, unless_out_of_memory
 
-MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # of a micro-batch; larger ones are no faster
-TRIED_TOKENS = {"cuda": 8192, "cpu": 256}  # of the larger micro-batch that is measured, at most
-WORKSPACE = 8 * 2**20  # bytes of cuBLAS's, one for each of two streams: see base.py
+MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # in a micro-batch; larger ones are no faster
+TRIED_TOKENS = {"cuda": 8192, "cpu": 256}  # at most, in the larger of the two measured micro-batches
+WORKSPACE = 8 * 2**20  # bytes of cuBLAS's workspace for each of two streams, see base.py
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by what they are for; `fixed` and `per_token` make up what a micro-batch takes."""
+    """Bytes at the peak. A micro-batch of N tokens takes fixed + per_token * N."""
 
     base: int
     adapter: int
@@ -38,11 +38,11 @@ class Footprint:
     per_token: float
 
     def total(self, tokens: int) -> int:
-        """The peak with micro-batches of so many tokens."""
+        """The peak in bytes with micro-batches of `tokens` tokens."""
         return int(self.base + self.adapter + max(0.0, self.fixed + self.per_token * tokens))
 
     def describe(self, tokens: int) -> str:
-        """In words."""
+        """The peak and its parts, for a message."""
         total = self.total(tokens)
         unit, name, digits = (GIB, "GiB", 2) if total >= 0.1 * GIB else (2**20, "MiB", 1)
         base, adapter, rest = (
@@ -53,8 +53,11 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Workload:
-    """What decides how large a micro-batch can be: rows of an optimizer step (of this process), the longest row in
-    tokens, the most supervised tokens of a row, and whether the optimizer's state is in 8 bits."""
+    """What limits the size of a micro-batch.
+
+    n_rows: rows of an optimizer step, in this process. max_seqlen, n_supervised: the most tokens and supervised tokens
+    of a row. bits8: whether the optimizer's state is in 8 bits.
+    """
 
     n_rows: int
     max_seqlen: int
@@ -62,7 +65,7 @@ class Workload:
     bits8: bool
 
     def probe(self, tokens: int) -> list[Row]:
-        """Rows of `tokens` tokens in all, as long as they come and as densely supervised."""
+        """Rows with `tokens` tokens in total, as long as the longest row and as densely supervised as any."""
         lengths = [self.max_seqlen] * (tokens // self.max_seqlen) + [tokens % self.max_seqlen]
         return [
             Row(torch.arange(n, dtype=torch.int32) % 100, torch.arange(n) >= n - min(self.n_supervised, n - 1), "")
@@ -72,7 +75,7 @@ class Workload:
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
-    """Bytes in this process of every parameter and buffer, quantisation scales included; shared memory counts once."""
+    """Bytes of all parameters, buffers and quantisation scales in this process; shared memory counts once."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -83,20 +86,19 @@ def stored_bytes(model: torch.nn.Module) -> int:
 
 
 def measure(engine: Engine, work: Workload, tokens: int) -> Footprint:
-    """What micro-batches take, from two that are computed: of `tokens`, or what fits, and half. Clears the gradients.
+    """Measure two micro-batches: of at most `tokens` tokens, as many as fit, and half of that. Zeroes the gradients.
 
     Raises:
         MemoryError: not even a few tokens fit.
     """
-    release()  # once: collecting garbage takes a quarter of a second
+    release()  # only once, since garbage collection takes a quarter of a second
     found: dict[int, int] = {}
     n = max(4, min(tokens, TRIED_TOKENS[engine.device.type]))
-    _added(engine, work, min(n, 64))  # the first pays for libraries' workspaces, and for compiling
+    _added(engine, work, min(n, 64))  # the first one also allocates libraries' workspaces and compiles
     while len(found) < 2:
         if n < 2:
             raise MemoryError(f"not even {2 * n} tokens fit into the memory ({taken(engine.device)})")
-        added = _added(engine, work, n)
-        if added is not None:
+        if (added := _added(engine, work, n)) is not None:
             found[n] = added
         n //= 2
     (large, most), (small, least) = found.items()
@@ -113,7 +115,7 @@ def measure(engine: Engine, work: Workload, tokens: int) -> Footprint:
 
 
 def _added(engine: Engine, work: Workload, tokens: int) -> int | None:
-    """Bytes at the peak of a micro-batch beyond those that were there before; None where they are not to be had."""
+    """Bytes that a micro-batch adds at its peak; None if they don't fit."""
     device = engine.device
     factor, seed = torch.zeros((), device=device), torch.zeros((), dtype=torch.int32, device=device)
 
@@ -134,23 +136,20 @@ def plan(
     checkpointing: str = "auto",
     tokens: int | None = None,
 ) -> tuple[bool, int, Footprint]:
-    """(whether to checkpoint, tokens of a micro-batch, what that takes): the fastest that fits.
+    """The fastest way to compute that fits: (gradient checkpointing, tokens of a micro-batch, its footprint).
 
-    Without checkpointing where that fits, and as many tokens as a step can have; checkpointing that was asked for is
-    there to save memory, so micro-batches are then as small as the longest row.
+    Without checkpointing if that fits, and with as many tokens as an optimizer step can have. If the user turns
+    checkpointing on, to save memory, micro-batches are as small as the longest row.
 
     Args:
-        fits: whether there is room for a peak of so many bytes. checkpointing: auto, on or off. tokens: of a
-            micro-batch, where that is given.
+        fits: whether a peak of that many bytes fits. checkpointing: auto, on or off. tokens: the tokens of a
+            micro-batch, if the user gives them.
     """
-    most = max(work.max_seqlen, min(MOST_TOKENS[engine.device.type], work.n_rows * work.max_seqlen))
-    sizes = [most]
-    while sizes[-1] > work.max_seqlen:
-        sizes.append(max(work.max_seqlen, sizes[-1] // 2))
-    if tokens:
-        sizes = [max(work.max_seqlen, tokens)]
-    elif checkpointing == "on":
-        sizes = [work.max_seqlen]
+    longest = work.max_seqlen
+    most = tokens or (longest if checkpointing == "on" else min(MOST_TOKENS[engine.device.type], work.n_rows * longest))
+    sizes = [max(longest, most)]
+    while sizes[-1] > longest and not tokens:
+        sizes.append(max(longest, sizes[-1] // 2))
     for on in {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]:
         engine.checkpointing = on
         footprint = measure(engine, work, sizes[0])
@@ -163,11 +162,11 @@ def plan(
 def ways_to_save(
     engine: Engine, work: Workload, footprint: Footprint, lengths: Sequence[int], room: float
 ) -> list[str]:
-    """What would lower the peak of the longest row by itself, in order of effect; each way alone.
+    """Options that would lower the peak of a micro-batch of one longest row, each by itself, in order of effect.
 
     Args:
-        lengths: of all rows, to say how many a smaller --max-length leaves out.
-        room: bytes; of several values of an option, the mildest that fits is named.
+        lengths: the tokens of each row, to count how many a smaller --max-length leaves out.
+        room: bytes; of several values of --max-length, the largest that fits is named.
     """
     tokens = work.max_seqlen
     now, ways = footprint.total(tokens), []

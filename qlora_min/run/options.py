@@ -14,18 +14,18 @@ REMOVED = {"packing": "--engine modules|fused"}  # options of earlier versions -
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """ ", did you mean X?", or nothing where no known name is near."""
+    """ ", did you mean X?" with the known name X that is most similar, or "" if none is similar."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def kinds_of(f: dataclasses.Field) -> set[type]:
-    """The types that a field admits: {int, NoneType} for `int | None`."""
+    """The types that a field accepts: {int, NoneType} for `int | None`."""
     return set(typing.get_args(f.type)) or {f.type}
 
 
 def _convert(kinds: set[type], value: Any) -> Any:
-    """A value from a TOML or JSON file as one of these types; raises TypeError where it is of another."""
+    """Convert a value from a TOML or JSON file to one of these types. Raises TypeError if it has another type."""
     if Ellipsis in kinds:
         items = value if isinstance(value, list | tuple) else str(value).split(",") if str in kinds else [value]
         items = [_convert(kinds - {Ellipsis}, i) for i in items]
@@ -44,7 +44,7 @@ def parse_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Check names and types of option values read from a file.
 
     Raises:
-        ValueError: an unknown name (the nearest known one is suggested) or a value of another type.
+        ValueError: an unknown or removed name (the message suggests another), or a value of the wrong type.
     """
     out = {}
     for key, value in values.items():
@@ -69,7 +69,7 @@ def read_toml(path: str) -> dict[str, Any]:
     """Option values from a TOML file.
 
     Raises:
-        ValueError: no such file, not TOML, an unknown name or a value of another type.
+        ValueError: the file can't be read or is not TOML, or a name or a value is not valid.
     """
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -81,5 +81,5 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def config_from(values: Mapping[str, Any], source: str) -> Config:
-    """The reverse of `Config.as_dict`, of an earlier version's too; `source` names their file in errors."""
+    """The inverse of `Config.as_dict`, also for an earlier version's. source: the file's name, for errors."""
     return Config(**parse_values({k: v for k, v in values.items() if k not in REMOVED}, source))

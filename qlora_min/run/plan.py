@@ -1,4 +1,4 @@
-"""What a run is about to do: the plan that is printed before it, an estimate of its time, and where its memory went."""
+"""The plan of a run, printed before it starts; an estimate of its time; and an explanation when memory runs out."""
 
 import math
 import time
@@ -20,13 +20,13 @@ from . import forecast
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Number of parameters of the model as if unquantised (a packed weight holds two a byte), tied ones once."""
+    """The number of parameters of a model; tied ones count once, and a 4-bit weight by its unquantised shape."""
     packed = bnb.nn.Params4bit
     return sum(p.quant_state.shape.numel() if isinstance(p, packed) else p.numel() for p in model.parameters())
 
 
 def describe(setup: Any) -> str:
-    """What a run (a `Trainer`) is about to do, and what memory it is expected to take; a line for each thing."""
+    """The plan of a run (a `Trainer`) and its forecast memory, one item a line; items without content are left out."""
     c, schedule, adapter = setup.config, setup.schedule, setup.engine.adapter
     trained = adapter.weights.numel()
     whole = parameter_count(setup.base.model) - trained
@@ -34,7 +34,7 @@ def describe(setup: Any) -> str:
     never = adapter.largest < PAGED_FROM or setup.device.type == "cpu"
     device, how = _computing(setup)
     n_tokens, processes = setup.feed.n_tokens, setup.processes.world_size
-    lines = {  # those that say nothing are left out
+    lines = {
         "trained": f"{trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
         f"{len(setup.wrapped)} layers",
         "base": f"{c.model}, {c.quantization}, fingerprint {setup.base.fingerprint[:12]}",
@@ -62,7 +62,7 @@ def describe(setup: Any) -> str:
 
 
 def _computing(setup: Any) -> tuple[str, str]:
-    """(the device, the engine and how it runs), in words."""
+    """The lines of the plan on (the device, the engine)."""
     device, how = "CPU", setup.config.engine + (f" ({setup.remark})" if setup.remark else "")
     if setup.device.type == "cuda":
         device = f"{torch.cuda.get_device_name(setup.device)}, {total_bytes(setup.device) / GIB:.0f} GiB"
@@ -72,7 +72,7 @@ def _computing(setup: Any) -> tuple[str, str]:
 
 
 def imbalance(schedule: Any, processes: int) -> float:
-    """How much more the busiest process has to do in a step than the mean, in the first 200 steps: 0.02 is 2% more."""
+    """The excess of the busiest process's tokens in a step over the mean, in the first 200 steps: 0.02 is 2% more."""
     found = []
     for step in range(min(200, schedule.steps_per_epoch)):
         lengths = np.array([len(r) for r in schedule[step]])
@@ -89,15 +89,15 @@ def format_seconds(seconds: float) -> str:
 
 
 def estimate(setup: Any) -> dict[str, Any]:
-    """Print how long training will take, from one micro-batch that is computed and thrown away; and its parts.
+    """Estimate and print how long training will take, from one micro-batch that is computed and discarded.
 
     Returns:
-        steps, rows, tokens, seconds and evaluation_seconds of the whole run, memory_gib as forecast.
+        steps, rows, held_out, tokens, seconds and evaluation_seconds of the whole run; memory_gib, the forecast peak.
     """
     schedule, feed, step = setup.schedule, setup.feed, setup.progress.step
     batch = feed[step][0][0]
     with together():
-        for _ in range(2):  # the first compiles kernels and captures graphs
+        for _ in range(2):  # the first one also compiles kernels and captures graphs
             start = time.perf_counter()
             factor = setup.stepper.scaled(1 / max(1, batch.n_supervised))
             feed.engine.loss_and_gradients(batch, factor, dropout_seed(setup.config.seed, step).to(setup.device))
@@ -119,18 +119,18 @@ def estimate(setup: Any) -> dict[str, Any]:
 
 
 def explain_memory(setup: Any, step: int, batch: Packed) -> str:
-    """Where the memory went in a step that had too little for a single row, and what would have taken less."""
-    tokens, stood = batch.n_tokens, taken(setup.device)
+    """A message for when not even a micro-batch of one row fits: what memory was used for, and what would use less."""
+    tokens, used = batch.n_tokens, taken(setup.device)
     setup.feed.forget()
     setup.feed.engine.release()
-    ways, room = [], 0.9 * total_bytes(setup.device)
-    if not setup.processes.sharded:  # where measuring takes all processes
+    ways = []
+    if not setup.processes.sharded:  # measuring a sharded base takes all processes
         with suppress(MemoryError):
-            lengths = setup.schedule.rows.lengths.tolist()
+            lengths, room = setup.schedule.rows.lengths.tolist(), 0.9 * total_bytes(setup.device)
             ways = forecast.ways_to_save(setup.engine, setup.work, setup.footprint, lengths, room)
     return "\n".join([
         f"out of memory at step {step + 1}, in a micro-batch of {tokens:,} tokens, "
-        f"{batch.n_supervised:,} supervised; {stood}",
+        f"{batch.n_supervised:,} supervised; {used}",
         f"  forecast for this micro-batch: {setup.footprint.describe(tokens)}",
         "  what would take less, in order of effect:" if ways else "  no option is forecast to take less",
         *(f"    {way}" for way in ways),

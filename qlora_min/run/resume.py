@@ -1,4 +1,4 @@
-"""What config.json records of a run, what resuming compares of that, and what it puts back."""
+"""Resuming a run: what config.json records, what of that must be unchanged, and what a checkpoint restores."""
 
 import platform
 import shlex
@@ -11,7 +11,7 @@ import transformers
 
 from .. import __version__
 from ..adapter import put_weights
-from ..config import FIELDS, Config, flag
+from ..config import Config, flag
 from ..loop import Progress
 from ..lora import lora_parameters
 from ..scale.processes import from_main
@@ -19,27 +19,28 @@ from ..system.bits import bnb
 from ..system.console import say
 from . import checkpoint
 from .datasets import data_hash
-from .options import config_from
+from .options import config_from, parse_values
 
-# What resuming compares of config.json, in this order, and what it says of a value that changed: all but notes end it.
+# The parts of config.json that resuming compares, in this order, with the message for a changed value: an error, unless
+# it begins with "note: ".
 COMPARED = {
     **{part: f"the {part} changed: {{key}} was {{then}}, now {{now}}" for part in ("base", "files", "data")},
     "engine": "it began with --engine {then!r}, put that back",
     "precision": "it was trained in {then}, here --precision auto is {now}; expected the same kind of hardware",
-    "versions": "note: {key} was {then}, now {now}",  # a GPU may be there now only
+    "versions": "note: {key} was {then}, now {now}",  # then is None if the GPU is new
     "ranks": "note: it began in {then} processes, now {now}",
 }
 
 
 def versions() -> dict[str, str]:
-    """Of everything that computes."""
+    """The versions of all software and hardware that results depend on."""
     found = {"qlora_min": __version__, "python": platform.python_version()}
     found |= {m.__name__: m.__version__ for m in (torch, transformers, bnb)}
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def make_record(setup: Any) -> dict[str, Any]:
-    """What config.json says of a run (a `Trainer`): options as resolved, and what its result depends on besides."""
+    """The content of config.json for a run (a `Trainer`): its resolved options, and what else its result depends on."""
     base, rows, held = setup.base, setup.schedule.rows, setup.held_out
     return {
         "options": setup.config.as_dict(),
@@ -55,14 +56,15 @@ def make_record(setup: Any) -> dict[str, Any]:
 
 
 def differences(then: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    """(key, value then, value now) where two dictionaries differ, None where a key is missing; other values: key ""."""
+    """(key, value then, value now) of each difference between two dictionaries, None for a missing key. Values that are
+    not dictionaries are compared whole, with the key ""."""
     if not isinstance(now, dict):
         then, now = {"": then}, {"": now}
     return [(k, then.get(k), now.get(k)) for k in then | now if then.get(k) != now.get(k)]
 
 
 def unfinished(folder: Path) -> dict[str, Any]:
-    """The config.json of a run to continue. Raises ValueError where there is none, or it came to its end."""
+    """The config.json of a run to continue. Raises ValueError if there is no run, or it is finished."""
     record = checkpoint.read_record(folder)
     if checkpoint.is_finished(folder):
         raise ValueError(f"--resume {folder}: that run is finished; start a new one without --resume")
@@ -70,21 +72,22 @@ def unfinished(folder: Path) -> dict[str, Any]:
 
 
 def resume_config(directory: str, given: dict[str, Any]) -> tuple[Config, Path]:
-    """The options and the directory of a run to continue; "" stands for the newest unfinished one under runs/.
+    """The (options, directory) of a run to continue.
 
     Args:
-        given: options of the command line; each must be as it was when the run began.
+        directory: the run's directory, or "" for the newest unfinished run under runs/.
+        given: the options that the user gives; each must have the value with which the run began.
 
     Raises:
-        ValueError: no such run, it is finished, or an option differs.
+        ValueError: there is no such run, it is finished, or an option differs.
     """
     folder = Path(directory) if directory else checkpoint.newest_unfinished(Path("runs"))
     config = config_from(unfinished(folder)["options"], str(folder / "config.json"))
-    for name, value in given.items():
+    for name, value in parse_values(given, f"--resume {folder}").items():
         if name == "output_dir" and Path(value).resolve() != folder.resolve():
             raise ValueError(f"--output-dir {value}: --resume continues in {folder} itself; leave it out")
         resolved = name == "output_dir" or (name in ("gradient_checkpointing", "engine") and value == "auto")
-        if name in FIELDS and not resolved and getattr(config, name) != value:
+        if not resolved and getattr(config, name) != value:
             raise ValueError(
                 f"--resume {folder}: {flag(name)} was {getattr(config, name)!r} when the run began, now {value!r}; "
                 "leave it out, or start a new run"
@@ -93,10 +96,10 @@ def resume_config(directory: str, given: dict[str, Any]) -> tuple[Config, Path]:
 
 
 def output_directory(config: Config) -> Path:
-    """Where a new run writes.
+    """The directory for a new run.
 
     Raises:
-        ValueError: the directory holds something already.
+        ValueError: the directory is not empty.
     """
     if config.output_dir is None:
         data = "+".join(Path(d).stem for d in config.dataset)
@@ -113,10 +116,10 @@ def output_directory(config: Config) -> Path:
 
 
 def compare(folder: Path, recorded: dict[str, Any], record: dict[str, Any]) -> None:
-    """Compare a run's config.json with what it would be now; differences that do not matter are notes.
+    """Compare a run's config.json with what it would be now, and print a note for each difference that is allowed.
 
     Raises:
-        ValueError: the data, the base or the precision is not what it was, which the message names.
+        ValueError: the base, the data, the engine or the precision changed; the message names what changed.
     """
     if "engine" not in recorded:
         raise ValueError(
@@ -128,14 +131,14 @@ def compare(folder: Path, recorded: dict[str, Any], record: dict[str, Any]) -> N
             changed = words.format(key=key, then=then, now=now)
             if not words.startswith("note: "):
                 raise ValueError(f"--resume {folder}: {changed}")
-            say(f"{changed}: the run goes on, but not bitwise as it would have")
+            say(f"{changed}: the run continues, but not bit for bit as it would have")
 
 
 def restore(setup: Any) -> Progress:
-    """Put the newest good checkpoint back; a fresh `Progress` where there is none yet.
+    """Restore the newest intact checkpoint; returns its `Progress`, or a new one if there is no checkpoint yet.
 
     Raises:
-        ValueError: no checkpoint is good, or it was saved with other options or by another version.
+        ValueError: all checkpoints are damaged, or it was saved with other options or by another version.
     """
     folder, writer = setup.folder, setup.writer
     found = from_main(lambda: _newest_checkpoint(folder))
@@ -148,7 +151,7 @@ def restore(setup: Any) -> Progress:
     known = state.keys() == expected.keys()
     if not known or any(state[part].keys() != expected[part].keys() for part in ("options", "progress")):
         raise ValueError(f"--resume {folder}: step-{step} is of another version of qlora_min; resume with that")
-    # config.json has no manifest that keeps it as it was.
+    # No hash protects config.json, so its options are compared with those in the checkpoint.
     for name, then, now in differences(state["options"], expected["options"]):
         raise ValueError(
             f"--resume {folder}: {flag(name)} was {then!r} when step-{step} was saved, now config.json says {now!r}; "
@@ -165,12 +168,12 @@ def restore(setup: Any) -> Progress:
 
 
 def _newest_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """(step, state) of the newest good checkpoint, or None where there is none yet."""
+    """The (step, state) of the newest intact checkpoint, or None if there is no checkpoint yet."""
     checkpoint.clean(folder)
     found = checkpoint.newest_checkpoint(folder)
-    if found is None and (folder / "adapter").exists():  # the best of a run whose checkpoints are lost
+    if found is None and (folder / "adapter").exists():  # there were checkpoints, and all are lost
         raise ValueError(
-            f"--resume {folder}: none of its checkpoints is good, and beginning again would overwrite its "
+            f"--resume {folder}: all of its checkpoints are damaged, and starting again would overwrite its "
             "adapter/; start a new run, without --resume"
         )
     return found

@@ -1,37 +1,39 @@
-"""Ctrl-C, SIGTERM, a terminal that closes: the first asks to stop where nothing is lost, a second one exits at once.
+"""Ctrl-C, SIGTERM, a closed terminal: the first signal stops at the next step boundary, a second one exits at once.
 
-A handler runs between any two instructions, so the first signal only leaves a mark, which the loop looks at between two
-steps. What can be given up without a loss (an evaluation, samples) runs under `abandonable` and ends at once.
+A handler can be called between any two instructions, so the first signal only sets `received`, which the loop checks
+between steps. Work that can be abandoned without loss (an evaluation, samples) is done under `abandonable`; the signal
+ends it at once.
 """
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 class Stop(BaseException):
-    """Given up because a signal came; no Exception, lest a library takes it for an error of its own."""
+    """A signal was received. Not an Exception, or a library could catch it as one of its own errors."""
 
 
 class Signals:
-    """Takes these signals over for a `with` block (in the main thread: others can't), and gives them back.
+    """Handles these signals within a `with` block, and restores the former handlers after it.
 
-    A block that ends with `Stop` becomes SystemExit with 128 + the signal's number, as shells do; `advice` is printed.
+    Python allows handlers in the main thread only; in any other, signals are left alone. If the block raises `Stop`,
+    `advice` is printed and SystemExit raised, with the code that shells use, 128 + the signal's number.
 
     Args:
-        among: this process's number, where it is one of several: the first alone prints, and a further signal changes
-            nothing, since torchrun forwards to all what may have come to each already, and ends them itself in time.
+        index: the process's index, if there are several: only process 0 prints, and a second signal is ignored, since
+            torchrun forwards signals that each process may already have received, and kills the processes in time.
 
     Attributes:
-        received: the number of the signal that came, or None.
+        received: the number of the first signal, or None.
     """
 
-    def __init__(self, advice: str, among: int | None = None):
-        self.advice, self.among = advice, among
+    def __init__(self, advice: str, index: int | None = None):
+        self.advice, self.index = advice, index
         self.received: int | None = None
         self._may_abandon = False
 
@@ -47,37 +49,33 @@ class Signals:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         if kind is Stop:
-            if not self.among:
+            if not self.index:
                 print(f"stopped by {signal.Signals(self.received).name}; {self.advice}", file=sys.stderr, flush=True)
             raise SystemExit(128 + self.received) from None
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.received is not None and self.among is not None:
-            return
-        if self.received is not None:
+        if self.received is None:
+            self.received = number
+            if not self.index:
+                more = "; once more to exit at once" if self.index is None else ""
+                os.write(2, f"\n{name}: saving at the next step, then stopping{more}\n".encode())
+            if self._may_abandon:
+                raise Stop
+        elif self.index is None:
             os.write(2, f"\n{name} again: exiting at once\n".encode())  # print is not safe in a handler
             os._exit(128 + number)
-        self.received = number
-        if not self.among:
-            more = "; once more to exit at once" if self.among is None else ""
-            os.write(2, f"\n{name}: saving at the next step, then stopping{more}\n".encode())
-        if self._may_abandon:
-            raise Stop
 
     @contextmanager
-    def abandonable(self, at_once: bool = True) -> Iterator[None]:
-        """A signal ends what runs in this block with `Stop`: from its beginning, or from a call of `abandon_from_here`;
-        also one that came before."""
+    def abandonable(self) -> Iterator[Callable[[], None]]:
+        """Yield a function. From its call to the end of the block, signals raise `Stop`, as do earlier ones."""
+
+        def abandon_from_here() -> None:
+            self._may_abandon = True
+            if self.received is not None:
+                raise Stop
+
         try:
-            if at_once:
-                self.abandon_from_here()
-            yield
+            yield abandon_from_here
         finally:
             self._may_abandon = False
-
-    def abandon_from_here(self) -> None:
-        """See `abandonable`."""
-        self._may_abandon = True
-        if self.received is not None:
-            raise Stop

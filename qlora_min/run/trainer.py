@@ -1,8 +1,8 @@
-"""A training run from options to the best adapter on disk: what it takes is prepared here, and handed to the loop.
+"""A training run, from options to the best adapter on disk.
 
 prepare   data -> base in NF4 -> LoRA injected, the rest frozen -> engine, and micro-batches that fit -> optimizer
 train     loop.train
-finish    the best adapter back in, samples, curves, and what to do next
+finish    the best adapter back in the model, samples, curves, and what to do next
 """
 
 import os
@@ -38,12 +38,12 @@ from .plan import describe
 from .signals import Signals
 from .writer import RunWriter
 
-SMALL = 256  # hidden size up to which a second CPU thread costs more than it brings
+SMALL = 256  # hidden size up to which one CPU thread is faster than several
 
 
 @contextmanager
 def writing(option: str) -> Iterator[None]:
-    """What the disk refuses before training is a ValueError that names the option; while training it is waited for."""
+    """Before training, an OSError becomes a ValueError that names the option; during training, writing is retried."""
     try:
         yield
     except OSError as e:
@@ -56,14 +56,14 @@ class Trainer:
     Args:
         config: the options. With `resume`, as they were resolved when the run began.
         resume: the directory of a run to continue.
-        data: encoded (training, held-out) rows, instead of those that the options name.
-        write: False leaves the disk alone, to `describe` and to `estimate` a run before it is begun.
-        on_event: called with each event of metrics.jsonl, as soon as there is one.
+        data: encoded (training, held-out) data sets, instead of those that the options name.
+        write: False writes nothing to disk, to `describe` and `estimate` a run without starting it.
+        on_event: called with each event of metrics.jsonl, before it is on disk.
 
     Raises:
         ValueError: an option, the model, the data or the output directory is not usable, or another process trains
-            there; nothing has been written.
-        TrainingError, SystemExit: as `processes.together`, where there are several processes.
+            in that directory; nothing has been written.
+        TrainingError, SystemExit: as `processes.together` raises them, with several processes.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Trainer:
         write: bool = True,
         on_event: Callable[[dict[str, Any]], object] | None = None,
     ):
-        self.lock: checkpoint.Lock | nullcontext = nullcontext()  # the first process has the lock
+        self.lock: checkpoint.Lock | nullcontext = nullcontext()  # only process 0 has the lock
         try:
             with together():
                 join()
                 if resume and process_index() == 0:
                     with writing(f"--resume {resume}"):
-                        self.lock = checkpoint.Lock(resume)  # before anything is read there
+                        self.lock = checkpoint.Lock(resume)  # before anything in the directory is read
                 self._prepare(config, resume, data)
                 from_main(lambda: self._begin() if write and resume is None else None)
                 in_step(self.processes.sharded)
@@ -96,13 +96,15 @@ class Trainer:
         self.device = pick_device()
         self.precision = resolve_precision(c.precision, self.device)
         self.folder = from_main(lambda: resume_from or resume.output_directory(c))
-        self.command = self._command()
+        here = os.environ.get("LOCAL_WORLD_SIZE", world_size())
+        launcher = "python" if world_size() == 1 else f"torchrun --nproc-per-node {here}"
+        self.command = f"{launcher} scripts/train.py --resume {shlex.quote(str(self.folder))}"
         self.advice = f"continue with: {self.command}"
-        self.signals = Signals(self.advice, among=process_index() if world_size() > 1 else None)
+        self.signals = Signals(self.advice, index=process_index() if world_size() > 1 else None)
         signals = self.signals
         self.processes = Processes(lambda: signals.received, c.shard and world_size() > 1)
         if c.shard and not self.processes.sharded:
-            say("note: --shard: this is the only process, which holds the whole base (torchrun starts more)")
+            say("note: --shard: a single process holds the whole base; start several with torchrun")
         encoder = load_encoder(c.model, revision)
         rows, sizes = self._take_data(c, data or read_data(c, encoder))
         self._load(c, revision, encoder)
@@ -113,20 +115,14 @@ class Trainer:
         self.record = resume.make_record(self)
         same = {k: self.record[k] for k in ("precision", "engine", "data")}
         self.processes.check_equal(same | {"base": self.base.fingerprint})
-        self.writer = RunWriter(self, self.folder)
+        self.writer = RunWriter(self)
         self.progress = Progress()
         if recorded:
             resume.compare(self.folder, recorded, self.record)
             self.progress = resume.restore(self)
 
-    def _command(self) -> str:
-        """What goes on with this run."""
-        here = os.environ.get("LOCAL_WORLD_SIZE", world_size())
-        launcher = "python" if world_size() == 1 else f"torchrun --nproc-per-node {here}"
-        return f"{launcher} scripts/train.py --resume {shlex.quote(str(self.folder))}"
-
     def _take_data(self, c: Config, data: Data) -> tuple[Rows, list[int]]:
-        """Returns the training rows, and how many each data set has; keeps the held-out rows."""
+        """Returns (the training rows, their number in each data set); the held-out rows become attributes."""
         train, held = data
         self.data_sets = [*train, *held]
         say(table(self.data_sets))
@@ -140,8 +136,8 @@ class Trainer:
         return rows, [len(part.rows) for part in train]
 
     def _load(self, c: Config, revision: str | None, encoder: Any) -> None:
-        """The base, with LoRA."""
-        torch.manual_seed(c.seed)  # of A; order, dropout and the split have their own
+        """Load the base and inject LoRA."""
+        torch.manual_seed(c.seed)  # initialises A; order, dropout and the split have generators of their own
         how = shard if self.processes.sharded else None
         self.base = load_base(c.model, c.quantization, self.precision, self.device, revision, encoder, how)
         if self.device.type == "cpu" and self.base.model.config.hidden_size <= SMALL:
@@ -149,7 +145,7 @@ class Trainer:
         self.wrapped = add_lora(self.base, c.lora)
 
     def _choose_how_to_compute(self) -> None:
-        """The engine, and micro-batches that fit the memory of every process: measured, where that is left to us."""
+        """Choose the engine, and the largest micro-batches that fit the memory of every process, by measuring."""
         c, rows = self.config, self.schedule.rows
         longest = int(rows.lengths.max())
         longest_of_all = max(longest, int(self.held_out.lengths.max(initial=0)))
@@ -170,24 +166,24 @@ class Trainer:
         self.feed = Feed(self.schedule, computing, self.processes, n_tokens)
 
     def _begin(self) -> None:
-        """Make the run's directory ours."""
+        """Create the run's directory, lock it and write config.json."""
         with writing(f"--output-dir {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = checkpoint.Lock(self.folder)
-            resume.output_directory(self.config)  # another process may have begun there while we loaded
+            resume.output_directory(self.config)  # again: another process may have taken it while we loaded
             write_json(self.folder / "config.json", self.record)
 
     def communication(self) -> dict[str, float]:
-        """What goes into the metrics of several processes: seconds of this process's life so far."""
+        """Seconds that this process has waited and communicated so far, for the metrics; empty for a single process."""
         p = self.processes
         return {"waited": round(p.waited, 2), "summed": round(p.summed, 2)} if p.world_size > 1 else {}
 
     def train(self) -> Progress:
-        """Run to the end, or to the early stop; returns where it ended.
+        """Train to the end or to the early stop.
 
         Raises:
-            TrainingError: it can't go on, or nothing can be saved; the message says what is safe.
-            SystemExit: SIGINT or SIGTERM came, and the run was saved; the code is 128 + the signal's number.
+            TrainingError: training can't continue, or nothing can be saved; the message says what is saved.
+            SystemExit: a signal (SIGINT, SIGTERM, SIGHUP) came, and the run was saved; the code is 128 + its number.
         """
         say(describe(self))
         bar = console.bar(self.schedule.total_steps, None, "step", keep=True, initial=self.progress.step)
@@ -197,6 +193,6 @@ class Trainer:
         return self.progress
 
     def _after_a_loss(self) -> str:
-        """What to say where another process is lost: the first alone knows what is saved."""
+        """What to add to the error if another process is lost. Only process 0 knows what is saved."""
         saved = "" if process_index() else f"; {self.writer.last_good()}"
         return f"{saved}; {self.advice}"

@@ -1,7 +1,7 @@
-"""A run's directory, while it trains: what is written when, and what happens at a signal or when the disk fails.
+"""What a run writes to its directory and when, and what it does if a signal comes or the disk fails.
 
-A disk that is full or away does not end a run: training goes on, and what could not be written waits. The first process
-writes; what it alone learns, a signal or that saving is due, must not lead it another way than the others.
+A full or missing disk does not end a run: training continues, and what could not be written waits. Only process 0
+writes. What it alone knows (a signal came, saving is due) must not take it out of step with the other processes.
 """
 
 import time
@@ -26,31 +26,31 @@ from ..system.console import say
 from ..system.device import is_out_of_memory, peak_gib
 from ..system.files import atomic_folder
 from . import cards, checkpoint
-from .board import Board
 from .cards import beside
+from .curves import Board
 from .plan import explain_memory
 from .signals import Stop
 
-SAVE_TRIES = 10  # failures to save in a row that end the run
-RETRY_SECONDS = 30.0  # between them
+SAVE_TRIES = 10  # that many failures in a row end the run
+RETRY_SECONDS = 30.0  # between two tries
 
 
 class RunWriter(Recorder):
-    """Keeps a run on disk, as `loop.train` reports it.
+    """Writes what `loop.train` reports to disk.
 
     Args:
-        setup: what trains (a `Trainer`). folder: the run's directory.
+        setup: the run's `Trainer`.
 
     Attributes:
-        best: the adapter of the best evaluation so far. saved: (step, evaluated) of the newest checkpoint.
-        adapter_step: the step whose adapter is in adapter/, as far as is known.
-        failures: to save, in a row.
+        best: the adapter with the best evaluation so far. saved: (step, evaluated) of the newest checkpoint.
+        adapter_step: the step of the adapter in adapter/, or None if unknown.
+        failures: the number of failed tries to save since the last success.
     """
 
-    def __init__(self, setup: Any, folder: Path):
-        self.setup, self.folder = weakref.proxy(setup), folder  # no cycle: a run that is dropped gives its lock back
-        self.metrics = checkpoint.Metrics(folder)
-        self.board = Board(folder) if setup.config.tensorboard else None
+    def __init__(self, setup: Any):
+        self.setup, self.folder = weakref.proxy(setup), setup.folder  # no cycle: a dropped Trainer releases its lock
+        self.metrics = checkpoint.Metrics(self.folder)
+        self.board = Board(self.folder) if setup.config.tensorboard else None
         self.best: dict[str, torch.Tensor] = {}
         self.saved: tuple[int, int] | None = None
         self.adapter_step: int | None = None
@@ -64,8 +64,8 @@ class RunWriter(Recorder):
 
     @contextmanager
     def evaluating(self) -> Iterator[Callable[[], None]]:
-        """A signal ends an evaluation without a trace: a resumed run does it again. With a sharded base no process may
-        leave it alone, so all ask before each batch."""
+        """A signal abandons an evaluation, which a resumed run repeats. With a sharded base no process may leave it
+        alone, so the processes agree before each batch whether to stop."""
         setup = self.setup
 
         def stop_together() -> None:
@@ -73,14 +73,15 @@ class RunWriter(Recorder):
             if setup.processes.stopping:
                 raise Stop
 
-        with suppress(Stop), setup.signals.abandonable(at_once=False):  # a block can't be left before it has begun
+        # Only what runs after the yield can be abandoned: a context manager has to yield.
+        with suppress(Stop), setup.signals.abandonable() as abandon_from_here:
             try:
-                yield stop_together if setup.processes.sharded else setup.signals.abandon_from_here
+                yield stop_together if setup.processes.sharded else abandon_from_here
             except MemoryError as e:
                 raise TrainingError(f"{e}\n{self.how_to_go_on()}") from None
 
     def evaluated(self, progress: Progress, evaluation: Evaluation, improved: bool) -> None:
-        """Print a line, and record the event."""
+        """Print an evaluation and add it to the metrics."""
         found = evaluation.as_dict()
         line = f"step {progress.step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.3f}"
         if evaluation.option_rows:
@@ -90,7 +91,7 @@ class RunWriter(Recorder):
         self.record("eval", progress, eval_loss=evaluation.loss, **measures)
 
     def step_ended(self, progress: Progress, lr: float, grad_norm: float, skipped: bool) -> None:
-        """Move the bar; every --log-every steps, and before an evaluation, a line of metrics."""
+        """Advance the progress bar; every --log-every steps, and before an evaluation, add an event to the metrics."""
         setup, p = self.setup, progress
         if skipped:
             say(f"step {p.step}: skipped, a gradient is not finite")
@@ -102,10 +103,9 @@ class RunWriter(Recorder):
                 tokens_per_second=round(tokens_per_second, 1), peak_memory_gib=round(peak, 3),
                 seconds=round(p.seconds, 2), **setup.communication(),
             )  # fmt: skip
-            if setup.processes.index == 0 and not self.failures:  # or else the next save writes it
+            if setup.processes.index == 0 and not self.failures:  # otherwise, the next save writes it
                 self.write(self.metrics.flush)
-            postfix = f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tok/s, {peak:.2f} GiB"
-            self.bar.set_postfix_str(postfix)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tok/s, {peak:.2f} GiB")
             p.loss_sum, p.supervised, p.window_tokens, p.window_seconds = 0.0, 0, 0, 0.0
         self.bar.update()
 
@@ -116,16 +116,15 @@ class RunWriter(Recorder):
             self.metrics.write(event, step=progress.step, epoch=epoch, **values)
 
     def failed(self, error: Exception, progress: Progress, batch: Packed | None) -> Exception:
-        """Explain a step that memory did not suffice for, or the last of too many without finite gradients."""
+        """Explain an error: memory ran out, or too many steps in a row had gradients that are not finite."""
         if isinstance(error, TrainingError):
-            rows = ", ".join([r.location for r in self.setup.schedule[progress.step]][:8])
+            rows = ", ".join(r.location for r in self.setup.schedule[progress.step][:8])
             return TrainingError(
                 f"{error}, the last at step {progress.step + 1} with rows {rows}; {self.last_good()}. Lower "
                 "--learning-rate, look at those rows, or use --precision bf16 or fp32"
             )
         if batch and is_out_of_memory(error):
-            why = explain_memory(self.setup, progress.step, batch)
-            return TrainingError(f"{why}\n{self.how_to_go_on()}")
+            return TrainingError(f"{explain_memory(self.setup, progress.step, batch)}\n{self.how_to_go_on()}")
         return error
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -133,14 +132,13 @@ class RunWriter(Recorder):
     # -----------------------------------------------------------------------------------------------------------------
 
     def save(self, progress: Progress, finished: bool) -> None:
-        """Save where due; at the end, and where a signal came to any process, until it is saved.
+        """Save if it is due; at the end of the run, or after a signal to any process, try until it is saved.
 
         Raises:
-            Stop: a signal came.
+            Stop: there was a signal.
         """
         setup = self.setup
-        alone = setup.processes.world_size == 1
-        stop = setup.signals.received if alone else setup.processes.stopping
+        stop = setup.signals.received if setup.processes.world_size == 1 else setup.processes.stopping
         if stop or finished:
             from_main(lambda: self.write(lambda: self.write_all(progress), insist=True))
         elif self._save_due(progress):
@@ -161,34 +159,33 @@ class RunWriter(Recorder):
         return self.saved != (p.step, p.evaluated) and (p.evaluated == p.step or by_step or by_time)
 
     def write(self, action: Callable[[], None], insist: bool = False) -> None:
-        """Write to the run's directory. A failure is a warning, and the run goes on; or tries again, to `insist`.
+        """Write to the run's directory by calling `action`. If the disk fails, warn, and retry only to `insist`.
 
         Raises:
-            TrainingError: it failed for the 10th time in a row.
+            TrainingError: writing failed for the 10th time in a row.
         """
         while True:
             try:
-                (self.folder / "config.json").stat()  # where a drive dropped out, a local folder may be in its place
+                (self.folder / "config.json").stat()  # a local folder may be in the place of a drive that dropped out
                 action()
+                break
             except OSError as e:
                 self.failures += 1
                 self.retry_at = time.monotonic() + RETRY_SECONDS
                 what = f"step {self.setup.progress.step}: '{self.folder}' can't be written to ({e})"
                 if self.failures >= SAVE_TRIES:
                     raise TrainingError(
-                        f"{what}, {SAVE_TRIES} times in a row; {self.last_good()}; when it can be, {self.setup.advice}"
+                        f"{what}, {SAVE_TRIES} times in a row; {self.last_good()}; once it can be, {self.setup.advice}"
                     ) from None
                 say(f"warning: {what}; next try in {RETRY_SECONDS:.0f} s ({self.failures} of {SAVE_TRIES} failed)")
-                if not insist:
-                    return
-                time.sleep(RETRY_SECONDS)
-                continue
-            if self.board:
-                self.board.update()
-            return
+            if not insist:
+                return
+            time.sleep(RETRY_SECONDS)
+        if self.board:
+            self.board.update()
 
     def write_all(self, progress: Progress) -> None:
-        """What is not on disk yet: metrics first, which a checkpoint refers to, and the adapter of the best last."""
+        """Write what is not on disk yet: metrics first, since checkpoints refer to them, and the best adapter last."""
         checkpoint.clean(self.folder)
         self.metrics.flush()
         now = progress.step, progress.evaluated
@@ -203,8 +200,8 @@ class RunWriter(Recorder):
 
     def _write_adapter(self, p: Progress) -> None:
         c, base = self.setup.config, self.setup.base
-        local = Path(c.model)  # a folder is named in full, so that the adapter finds it from anywhere
-        name = str(local.resolve()) if local.is_dir() else c.model
+        local = Path(c.model)
+        name = str(local.resolve()) if local.is_dir() else c.model  # absolute, to be found from any working directory
         described = AdapterConfig(c.lora, name, base.revision, base.fingerprint, c.quantization)
         with atomic_folder(self.folder / "adapter") as folder:
             save_adapter(folder, base.model, described, base.encoder.tokenizer, self.best)
@@ -213,24 +210,24 @@ class RunWriter(Recorder):
         self.adapter_step = p.best_step
 
     def state(self, progress: Progress) -> dict[str, Any]:
-        """All that resuming needs. No random state: order and dropout are functions of the seed and the step."""
+        """The content of a checkpoint. No random state: order and dropout are functions of the seed and the step."""
         return {
             "options": {k: v for k, v in self.setup.record["options"].items() if k != "output_dir"},  # it may be moved
             "progress": asdict(progress) | {"loss_sum": float(progress.loss_sum)},  # fp32 -> double is exact
             "adapter": {n: w.detach() for n, w in lora_parameters(self.setup.base.model).items()},
-            "best_adapter": self.best,  # adapter/ can be made again from any one checkpoint
+            "best_adapter": self.best,  # so that any one checkpoint can restore adapter/
             "stepper": self.setup.stepper.state_dict(),
             "metrics_bytes": self.metrics.size,
         }
 
     def last_good(self) -> str:
-        """What is saved, in words."""
+        """The newest checkpoint, for a message."""
         newest = self.folder / "checkpoints" / f"step-{self.saved[0]}" if self.saved else "none"
         return f"last good checkpoint: {newest}"
 
     def how_to_go_on(self) -> str:
-        """What to do where memory did not suffice."""
+        """What to do after running out of memory, for a message."""
         return (
-            f"  {self.last_good()}; if other programs held the memory, go on with: {self.setup.command}\n"
+            f"  {self.last_good()}; if other programs held the memory, continue with: {self.setup.command}\n"
             "  --resume keeps a run's options: with others, start a new run"
         )

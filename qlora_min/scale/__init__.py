@@ -1,4 +1,4 @@
-"""Several processes that make one run, and a base of which each holds a part.
+"""One training run on several processes, and a base sharded across them.
 
-With one process none of this does anything. The core never imports it: the processes are handed to the loop.
+With a single process nothing here has any effect. The core never imports this folder: the processes are passed to it.
 """

@@ -1,6 +1,7 @@
-"""Which micro-batches of an optimizer step a process computes."""
+"""The micro-batches of each optimizer step that a process computes."""
 
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from ..engine import Engine
 
 
 class Feed:
-    """step (0-based) -> this process's micro-batches, each of at most `n_tokens` tokens, or one row.
+    """Maps a step (0-based) to this process's micro-batches, each of at most `n_tokens` tokens or a single longer row.
 
     Args:
-        processes: a `Processes`; its index and world size decide which rows are this process's.
+        processes: a `Processes`; its index and world size decide which rows this process computes.
     """
 
     def __init__(self, schedule: Schedule, engine: Engine, processes: Any, n_tokens: int):
@@ -22,7 +23,10 @@ class Feed:
         self._ready: dict[int, tuple[list[Packed], int, int]] = {}
 
     def __getitem__(self, step: int) -> tuple[list[Packed], int, int]:
-        """(micro-batches, supervised tokens, tokens): the last two are of all processes. Two steps are remembered."""
+        """(this process's micro-batches, supervised tokens, tokens), both numbers summed over all processes.
+
+        The last two steps are cached.
+        """
         if step not in self._ready:
             rows = self.schedule[step]
             lengths = [len(r) for r in rows]
@@ -30,33 +34,33 @@ class Feed:
                 [[mine[j] for j in part] for part in cut([lengths[i] for i in mine], self.n_tokens)]
                 for mine in balance(lengths, self.processes.world_size)
             ]
-            make = self._equally_many if self.processes.sharded else self._own
             self._ready = {s: ready for s, ready in self._ready.items() if s == step - 1}
-            self._ready[step] = make(rows, cuts), sum(r.n_supervised for r in rows), sum(lengths)
+            self._ready[step] = self._pack(rows, cuts), sum(r.n_supervised for r in rows), sum(lengths)
         return self._ready[step]
 
-    def _own(self, rows: list[Row], cuts: list[list[list[int]]]) -> list[Packed]:
-        n_rows = self.schedule.rows_per_step
-        return [self.engine.pack([rows[i] for i in part], part, n_rows) for part in cuts[self.processes.index]]
+    def _pack(self, rows: list[Row], cuts: list[list[list[int]]]) -> list[Packed]:
+        """This process's micro-batches.
 
-    def _equally_many(self, rows: list[Row], cuts: list[list[list[int]]]) -> list[Packed]:
-        """With a sharded base all processes gather each layer together, so all compute as many micro-batches, padded
-        to as many supervised positions. A process that has no row left computes one without losses."""
+        With a sharded base every layer is gathered by all processes together, so all of them compute the same number
+        of micro-batches, padded to the same number of supervised positions. A process that has no rows left computes
+        a row of another process with all its losses masked.
+        """
+        index, n_rows = self.processes.index, self.schedule.rows_per_step
+        if not self.processes.sharded:
+            return [self.engine.pack([rows[i] for i in part], part, n_rows) for part in cuts[index]]
         batches = []
-        for k in range(max(map(len, cuts))):
-            parts = [part[k] if k < len(part) else [] for part in cuts]
+        for parts in zip_longest(*cuts, fillvalue=[]):
+            mine, spare = parts[index], rows[next(filter(None, parts))[0]]
             supervised = max(sum(rows[i].n_supervised for i in part) for part in parts)
-            spare = rows[next(part for part in parts if part)[0]]
-            mine = parts[self.processes.index]
             chosen = [rows[i] for i in mine] or [replace(spare, supervised=torch.zeros_like(spare.supervised))]
             batches.append(self.engine.pack(chosen, mine or None, n_supervised=supervised))
         return batches
 
     def halve(self) -> None:
-        """Make micro-batches half as large from now on; a row is never cut."""
+        """Halve the size of micro-batches from now on; a row is never split."""
         self.n_tokens = max(1, self.n_tokens // 2)
         self.forget()
 
     def forget(self) -> None:
-        """Give back the memory of the batches that are remembered."""
+        """Release the cached batches."""
         self._ready.clear()

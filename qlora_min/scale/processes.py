@@ -1,17 +1,20 @@
-"""More than one GPU: N processes divide the rows of every optimizer step between them.
+"""More than one GPU: the rows of every optimizer step are divided among N processes.
 
-    g = g_0 + ... + g_{N-1}        the step's gradient: each process has that of its rows' losses / the tokens of all
+    g = g_0 + ... + g_{N-1}
 
-One sum of one flat tensor a step (2.2M numbers for Qwen2-0.5B, 9 MB), and nothing else of that size: all processes hold
-the same adapter and the same optimizer state, take the same step, and stay the same to the last bit. The communication
-is torch's: torchrun starts the processes, NCCL sums between GPUs, gloo between CPUs. In a single process, nothing here
-communicates.
+g_i is the gradient of the summed loss of process i's rows, divided by the number of supervised tokens in all processes.
 
-Small objects go through one collective alone, `gather`, always on the CPU and so by gloo, which notices at once when
-a process ends. A process that fails takes part in the next `gather` of the others, with its error in place of a value
-(`together`): so an error in one process ends all of them, and none waits for ever. Two rules follow: collectives are
-called alike in every process, and a `gather` precedes any other collective. Between these two, where the device may
-still find an error, or where each layer is a collective (sharding.py), a process that fails ends by itself: `in_step`.
+Each step sums one flat tensor over all processes (2.2M numbers for Qwen2-0.5B, 9 MB); nothing else of that size is
+communicated. All processes hold the same adapter and optimizer state and take the same step: they stay bit-identical.
+torchrun starts the processes; gradients are summed by NCCL between GPUs and by gloo between CPUs. A single process
+communicates nothing.
+
+Small objects are exchanged by one collective only, `gather`. It always uses the CPU and gloo, which notices immediately
+that a process has ended. A process that fails takes part in the others' next `gather`, its error in place of a value
+(`together`), so an error in one process ends all of them and none waits forever. This requires that every process calls
+the same collectives in the same order, and that a `gather` precedes any other collective. Between that `gather` and the
+end of the other collective, while the device may still report an error, and wherever each layer needs a collective
+(sharding.py), a process that fails exits alone: see `in_step`.
 """
 
 import atexit
@@ -34,13 +37,13 @@ from torch import Tensor
 from ..optim import TrainingError
 from ..system.device import synchronize
 
-TIMEOUT = 600.0  # seconds after which a process that does not answer is given up
+TIMEOUT = 600.0  # seconds to wait for another process
 _processes: list[tuple[str, int]] = []  # (host, process id) of each
 _in_step = False
 
 
 class Lost(RuntimeError):
-    """A process ended, or does not answer."""
+    """Another process has ended or does not respond."""
 
 
 def world_size() -> int:
@@ -49,16 +52,16 @@ def world_size() -> int:
 
 
 def process_index() -> int:
-    """This process's number, from 0. The first one prints and writes."""
+    """This process's index, from 0. Process 0 prints and writes files."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def join() -> None:
-    """Find the other processes that torchrun has started, if it has, and take this one's GPU.
+    """Connect to the other processes, if torchrun started any, and select this process's GPU.
 
     Raises:
-        ValueError: there are more processes on this host than GPUs.
-        Lost: they did not find each other.
+        ValueError: this host has fewer GPUs than processes.
+        Lost: the processes could not connect.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
@@ -81,11 +84,11 @@ def join() -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, a small object, in order.
+    """The values of all processes, ordered by process. A value is a small picklable object.
 
     Raises:
-        SystemExit: a process has failed; the first has printed why.
-        Lost: a process ended, or does not answer.
+        SystemExit: a process has failed; process 0 has printed the error.
+        Lost: a process has ended or does not respond.
     """
     if world_size() == 1:
         return [value]
@@ -100,43 +103,36 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_main(action: Callable[[], Any]) -> Any:
-    """What `action` returns in the first process, the only one to call it, in every process."""
-    value = action() if process_index() == 0 else None
-    if world_size() == 1:
-        return value
-    gather(None)
-    box = [value]
-    with _answered():
-        dist.broadcast_object_list(box, 0)
-    return box[0]
+    """Call `action` in process 0 alone, and return its result in every process."""
+    return gather(action() if process_index() == 0 else None)[0]
 
 
 def sum_(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over all processes, bit for bit the same in all."""
+    """Replace a tensor by its sum over all processes, in place. The result is bit-identical in all of them."""
     if world_size() == 1:
         return
     with _answered():
         dist.all_reduce(tensor)
         if tensor.is_cuda:
-            torch.cuda.synchronize()  # what went wrong shows here, and not somewhere later
+            torch.cuda.synchronize()  # raise errors of the collective here, not at some later call
 
 
 def all_gather(whole: Tensor, mine: Tensor) -> None:
-    """Fill `whole` with every process's `mine`, one behind the other."""
+    """Fill `whole` with the `mine` of all processes, concatenated in their order."""
     with _answered():
         dist.all_gather_into_tensor(whole, mine)
 
 
 class Processes:
-    """The processes of a run, as `loop.train` is handed them.
+    """The processes of a training run, as passed to `loop.train`.
 
     Args:
-        received: the number of the signal that came to this process, or None: the loop's exchanges tell all of it.
-        sharded: whether each holds a part of the base, so that they must compute in step.
+        received: returns the number of the signal that this process has received, or None. Each `gather` shares it.
+        sharded: whether each process holds one shard of the base, so that all must compute in lockstep.
 
     Attributes:
-        stopping: the signal for which all stop after this step, or None.
-        waited, summed: seconds so far, waiting for the slowest process and summing gradients.
+        stopping: the signal on which all processes stop after the current step, or None.
+        waited, summed: seconds spent so far waiting for the slowest process, and summing gradients.
     """
 
     def __init__(self, received: Callable[[], int | None] = lambda: None, sharded: bool = False):
@@ -146,22 +142,22 @@ class Processes:
         self.waited = self.summed = 0.0
 
     def gather(self, value: Any) -> list[Any]:
-        """As `gather`; with it, all learn of a signal that came to one."""
+        """`gather`, which also tells all processes of a signal that any of them has received."""
         values, signals = zip(*gather((value, self.received())))
         self.stopping = next((s for s in signals if s), None)
         return list(values)
 
     def sum_step(self, loss: Tensor, grads: Tensor) -> Tensor:
-        """Sum a step's gradients over all processes, in place; returns the sum of their losses.
+        """Sum a step's gradients over all processes, in place, and return the sum of their losses.
 
-        If a gradient is not finite in one of them, it is in the sum, so that all skip the same steps.
+        A gradient that is not finite in one process is not finite in the sum, so all processes skip the same steps.
         """
         if self.world_size == 1:
             return loss
         in_step(True)
         synchronize()
         start, loss = time.perf_counter(), loss.double()
-        sum_(loss)  # one number: this waits for the slowest
+        sum_(loss)  # a single number, so the time is that of waiting for the slowest process
         then = time.perf_counter()
         sum_(grads)
         self.waited, self.summed = self.waited + then - start, self.summed + time.perf_counter() - then
@@ -169,18 +165,18 @@ class Processes:
         return loss
 
     def check_equal_adapters(self, weights: Tensor) -> None:
-        """Raises ValueError where these are not the same bits in all processes."""
+        """Raise ValueError unless these weights are bit-identical in all processes."""
         if self.world_size > 1:
             self.check_equal({"adapter": zlib.crc32(weights.detach().cpu().numpy())})
 
     def check_equal(self, facts: dict[str, Any]) -> None:
-        """Raises ValueError where one of these facts is not the same in all processes."""
+        """Raise ValueError unless each of these facts is equal in all processes."""
         for index, theirs in enumerate(everyone := gather(facts)):
             for key, value in theirs.items():
                 if value != everyone[0][key]:
                     raise ValueError(
-                        f"process {index} has another {key} than process 0: {value} and {everyone[0][key]}; all need "
-                        "the same files, versions and kind of GPU"
+                        f"process {index} has another {key} than process 0: {value} and {everyone[0][key]}; expected "
+                        "the same files, versions and kind of GPU in all processes"
                     )
 
 
@@ -190,9 +186,10 @@ class Processes:
 
 
 def in_step(on: bool) -> None:
-    """Say that other collectives than `gather` may be under way: a process that fails now can't meet the others in one.
+    """Declare whether collectives other than `gather` may be in progress.
 
-    It ends by itself, with its message, and torchrun ends the others.
+    While they may be, a process that fails can't report its error through `gather`: it prints the error and exits, and
+    torchrun ends the others.
     """
     global _in_step
     _in_step = on
@@ -200,14 +197,14 @@ def in_step(on: bool) -> None:
 
 @contextmanager
 def together(then: Callable[[], str] = str) -> Iterator[None]:
-    """An error that ends this block in one process ends it in all; only the first shows it, by raising or printing.
+    """Within this context an error in one process ends the block in all of them; process 0 alone raises or prints it.
 
     Args:
-        then: what to add to the message where a process is lost.
+        then: returns text to append to the message if a process is lost.
 
     Raises:
         TrainingError: a process is lost.
-        SystemExit: another process failed; the code is 2 for what a user can cause, else 1.
+        SystemExit: another process failed. The exit code is 2 for an error that a user can cause, else 1.
     """
     try:
         yield
@@ -220,26 +217,27 @@ def together(then: Callable[[], str] = str) -> Iterator[None]:
 
 
 def _tell(error: Exception) -> None:
-    """Take part in the others' next `gather`, with an error."""
-    code = 2 if isinstance(error, ValueError | OSError) else 1
+    """Take part in the others' next `gather` with an error in place of a value."""
+    code, text = 2 if isinstance(error, ValueError | OSError) else 1, str(error) or type(error).__name__
+    explained = code == 2 or isinstance(error, MemoryError | TrainingError)  # otherwise the traceback matters
     if _in_step:
-        atexit.unregister(dist.destroy_process_group)  # which would wait for the others
+        atexit.unregister(dist.destroy_process_group)  # it would wait for the others
         if process_index() == 0:
             return
-        if code == 1 and not isinstance(error, MemoryError | TrainingError):
+        if not explained:
             traceback.print_exc()
-        print(f"error: process {process_index()}: {error or type(error).__name__}", file=sys.stderr, flush=True)
+        print(f"error: process {process_index()}: {text}", file=sys.stderr, flush=True)
         os._exit(code)
     try:
-        _exchange(((code, str(error) or type(error).__name__), None))
+        _exchange(((code, text), None))
     except Lost:
         return
-    if process_index() and isinstance(error, ValueError | OSError | MemoryError | TrainingError):
-        raise SystemExit(code) from None  # the first shows it; of an error that nobody expects the traceback counts
+    if process_index() and explained:
+        raise SystemExit(code) from None  # process 0 prints it
 
 
 def _exchange(mine: tuple) -> list[tuple]:
-    """Every process's (error or None, value)."""
+    """(error or None, value) of each process."""
     found = [None] * world_size()
     with _answered():
         dist.all_gather_object(found, mine)
@@ -248,12 +246,12 @@ def _exchange(mine: tuple) -> list[tuple]:
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """A collective that fails means that a process is lost."""
+    """Convert any error of a collective to `Lost`: another process has ended or does not respond."""
     try:
         yield
-    except Exception as e:  # torch's DistBackendError, and whatever half a message makes of itself
-        atexit.unregister(dist.destroy_process_group)  # which would wait for the lost one
-        time.sleep(0.3)  # until torchrun has taken note of its end
+    except Exception as e:  # DistBackendError, or any error from unpickling an incomplete message
+        atexit.unregister(dist.destroy_process_group)  # it would wait for the lost process
+        time.sleep(0.3)  # until torchrun has noticed that it ended
         who = f"another process has ended, or did not answer for {TIMEOUT:.0f} s"
         if ended := [str(i) for i, (host, process) in enumerate(_processes) if _is_gone(host, process)]:
             who = f"process {' and '.join(ended)} has ended"
@@ -262,7 +260,7 @@ def _answered() -> Iterator[None]:
 
 
 def _is_gone(host: str, process: int) -> bool:
-    """Whether a process of this host has ended; of other hosts' nothing is known."""
+    """Whether a process is known to have ended; False for processes of other hosts."""
     if host != socket.gethostname() or os.name != "posix":
         return False
     try:
@@ -272,4 +270,4 @@ def _is_gone(host: str, process: int) -> bool:
         return True
     except OSError:
         return False
-    return stat.rpartition(")")[2].split()[0] == "Z"  # ended, and its parent does not know yet
+    return stat.rpartition(")")[2].split()[0] == "Z"  # a zombie: its parent has not waited for it yet

@@ -1,21 +1,22 @@
-"""A base larger than a GPU: each of N processes keeps 1/N of its frozen weights.
+"""A base larger than one GPU: each of N processes keeps 1/N of the frozen weights.
 
-Sharded are the weights of the decoder's linear layers (4-bit ones as the bytes that bitsandbytes packed), the embedding
-and the head. Where a layer computes, its bytes are gathered into one buffer, the same for all layers; the embedding and
-the head pass through it in slices of rows, so that no process ever holds one of them whole. W is frozen: nothing of it
-is ever reduced, stepped or saved, so an all-gather by NCCL (gloo on CPUs) is all that it takes. Each process has the
-scales of the 4-bit weights (1/32 of them), norms, biases, and all that trains.
+The weights of the decoder's linear layers (4-bit ones as the bytes that bitsandbytes packed), the embedding and the
+head are sharded. Before a layer computes, its bytes are gathered into one buffer that all layers share. The embedding
+and the head are gathered in slices of rows, so that no process ever holds one of them whole. W is frozen, so it is
+never reduced, updated or saved: an all-gather by NCCL (gloo on CPUs) is the only collective needed. The scales of the
+4-bit weights (1/32 of their size), norms, biases and all trainable weights are replicated.
 
     layer.shard                    this process's part of the layer's bytes
     layer.whole                    the buffer, which holds the layer's bytes after unshard(layer)
     layer.self_attn.q_proj.weight  a view of the buffer
 
-torch's FSDP2 (`fully_shard`) does the same for layers that train. With torch 2.11 it takes no parameters of bytes
-("only Tensors of floating point dtype can require gradients"; later ones do). Bytes that pass for bf16 train on CPUs to
-the same bits, but did not come back the same on GPUs, and each of its gathers costs too much of the host's time.
+torch's FSDP2 (`fully_shard`) does the same for layers that train. In torch 2.11 it rejects uint8 parameters ("only
+Tensors of floating point dtype can require gradients"; later versions accept them). With the bytes viewed as bf16,
+training on CPUs is bit-identical, but on GPUs the bytes came back changed, and each gather costs too much host time.
 
-An all-gather is a collective: every process must come to the same ones in the same order. So all processes compute as
-many micro-batches a step, with as many slices of logits (`feed.Feed`), and the same evaluations and samples.
+An all-gather is a collective: all processes must call the same ones in the same order. So all of them compute the same
+number of micro-batches a step, with the same number of supervised positions (`feed.Feed`), and the same evaluations and
+samples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,11 +29,11 @@ from transformers import PreTrainedModel
 
 from .processes import all_gather, process_index, world_size
 
-SLICE = 2**26  # bytes of the embedding or the head that are gathered at a time
+SLICE = 2**26  # bytes of the embedding or the head to gather at a time
 
 
 class Sliced(nn.Module):
-    """A matrix (V, D) as slices of its rows: modules with a weight each."""
+    """A matrix (V, D) split into slices of rows: one module with a `weight` for each slice."""
 
     def __init__(self, parts: nn.ModuleList):
         super().__init__()
@@ -62,22 +63,22 @@ class SlicedHead(Sliced):
 
 
 def slices(module: nn.Module) -> Iterator[Tensor]:
-    """A matrix (V, D) as slices of its rows, each valid until the next is asked for; one slice without --shard."""
+    """Yield a matrix (V, D) in slices of rows, each valid until the next is yielded; one slice without --shard."""
     for part in getattr(module, "parts", [module]):
         unshard(part)
         yield part.weight
 
 
 def unshard(module: nn.Module) -> None:
-    """Gather the weights of a layer, or of a slice, valid until the next is gathered; without --shard, do nothing."""
+    """Gather the weights of a layer or a slice, valid until the next gather. Without --shard, do nothing."""
     if hasattr(module, "shard"):
         all_gather(module.whole, module.shard)
 
 
 def shard(model: PreTrainedModel, device: torch.device, layers: nn.ModuleList) -> None:
-    """Shard the weights of linear layers, embedding and head; this process's part goes to its device.
+    """Shard the weights of linear layers, embedding and head, and move this process's part to its device.
 
-    They should be on the CPU until then, so that no GPU ever holds more than its part.
+    The weights should be on the CPU before, so that no GPU ever holds more than its part.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = _cut(embedding.weight.data)
@@ -95,13 +96,13 @@ def shard(model: PreTrainedModel, device: torch.device, layers: nn.ModuleList) -
             end = start + m.weight.numel() * m.weight.element_size()
             m.weight.data = buffer[start:end].view(m.weight.dtype).view(m.weight.shape)
             start = end
-    # For the modules' own forward, as transformers' `generate` runs it; fused/decoder.py calls no module.
+    # For the modules' own forward, which `generate` calls; fused/decoder.py calls `unshard` itself.
     for layer in layers:
         layer.register_forward_pre_hook(lambda layer, _: unshard(layer))
 
 
 def _cut(weight: Tensor) -> nn.ModuleList:
-    """The rows of a matrix in slices of about SLICE bytes, a multiple of 64 rows, as products like best."""
+    """Split a matrix into slices of about SLICE bytes: a multiple of 64 rows, for which matrix products are fastest."""
     rows = 64 * max(1, SLICE // (64 * weight.shape[1] * weight.element_size()))
     parts = nn.ModuleList(nn.Module() for _ in range(0, len(weight), rows))
     for part, rows_of_it in zip(parts, weight.split(rows)):
@@ -110,7 +111,7 @@ def _cut(weight: Tensor) -> nn.ModuleList:
 
 
 def _part(weights: Sequence[Tensor]) -> Tensor:
-    """This process's part of their bytes, one behind the other; all parts are equally long."""
+    """This process's part of the concatenated bytes of `weights`. All parts have the same length, by padding."""
     flat = torch.cat([w.contiguous().flatten().view(torch.uint8) for w in weights])
     each = -(-len(flat) // (16 * world_size())) * 16
     start = process_index() * each

@@ -1,4 +1,4 @@
-"""The machine around the trainer: files on its disk (some of them hostile), the hub, its memory, its console.
+"""The machine around the trainer: files (some of them untrusted), the hub, the device and its memory, the console.
 
-Nothing here knows of models or training; everything else may use it.
+Nothing here depends on the rest of the package, which may import all of it.
 """

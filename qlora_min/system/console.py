@@ -1,4 +1,4 @@
-"""What a user sees while something runs: bars, and lines above them. Of several processes, the first speaks."""
+"""Console output: progress bars, lines above them, and tables. Of several processes, only the first prints."""
 
 import os
 import sys
@@ -9,15 +9,15 @@ from tqdm import tqdm
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all that torchrun started, or is alone; also before they know of each other."""
+    """Whether this is the only process, or the first of those that torchrun started; also before they are connected."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep: bool = False, **kwargs: Any) -> tqdm:
-    """A bar on stderr, if that is a terminal and $TQDM_DISABLE is not set; a notebook shows those that it is to keep.
+    """A progress bar on stderr, if that is a terminal and $TQDM_DISABLE is not set. Notebooks show only kept bars.
 
     Args:
-        keep: it stays when it is full.
+        keep: leave the bar on the screen when it is closed.
     """
     hidden = not show or not is_first_process() or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
     disable = hidden or (not keep if "ipykernel" in sys.modules else None)
@@ -26,14 +26,14 @@ def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Print a line above the bars, at once also where the output is a file; of several processes, the first does."""
+    """Print a line above the bars and flush it; only in the first process."""
     if is_first_process():
         tqdm.write(line, file=file)
         (file or sys.stdout).flush()
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A table of strings as text, its first column to the left and the others to the right."""
+    """Format a table of strings as text, with the first column left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     rows = ([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines)
     return "\n".join("  ".join(row) for row in rows)

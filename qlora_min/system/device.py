@@ -1,4 +1,4 @@
-"""The device: which one, its precision, its memory: how much there is, what was taken, what to do where it runs out."""
+"""The device: its choice, its precision, its memory, and what to do when the memory runs out."""
 
 import ctypes
 import gc
@@ -17,17 +17,17 @@ ALONE = "takes more memory than there is, and with --shard a process can't try a
 
 
 def pick_device() -> torch.device:
-    """The GPU if there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """--precision as bf16, fp16 or fp32. auto: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU.
+    """Resolve --precision to bf16, fp16 or fp32. auto: on a GPU bf16, or fp16 without hardware support; on a CPU fp32.
 
-    A plain `torch.cuda.is_bf16_supported()` says True on a T4, which emulates bf16, slowly: we ask for the hardware's.
+    A plain `torch.cuda.is_bf16_supported()` is True even on a T4, which emulates bf16 slowly, so emulation is excluded.
 
     Raises:
-        ValueError: bf16 on a GPU without it.
+        ValueError: bf16 is requested on a GPU whose hardware does not support it.
     """
     hardware_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
@@ -42,12 +42,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The autocast context of a compute dtype; for fp32, one that does nothing."""
+    """The autocast context for a compute dtype; disabled for fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whichever device; libraries have several words for it."""
+    """Whether an error means that a device ran out of memory; libraries report this in several ways."""
     words = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(w in str(error) for w in words)
@@ -55,14 +55,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def unless_out_of_memory(compute: Callable[[], Any], base: Any, n_rows: int, several: str, one: str, fix: str) -> Any:
-    """What `compute` returns; None where memory runs out, for the caller to go on with half of the rows.
+    """Return `compute()`, or None if it runs out of memory and the caller should retry with half of the rows.
 
     Args:
-        base: the `Base` that computes. n_rows: how many rows `compute` takes.
-        several, one: what it does; fix: what would need less. For messages.
+        base: the `Base` that computes. n_rows: the number of rows that `compute` processes.
+        several, one: for messages, what is computed, for all rows and for a single row.
+        fix: for messages, what would need less memory.
 
     Raises:
-        MemoryError: there is too little for one row, or --shard is on: a process can't try less by itself.
+        MemoryError: memory is too small for a single row, or the base is sharded: one process alone can't retry.
     """
     try:
         return compute()
@@ -80,45 +81,45 @@ def unless_out_of_memory(compute: Callable[[], Any], base: Any, n_rows: int, sev
 
 
 def release() -> None:
-    """Give back what a failed attempt held. To be called behind its `except`: the error holds the attempt's tensors."""
+    """Free the memory of a failed attempt. Call it after the `except` block: the error keeps the tensors alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def synchronize() -> None:
-    """Wait until a GPU, if there is one, has done what it was given."""
+    """Wait until the GPU, if there is one, has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def total_bytes(device: torch.device) -> int:
-    """Memory of the device in all."""
+    """The total memory of the device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
 
 
 def available(device: torch.device) -> float:
-    """Bytes that a forecast may fill: with room for fragments, and on a CPU for everything else that runs there."""
+    """The bytes that a plan may use: leaves room for fragmentation, and on a CPU for other programs."""
     if device.type == "cuda":
         return 0.6 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     return 0.5 * total_bytes(device)
 
 
 def taken(device: torch.device) -> str:
-    """Where memory stands, in words."""
+    """The peak and the total memory, for messages."""
     return f"peak so far {peak_gib(device):.2f} GiB of {total_bytes(device) / GIB:.2f}"
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated on the GPU, or resident on a CPU."""
+    """Peak memory so far, in bytes: allocated on a GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, StopIteration):  # Linux: what is of this process alone, and can be restarted
+    with suppress(OSError, StopIteration):  # Linux: of this process alone, and can be reset
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    import resource  # which Windows has not
+    import resource  # missing on Windows
 
     scale = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
@@ -130,12 +131,12 @@ def peak_gib(device: torch.device) -> float:
 
 
 def restart_peak(device: torch.device) -> int:
-    """Forget the peak so far; returns the bytes that are taken now."""
+    """Reset the peak, and return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    with suppress(OSError, AttributeError):  # no Linux: the peak stays that of loading, and too little may be seen
-        ctypes.CDLL(None).malloc_trim(0)  # what is free, but still the process's, would hide what is added
+    with suppress(OSError, AttributeError):  # not on Linux: the peak of loading remains, and may hide a smaller one
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide new allocations
         Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes(device)

@@ -1,8 +1,8 @@
-"""What comes from a disk, and may be hostile; and what goes to one, whole or not at all.
+"""Reading files that may be hostile, and writing files completely or not at all.
 
-Models and adapters come from anyone: no file of theirs may lead out of its folder, name a thing twice or be larger than
-it says, nothing is unpickled and nothing is run. What is written is flushed to disk before it gets its name, so that a
-file or a folder with its final name is complete.
+Models and adapters come from untrusted sources: their files must not link out of the folder, repeat a key or exceed the
+size limits; nothing is unpickled or executed. Written data is flushed to disk before it is renamed to its final name,
+so that a file or folder with its final name is complete.
 """
 
 import errno
@@ -18,7 +18,7 @@ from typing import Any
 
 from .text import clipped, shown
 
-# What a file system answers that has no locks, or no flush of a folder.
+# The errors of a file system that does not support locks, or flushing a folder.
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -27,7 +27,7 @@ def _fsync(path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as e:
-        if e.errno not in UNSUPPORTED or not path.is_dir():  # some file systems can't flush a folder; a file must be
+        if e.errno not in UNSUPPORTED or not path.is_dir():  # only flushing a folder may be unsupported
             raise
     finally:
         os.close(fd)
@@ -35,12 +35,13 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` to write into; when the block ends without an error, it becomes `path`.
+    """Yield a new folder next to `path` to write to, and rename it to `path` when the block ends without an error.
 
-    A folder that stood there before is moved aside first and removed last; `clean` puts it back after a kill between.
+    An existing folder is moved aside first and deleted last. If the process is killed in between, it remains as
+    .NAME.old-PID, which `run.checkpoint.clean` restores.
 
     Raises:
-        OSError: also where a library reports the disk's error as one of its own (safetensors, tokenizers).
+        OSError: also if a library reports an error of the disk as one of its own (safetensors, tokenizers).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
@@ -62,7 +63,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _fsync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except Exception as e:
-        reported = re.search(r"\(os error (\d+)\)", str(e))  # as Rust writes it
+        reported = re.search(r"\(os error (\d+)\)", str(e))  # the format of Rust libraries
         if isinstance(e, OSError) or not reported:
             raise
         raise OSError(int(reported[1]), os.strerror(int(reported[1])), str(path)) from e
@@ -71,7 +72,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or what was there before; half a surrogate pair becomes "?"."""
+    """Write a file atomically: a reader sees all of it, or the old content. A lone surrogate is written as "?"."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8", errors="replace")
     _fsync(new)
@@ -80,28 +81,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a file, as `write_text` does."""
+    """Write a value as JSON, atomically like `write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, values: Iterable[Any]) -> None:
-    """Write a JSON value a line, as `write_text` does."""
+    """Write one JSON value per line, atomically like `write_text`."""
     write_text(path, "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values))
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal digits."""
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def check_links(folder: Path) -> None:
-    """A model's or an adapter's folder may be a link; its files may not lead out of it.
+    """Check that no file of a model's or an adapter's folder links out of it. The folder itself may be a link.
 
-    The hub's cache is the exception: there a file of models--A--B/snapshots/REVISION is a link into models--A--B/blobs.
+    The hub's cache is an exception: the files of models--A--B/snapshots/REVISION are links into models--A--B/blobs.
 
     Raises:
-        ValueError: a file whose real path lies elsewhere.
+        ValueError: the real path of a file is outside.
     """
     root = folder.resolve()
     allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -114,14 +115,15 @@ def check_links(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that may be hostile.
+    """Read a JSON object from a file that may be hostile.
 
     Raises:
-        ValueError: it can't be read, is no JSON object, is larger than 64 MiB, names a key twice or holds NaN.
+        ValueError: the file can't be read, is not a JSON object, is larger than 64 MiB, repeats a key or contains NaN
+            or infinity.
     """
 
     def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     try:
         if path.stat().st_size > 2**26:
@@ -136,10 +138,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: an object whose keys are all different; which of two counts, each reader decides for itself."""
+    """For json.loads: refuse an object that repeats a key, since readers differ in which of the two they use."""
     value: dict[str, Any] = {}
     for key, v in pairs:
         if key in value:
-            raise ValueError(f"the key {shown(key)} stands there twice")
+            raise ValueError(f"the key {shown(key)} is repeated")
         value[key] = v
     return value

@@ -1,4 +1,4 @@
-"""Finding a model: a local folder, or the hub, downloaded if need be; what it asks for is checked before it is read."""
+"""Finding a model in a local folder or on the hub, and checking its files before any library reads them."""
 
 import re
 from collections.abc import Iterator
@@ -11,18 +11,21 @@ from .files import check_links, read_json
 from .text import clipped, refuse_secrets, shown
 from .weights import weight_shapes
 
-# What a model consists of on the hub: weights only as safetensors (no pickles), no code.
+# The files of a model to download: weights only as safetensors (no pickles), no code.
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
 
 
 def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """(folder, revision) of a local model folder or of a model on the hub, downloaded if need be.
+    """(folder, revision) of a local model folder, or of a model on the hub, which is downloaded if it is not cached.
 
     Args:
-        revision: a commit or branch on the hub; the newest if not given.
+        revision: a commit or branch on the hub; default the newest commit.
+
+    Returns:
+        The folder, and the commit on the hub (None for a local folder).
 
     Raises:
-        ValueError: no such model, one that is not to be trusted with being read, or the hub can't be reached.
+        ValueError: there is no such model, its files are not safe to read, or the hub can't be reached.
     """
     refuse_secrets(name, "model")
     path = Path(name)
@@ -51,11 +54,11 @@ def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None
 
 
 def _check_folder(folder: Path, name: str) -> None:
-    """Refuse, before any library reads them, files of a model that ask for more than being read.
+    """Check the files of a model that are not safe to pass to a library.
 
     Raises:
-        ValueError: links out of the folder, no readable config.json, an architecture that would need the model's own
-            code, or more layers than there are weights (building them would take for ever).
+        ValueError: a file links out of the folder, config.json is unreadable, the architecture would need the model's
+            own code, or config.json states more layers than there are weights (building them would take forever).
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"model '{name}': the folder has no config.json; expected a Hugging Face model folder")
@@ -64,8 +67,8 @@ def _check_folder(folder: Path, name: str) -> None:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"model '{name}': model_type {shown(kind)} in config.json is none that transformers "
-            f"{transformers.__version__} knows; code that comes with a model is never run"
+            f"model '{name}': model_type {shown(kind)} in config.json is unknown to transformers "
+            f"{transformers.__version__}; expected one that it knows, since the code of a model is never executed"
         )
     layers = [v for k, v in config.items() if re.fullmatch("(num|n)(_hidden)?_layers?", k) and isinstance(v, int)]
     if any(abs(n) > 1000 for n in layers) and max(map(abs, layers)) > len(weight_shapes(folder)):
@@ -76,7 +79,7 @@ def _check_folder(folder: Path, name: str) -> None:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """A ValueError of one line, whatever a library raises: damaged files end in errors of every kind."""
+    """Convert any error in this context to a ValueError of one line: damaged files cause errors of every type."""
     try:
         yield
     except Exception as e:

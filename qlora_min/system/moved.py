@@ -1,4 +1,4 @@
-"""Importing a module of an earlier version whose name stood in the README says in one line where it is now."""
+"""Importing a module that an earlier version's README documented raises an error that says where it is now."""
 
 import sys
 

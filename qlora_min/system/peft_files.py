@@ -1,8 +1,8 @@
-"""adapter_config.json, PEFT's, and qlora_min.json beside it, which says what PEFT's file has no field for.
+"""PEFT's adapter_config.json, and qlora_min.json beside it for what PEFT's file has no field for.
 
-The files may come from anyone: every field that is read is checked before it is used, and nothing that they name is
-imported or run. A field that changes what the adapter computes, and that our layer doesn't implement, is refused by
-name: ignoring it would load another adapter than was saved.
+The files may come from an untrusted source: every field is checked before it is used, and nothing that they name is
+imported or executed. A field that changes what the adapter computes, and that our layer does not implement, is refused
+by name: ignoring it would load a different adapter from the one saved.
 """
 
 import re
@@ -17,18 +17,18 @@ from .text import clipped, refuse_secrets, shown
 CONFIG, ORIGIN = "adapter_config.json", "qlora_min.json"
 WRITTEN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "fan_in_fan_out": False, "use_dora": False,
            "init_lora_weights": True, "use_rslora": False, "modules_to_save": None, "inference_mode": True}  # fmt: skip
-# Fields that say nothing about what the adapter computes.
+# Fields that do not affect what the adapter computes.
 HARMLESS = {"peft_type", "task_type", "inference_mode", "peft_version",
             "loftq_config", "corda_config", "eva_config", "runtime_config", "qalora_group_size"}  # fmt: skip
 ALLOWED = {
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),  # others change W as well
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),  # other methods change W too
     "megatron_core": (None, "megatron.core"),  # a module that PEFT would import
 }
 REVISION = r"\w[\w-]*([./]\w[\w-]*)*"  # a commit, a branch or "refs/pr/1"
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # NaN and infinity (1e999) are not
+    return type(value) in (int, float) and abs(value) < 1e30  # not NaN or infinity (1e999)
 
 
 def _is_text(value: Any, pattern: str) -> bool:
@@ -40,15 +40,15 @@ def _is_targets(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """A hub id or a folder, without a way out of where it seems to lead."""
+    """Whether a value is a hub id or a path without "..", so that it leads only where it seems to."""
     if not isinstance(value, str) or not value.isprintable():
         return False
     parts = re.split(r"[/\\]", value)
     return 1 <= len(value) <= 1000 and all(part != ".." and len(part) <= 255 for part in parts)
 
 
-# Our name -> (the name in the file, what its value must satisfy, that in words). The values come from anyone, so a
-# check must be able to take any JSON. A field that may be None may be missing.
+# Our name -> (the name in the file, a check of its value, the expectation in words). Values are untrusted, so a check
+# must accept any JSON value as its argument. A field that may be None may be missing.
 Check = tuple[str, Callable[[Any], bool], str]
 ADAPTER: dict[str, Check] = {
     "rank": ("r", lambda v: type(v) is int and 1 <= v < 2**63, "an integer of at least 1"),
@@ -65,7 +65,7 @@ OURS: dict[str, Check] = {
 
 
 def write_adapter_config(folder: Path, values: Mapping[str, Any], weights_sha256: str) -> None:
-    """Write both files; `values` has the names that `read_adapter_config` gives."""
+    """Write both files; `values` has the keys that `read_adapter_config` returns."""
     alpha = values["alpha"]
     values = {**values, "alpha": int(alpha) if alpha == int(alpha) else alpha, "targets": list(values["targets"])}
     write_json(folder / CONFIG, WRITTEN | {theirs: values[name] for name, (theirs, *_) in ADAPTER.items()})
@@ -75,16 +75,16 @@ def write_adapter_config(folder: Path, values: Mapping[str, Any], weights_sha256
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """qlora_min.json as it is; empty for an adapter of another tool."""
+    """The content of qlora_min.json, unchecked; empty for an adapter of another tool."""
     return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """What an adapter's files say: rank, alpha, dropout, targets, base_model, revision, fingerprint, quantization.
+    """The values in an adapter's files: rank, alpha, dropout, targets, base_model, revision, fingerprint, quantization.
 
     Raises:
-        ValueError: no adapter there, a broken file, a link out of the folder, a value that no adapter has, or a field
-            that asks for what we don't implement.
+        ValueError: the folder has no adapter, a file is damaged or links out of the folder, a value is invalid, or a
+            field requires something that is not implemented.
     """
     if not (folder / CONFIG).is_file():
         inside = f" (there is '{folder / 'adapter'}')" if (folder / "adapter" / CONFIG).is_file() else ""
@@ -101,21 +101,22 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             if not good(found[name]):
                 raise ValueError(f"adapter '{folder}': {theirs} {shown(found[name])}, expected {expected}")
     refuse_secrets(found["base_model"], f"adapter '{folder}': base_model_name_or_path")
-    # A rank or targets that were edited do not fit the weights; alpha would.
+    # An edited rank or target would not match the weights; an edited alpha would go unnoticed.
     if origin.get("alpha", found["alpha"]) != found["alpha"]:
         raise ValueError(
             f"adapter '{folder}': {CONFIG} says lora_alpha {shown(float(found['alpha']))}, but the weights were "
             f"trained with {shown(origin['alpha'])}; put it back"
         )
-    return found | {"dropout": found["dropout"] or 0.0, "quantization": found["quantization"] or "nf4"}
+    numbers = {"alpha": float(found["alpha"]), "dropout": float(found["dropout"] or 0.0)}
+    return found | numbers | {"targets": tuple(found["targets"]), "quantization": found["quantization"] or "nf4"}
 
 
 def _refuse_what_is_unknown(folder: Path, peft: dict[str, Any]) -> None:
-    """Raises ValueError for a field that asks for what we don't implement."""
+    """Raise ValueError for a field that requires something that is not implemented."""
     if peft.get("peft_type") != "LORA":
         raise ValueError(f"adapter '{folder}': peft_type {shown(peft.get('peft_type'))}, expected 'LORA'")
     known = HARMLESS | ALLOWED.keys() | {theirs for theirs, *_ in ADAPTER.values()}
-    # None, False and the empty ask for nothing. 0 does ask: it is a layer's number.
+    # None, False and empty values require nothing. 0 does: it is the index of a layer.
     asked = {k: v for k, v in peft.items() if k not in known and not (v is None or v is False or v in ("none", [], {}))}
     asked |= {k: peft[k] for k, allowed in ALLOWED.items() if peft.get(k) not in allowed}
     if asked:

@@ -1,4 +1,4 @@
-"""Foreign text in messages: one line, never long, without secrets."""
+"""Untrusted text in messages: one line, of limited length, without secrets."""
 
 import os
 import re
@@ -10,22 +10,22 @@ _REPR.maxstring = _REPR.maxother = 60
 
 
 def shown(value: Any) -> str:
-    """repr of a value from a file that may be hostile, for an error message: one line, never long."""
+    """The repr of a value from a file that may be hostile, for an error message: one line of at most 120 characters."""
     return clipped(_REPR.repr(value), 120)
 
 
 def clipped(text: object, limit: int = 160) -> str:
-    """Foreign text, such as a library's error, for an error message: one line of at most `limit` characters."""
+    """Untrusted text, such as a library's error, for an error message: one line of at most `limit` characters."""
     line = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit])
     line = " ".join(line.split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-_SECRETS = re.compile(r"(?<=://)\S*@|[^\s/]+:[^\s/]+@|\bhf_[A-Za-z0-9]{20,}")  # user:password@, tokens of the hub
+_SECRETS = re.compile(r"(?<=://)\S*@|[^\s/]+:[^\s/]+@|\bhf_[A-Za-z0-9]{20,}")  # user:password@, hub tokens
 
 
 def redacted(text: str) -> str:
-    """Text with *** where it holds a password or a hub token, by its form or because the environment holds it."""
+    """Replace passwords and hub tokens in a text by ***: those of the environment, and any of a known form."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if len(token := os.environ.get(name, "")) >= 8:
             text = text.replace(token, "***")
@@ -33,10 +33,13 @@ def redacted(text: str) -> str:
 
 
 def refuse_secrets(name: str, what: str) -> None:
-    """Names end up in logs and in files, so none may carry a token.
+    """Check that a name contains no password or token, since names are written to logs and files.
+
+    Args:
+        what: what is named, for the message.
 
     Raises:
-        ValueError: it does; the message leaves the secret out.
+        ValueError: the name contains a secret; the message omits it.
     """
     if redacted(name) != name:
         raise ValueError(

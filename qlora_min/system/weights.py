@@ -1,4 +1,4 @@
-"""Weights in safetensors files, which may be hostile: names and shapes before anything is allocated; a fingerprint."""
+"""Weights in safetensors files, which may be hostile: names and shapes are checked before anything is allocated."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order.
 
     Raises:
-        ValueError: there are none, or the index names one that is missing or lies elsewhere.
+        ValueError: there are none, or the index is unreadable or names a file that is missing or outside the folder.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -41,17 +41,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a safetensors file, from its header: no tensor is read.
+    """Name -> shape of every tensor of a safetensors file, from its header; no tensor is read.
 
-    safetensors itself sees to it that the header is no longer than the file, that its JSON is sound, and that the
-    tensors fill the file exactly, without a gap or an overlap.
+    safetensors itself checks that the header fits into the file, that its JSON is valid, and that the tensors fill the
+    file exactly, without gaps or overlaps.
 
     Raises:
-        ValueError: a damaged header, a name that stands there twice, or a tensor that is not fp16, bf16, fp32 or fp64.
+        ValueError: the header is damaged or repeats a name, or a tensor is not fp16, bf16, fp32 or fp64.
     """
     shapes = {}
     with _opened(path) as f:
-        for name in f.keys():  # noqa: SIM118 (it is no dict)
+        for name in f.keys():  # noqa: SIM118 (not a dict)
             part = f.get_slice(name)
             if part.get_dtype() not in ("F16", "BF16", "F32", "F64"):
                 raise ValueError(f"{shown(name)} is stored as {part.get_dtype()}, expected fp16, bf16 or fp32")
@@ -63,7 +63,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a safetensors file, memory-mapped; only those in `names`, if given."""
+    """Yield (name, tensor) of a safetensors file, memory-mapped; only those in `names` if given."""
     with _opened(path) as f:
         for name in sorted(f.keys()):
             if names is None or name in names:
@@ -85,7 +85,7 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of a model folder.
 
     Raises:
-        ValueError: as `weight_files` and `tensor_shapes`; or two files have a weight of one name.
+        ValueError: as `weight_files` and `tensor_shapes`, or two files contain a weight of the same name.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
@@ -97,13 +97,20 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def expected_weights(name: str, model: Any, stored: dict[str, tuple[int, ...]]) -> set[str]:
-    """The names of the weights to load, compared with those stored before anything is allocated for them."""
+    """The names of the weights to load, checked against those stored.
+
+    Args:
+        name: of the model, for messages. model: on the meta device. stored: name -> shape.
+
+    Raises:
+        ValueError: a weight is missing, unexpected or of the wrong shape.
+    """
     weights = model.state_dict()
     expected = set(weights) - set(model._tied_weights_keys or () if model.config.tie_word_embeddings else ())
     for key, shape in stored.items():
         if key in expected and shape != tuple(weights[key].shape):
             raise ValueError(f"weight '{key}' has shape {shape}, expected {tuple(weights[key].shape)}")
-        # The copy of a tied weight, and buffers that the model computes, are not used.
+        # Unused: the copy of a tied weight, and a buffer that the model computes.
         if key not in weights and not key.endswith("rotary_emb.inv_freq"):
             raise ValueError(f"model '{name}': unexpected weight {shown(key)} for a {model.config.model_type} model")
     if lost := sorted(expected - stored.keys()):
@@ -112,15 +119,15 @@ def expected_weights(name: str, model: Any, stored: dict[str, tuple[int, ...]]) 
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every weight of a model folder: one is in memory at a time."""
+    """Yield (name, tensor) of every weight of a model folder, one in memory at a time."""
     for path in weight_files(folder):
         yield from read_tensors(path)
 
 
 class Fingerprint:
-    """sha256 over a model's architecture and its weights as stored on disk, fed tensor by tensor."""
+    """The sha256 of a model's architecture and its weights as stored on disk, added one at a time."""
 
-    # Plain numbers and names: what is derived from them differs between versions of transformers.
+    # Numbers and names only: derived values differ between versions of transformers.
     KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "vocab_size", "rms_norm_eps", "hidden_act", "sliding_window", "tie_word_embeddings")  # fmt: skip
 
@@ -138,10 +145,13 @@ class Fingerprint:
 def read_exactly(
     path: Path, expected: Mapping[str, tuple[int, ...]], prefix: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """(tensors by name, what is wrong with them) of a file that should have exactly those expected, and finite ones.
+    """Read a file that should contain exactly the expected tensors, with finite values.
 
     Args:
-        prefix: of the names, left out in words. A tensor that does not fit is never read.
+        expected: name -> shape. prefix: a prefix of the names, omitted in messages.
+
+    Returns:
+        name -> tensor, and a list of what is wrong with the file. Tensors of another name or shape are never read.
     """
 
     def named(key: str) -> str:
