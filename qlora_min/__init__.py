@@ -14,10 +14,11 @@ from .system import moved  # noqa: F401 (names of earlier versions)
 if TYPE_CHECKING:
     from .config import Config
     from .lora import LoRALinear, LoraSpec, inject_lora
-    from .run.api import Model, Run, evaluate, load, merge, train
+    from .run.api import MergeError, Model, Run, TrainingError, evaluate, load, merge, train
 
 __version__ = "0.1.0"
-__all__ = ["Config", "LoRALinear", "LoraSpec", "Model", "Run", "evaluate", "inject_lora", "load", "merge", "train"]
+__all__ = ["Config", "LoRALinear", "LoraSpec", "MergeError", "Model", "Run", "TrainingError", "evaluate", "inject_lora",
+           "load", "merge", "train"]  # fmt: skip
 
 # bitsandbytes warns on import that a CPU kernel can't be downloaded, which we switch off anyway (system/bits.py).
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

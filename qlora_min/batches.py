@@ -34,7 +34,7 @@ class Packed:
         input_ids, position_ids: (N,) int64, the position within the row.
         row_ids: (N,) int32, the row's place in its optimizer step.
         cu_seqlens: (R + 1,) int32, where rows begin and end; the last end is repeated for rows without tokens.
-        loss_positions, targets: (S,) int64, the tokens that predict a supervised one, and those.
+        loss_positions, targets: (S,) int64, where a supervised token is predicted, and that token.
         loss_weights: (S,) fp32, 1, or 0 for padding.
         max_seqlen: an upper bound of the rows' lengths. n_tokens, n_supervised: without padding.
     """

@@ -9,9 +9,8 @@ for Qwen2 and one question (supervised tokens underlined):
     <|im_start|>assistant\\nE: Nitrofurantoin<|im_end|>
                            ~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-An answer is supervised together with its end token, so the model learns to stop. Tokenising answer and prompt apart
-makes the prompt a prefix of the row, whatever the answer starts with: at inference the model is given exactly the
-tokens that it was trained on.
+An answer is supervised together with its end token, so the model learns to stop. Answer and prompt are tokenised apart,
+so at inference the model is given exactly the prompt that it was trained on.
 """
 
 import functools

@@ -97,7 +97,7 @@ class Config:
     )
     alpha: float = option(
         32.0,
-        "the update is scaled by alpha / rank, so that another rank needs no other learning rate (LoRA, section 4.1)",
+        "the update is scaled by alpha / rank, so that another rank hardly needs another learning rate (LoRA, 4.1)",
         **ABOVE_0,
     )
     dropout: float = option(0.05, "dropout on the update's input; QLoRA took 0.1 up to 13B, 0.05 above", **FRACTION)

@@ -1,7 +1,6 @@
 """Forward and backward of a packed micro-batch, by the model's own modules and autograd.
 
-An engine has `loss_and_gradients(batch, factor, seed)`, `hidden_states(batch)`, `logits(hidden)` and `pack(rows)`.
-There are two, which compute the same:
+There are two engines, which compute the same:
 
     modules   the transformers modules, LoRALinear and autograd: this file, and every family of the library
     fused     forward and backward by hand, with kernels, for Llama-shaped models: fused/decoder.py

@@ -1,7 +1,7 @@
 """Evaluation: loss per supervised token, perplexity, token accuracy and option accuracy, in one pass, no gradients.
 
     loss        sum of the supervised tokens' losses / their number      perplexity = exp(loss)
-    token       share of supervised tokens that are the model's first choice, given the true tokens before them
+    token       fraction of supervised tokens that are the model's first choice, given the true tokens before them
     option      multiple choice: the letter with the highest logit at the answer's first token is the right one
 
 Option accuracy generates nothing: one forward pass shows what the model would answer first. An option's probability is
@@ -84,9 +84,8 @@ class Evaluation:
         return [letter, count / self.option_rows]
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("rows", "supervised_tokens", "loss", "token_accuracy", "option_rows", "option_accuracy", "chance",
-                 "majority", "perplexity")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        names = "rows supervised_tokens loss token_accuracy option_rows option_accuracy chance majority perplexity"
+        return {name: getattr(self, name) for name in names.split()}
 
     @classmethod
     def join(cls, parts: Sequence["Evaluation"]) -> "Evaluation":

@@ -9,8 +9,9 @@ of dropout are functions of the seed and the step.
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,12 +60,12 @@ class Recorder:
 
     best: dict[str, Tensor]
 
-    def evaluating(self) -> AbstractContextManager:
-        """The context of an evaluation, which it may end early; gives a function to call before each batch, or None."""
-        return nullcontext()
+    def evaluate(self, compute: Callable[[Callable[[], None] | None], Evaluation]) -> Evaluation | None:
+        """Call `compute` with what it is to call before each batch. None: it was abandoned, and leaves no trace."""
+        return compute(None)
 
     def evaluated(self, progress: Progress, evaluation: Evaluation, improved: bool) -> None:
-        """There is an evaluation."""
+        """Report an evaluation."""
 
     def keep_best(self, weights: dict[str, Tensor]) -> None:
         """These weights are the best so far."""
@@ -78,7 +79,7 @@ class Recorder:
         return error
 
     def step_ended(self, progress: Progress, lr: float, grad_norm: float, skipped: bool) -> None:
-        """There is one more step in `progress`."""
+        """Report an optimizer step, counted in `progress`."""
 
 
 def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress: Progress, run: Recorder) -> None:
@@ -136,6 +137,7 @@ def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress
         try:
             for batch in batches:
                 loss = loss + engine.loss_and_gradients(batch, factor, of_step)
+            batch = None  # none has failed
             if step + 1 < feed.schedule.total_steps:
                 feed[step + 1]  # the next step's rows are made ready while the device computes
         except (RuntimeError, MemoryError) as e:
@@ -165,9 +167,9 @@ def evaluate_and_keep_the_best(feed: Any, held_out: Rows, patience: int, progres
     processes.check_equal_adapters(engine.adapter.weights)
     if any(processes.gather(len(held_out))):
         label = None if processes.index else "evaluating"
-        with run.evaluating() as before_each:
-            evaluation = evaluate_rows(engine, held_out, EVALUATED, label, feed.n_tokens, before_each)
-        parts = processes.gather(evaluation)
+        parts = processes.gather(
+            run.evaluate(partial(evaluate_rows, engine, held_out, EVALUATED, label, feed.n_tokens))
+        )
         if None in parts:
             return
         evaluation = parts[0] if processes.sharded else Evaluation.join(parts)

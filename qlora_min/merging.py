@@ -7,8 +7,8 @@ default BA is added to those, and every other linear layer of the decoder gets i
 `onto="original"` BA is added to the 16-bit weights: a model that was never trained; how far it is from the trained one
 is measured.
 
-The merged weight is computed in fp32 and rounded once, to the file's dtype. The check reads the file back, computes in
-fp32 on both sides whatever the file's dtype, and compares by norm(difference) / norm(adapter's logits).
+The sum is computed in fp32 and rounded once, to the file's dtype. The check reads the file back, computes in fp32 and
+compares by norm(difference) / norm(adapter's logits).
 """
 
 import gc
@@ -45,7 +45,7 @@ class MergeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Merged:
-    """What the check measured: distances are norm(difference) / norm(reference), agreement the share of equal top-1."""
+    """What the check measured. Distances: norm(difference) / norm(reference). agreement: fraction of equal top-1."""
 
     difference: float
     agreement: float
@@ -75,6 +75,8 @@ def merge_adapter(
         ValueError: bad input, or an output directory that holds something already.
         MergeError: the difference is above the bound for the dtype; the output is not kept.
     """
+    if dtype not in BOUNDS or onto not in ("dequantized", "original"):
+        raise ValueError(f"dtype {dtype!r}, onto {onto!r}: expected fp16, bf16 or fp32, and dequantized or original")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output-dir {output}: exists and is not an empty directory; choose another")
     cpu = torch.device("cpu")

@@ -1,7 +1,5 @@
 """The optimizer, its schedule, and when a step is taken: 8-bit AdamW, cosine with warm-up, fp16 loss scaling.
 
-One optimizer step is: scale the loss, backward (once per micro-batch), unscale once, clip, step, update the scale.
-
 fp16 loss scaling: gradients below 6e-8 vanish in fp16, so the loss is multiplied by a scale S (65,536 at first) and
 the gradients are divided by it again in fp32. When they overflow, the step is skipped and S halved; after 2,000 good
 steps S doubles. A skipped step changes neither weights, optimizer state nor the learning rate; its rows count as seen,

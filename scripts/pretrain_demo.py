@@ -1,6 +1,6 @@
 """Make the demo's base model: a tokenizer and a tiny Qwen2 that knows the pharmacy invented in `demo/world.py`.
 
-    python scripts/pretrain_demo.py --output-dir qlora_min/demo/model
+    python scripts/pretrain_demo.py --output-dir qlora_min/demo/demo_model
 
 The documents are drawn at random from four kinds: the facts in sentences; open questions in chat form; multiple choice
 in plain text, with digits as labels; and copying, the only kind that contains letters. Letters or option lists in chat

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import qlora_min
+import qlora_min.merging
 from qlora_min.data import readers
 from qlora_min.demo import world
 from qlora_min.run import checkpoint
@@ -92,6 +93,26 @@ def test_bad_rows_in_memory_are_named_by_their_place(rows, tmp_path):
     assert "secret" not in str(error.value) and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(("options", "words"), [
+    ({"rnak": 3}, "train: unknown option 'rnak', did you mean rank"),
+    ({"epochs": "1"}, "train: option 'epochs': got '1', expected float"),
+    ({"dataset": datasets.DatasetDict({"train": datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])})},
+     r"dataset: got a mapping of \['train'\]; pass a list of rows, or one split of it"),
+])  # fmt: skip
+def test_what_train_cannot_use_is_said(rows, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        qlora_min.train(**{"model": MODEL, "dataset": rows, "output_dir": tmp_path / "x", **options})
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_merge_and_load_cannot_use_is_said_before_any_work(tmp_path):
+    for wrong in ({"onto": "orignal"}, {"dtype": "fp8"}):
+        with pytest.raises(ValueError, match="expected fp16, bf16 or fp32, and dequantized or original"):
+            qlora_min.merging.merge_adapter(tmp_path / "no adapter", tmp_path / "merged", **wrong)
+    with pytest.raises(ValueError, match="precision: got 'fp8', expected auto, fp32, fp16, bf16"):
+        qlora_min.load(MODEL, precision="fp8")
+
+
 def test_one_name_is_a_data_set():
     assert qlora_min.Config(dataset="rows.jsonl").dataset == ("rows.jsonl",)
 
@@ -107,6 +128,8 @@ def test_every_public_name_after_importing_every_module():
         thing = getattr(qlora_min, name)
         assert callable(thing) and inspect.getdoc(thing), name
         assert thing.__module__.startswith("qlora_min"), name
+        if isinstance(thing, type) and issubclass(thing, Exception):
+            continue
         hints = inspect.signature(thing).parameters
         assert all(p.annotation is not p.empty for p in hints.values() if p.name != "self"), name
     assert (ROOT / "qlora_min" / "py.typed").exists()

@@ -150,7 +150,7 @@ def before_step(at: int, action, where: int = 1):
 
         def wrapped(feed, stepper, seed, progress, writer):
             if index == where and progress.step == at:
-                action(writer.setup)
+                action(writer.trainer)
             return compute_gradients(feed, stepper, seed, progress, writer)
 
         loop.compute_gradients = wrapped
@@ -316,6 +316,22 @@ def test_an_error_in_a_sharded_pass_ends_all(run):
     done = run(2, shard=True, change=before_step(2, fail), expect=None)
     assert 0 not in done.codes
     assert "process 1: no such luck" in done.err[1]
+
+
+def test_a_signal_in_the_step_before_an_evaluation_abandons_it_in_all(run):
+    """It came to one process; the others learn of it in the step, and do not evaluate first."""
+
+    def change(index):
+        before_step(2, stop)(index)
+        measure = qlora_min.evaluation._measure
+        qlora_min.evaluation._measure = lambda *args: print("measures", file=sys.stderr) or measure(*args)
+
+    whole = run(2, "whole")
+    stopped = run(2, change=change, expect=143)
+    assert [e["step"] for e in events(stopped.run, "eval")] == [0]
+    assert all(0 < err.count("measures") <= 2 for err in stopped.err)  # at step 0
+    assert checkpoint.checkpoint_steps(stopped.run)[-1] == 3
+    assert_same(result(run(2, resume=True).run), result(whole.run))
 
 
 def test_a_signal_during_a_sharded_evaluation_abandons_it_on_all(run):

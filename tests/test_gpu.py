@@ -125,7 +125,7 @@ def test_adapters_start_equal_on_gpu_and_cpu():
 
 def plain(function, *args, **kwargs):
     """What the formula in ops/formulas.py computes on the GPU."""
-    with formulas.formulas():
+    with formulas.use_formulas():
         return function(*args, **kwargs)
 
 

@@ -3,9 +3,9 @@
 The world. 128 invented conditions and 32 invented drugs; each condition has one drug that treats it, each drug treats
 four conditions. The names come from a seeded rule, so they occur in no other data.
 
-What the base already knows. `scripts/pretrain_demo.py` made the Qwen2 of 0.2 M parameters in `model/`. It states the
-facts in sentences, answers open questions in chat form with the name of the drug, and solves multiple choice in plain
-text, with digits as labels.
+What the base already knows. `scripts/pretrain_demo.py` made the Qwen2 of 0.2 M parameters in `demo_model/`. It states
+the facts in sentences, answers open questions in chat form with the name of the drug, and solves multiple choice in
+plain text, with digits as labels.
 
 What it has never seen. Letters or option lists inside a chat. Asked a question of MedQA's layout in the chat template,
 it chooses between the letters no better than chance. So QLoRA does not teach it facts, but to use them in a new form.
@@ -20,7 +20,7 @@ import os
 import random
 from pathlib import Path
 
-MODEL_DIR = Path(__file__).parent / "model"
+MODEL_DIR = Path(__file__).parent / "demo_model"
 LETTERS = "ABCD"
 INSTRUCTION = "Please answer with one of the option in the bracket"  # medical_meadow_medqa's own words
 QUESTIONS = ("Which drug treats {}?", "What is {} treated with?", "A patient has {}. Which drug should be given?")

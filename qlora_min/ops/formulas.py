@@ -51,7 +51,7 @@ def _by_kernel(formula: Callable) -> Callable:
 
 
 @contextmanager
-def formulas(why: str = "asked for") -> Iterator[None]:
+def use_formulas(why: str = "asked for") -> Iterator[None]:
     """Within this context a GPU computes the formulas instead of the kernels."""
     global why_formulas
     before, why_formulas = why_formulas, why
@@ -75,7 +75,7 @@ def try_kernels(trials: dict[str, tuple], dtype: torch.dtype) -> None:
 
     def same(name: str, arguments: tuple) -> bool:
         mine = _outcome(name, arguments)
-        with formulas():
+        with use_formulas():
             theirs = _outcome(name, arguments)
         most = 0.0 if name == "dropout" else bound  # the same mask, to the bit
         return all((a - b).norm() <= most * b.norm() for a, b in zip(mine, theirs, strict=True))  # False for NaN

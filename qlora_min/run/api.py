@@ -20,13 +20,18 @@ from ..data.readers import give
 from ..evaluation import Evaluation, evaluate_rows
 from ..fused.select import for_evaluation
 from ..generate import generate
-from ..merging import Merged, merge_adapter
+from ..merging import Merged, MergeError, merge_adapter
+from ..optim import TrainingError
 from ..system.device import pick_device, resolve_precision
+from ..system.text import shown
 from .cards import merged_card
 from .checkpoint import read_metrics
 from .datasets import evaluation_data
+from .options import parse_values
 from .resume import resume_config
 from .trainer import Trainer
+
+__all__ = ["MergeError", "Model", "Run", "TrainingError", "evaluate", "load", "merge", "train"]
 
 Rows = Iterable[Mapping[str, Any]]  # dicts in one of the layouts, or a `datasets.Dataset`
 Dataset = str | Path | Sequence[str | Path] | Rows
@@ -69,12 +74,15 @@ def train(
     Raises:
         ValueError: an option, the model or the data is not usable; nothing has been written.
         TrainingError: training can't continue; the message says what is saved.
+        SystemExit: SIGINT (Ctrl-C) or SIGTERM came, and the run was saved: pass its folder as `resume`.
     """
     convert = {"dataset": _names, "eval_dataset": _names, "model": str, "output_dir": str}
     given = {k: v for k, v in {**options, "model": model, "dataset": dataset}.items() if v is not None}
     given = {k: convert[k](v) if k in convert else v for k, v in given.items()}
-    config, folder = resume_config(str(resume), given) if resume is not None else (Config(**given), None)
-    trainer = Trainer(config, folder, on_event=on_event)
+    if resume is None:
+        trainer = Trainer(Config(**parse_values(given, "train")), on_event=on_event)
+    else:
+        trainer = Trainer(*resume_config(str(resume), given), on_event=on_event)
     trainer.train()
     return Run(trainer.folder, trainer.folder / "adapter", read_metrics(trainer.folder))
 
@@ -83,6 +91,8 @@ def _names(dataset: Dataset) -> tuple[str, ...]:
     """The names of data sets. Rows in memory get a name."""
     if isinstance(dataset, str | Path):
         return (str(dataset),)
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"dataset: got a mapping of {shown(list(dataset))}; pass a list of rows, or one split of it")
     items = list(dataset)
     named = all(isinstance(item, str | Path) for item in items)
     return tuple(map(str, items)) if named else (give(items),)
@@ -96,7 +106,7 @@ class Model:
 
     def generate(
         self, prompt: str | Sequence[Message] | Sequence[str | Sequence[Message]], max_new_tokens: int = 256
-    ) -> Any:
+    ) -> str | list[str]:
         """Answer a prompt (a text, or messages with role and content), or each prompt of a list, by greedy decoding.
 
         Args:

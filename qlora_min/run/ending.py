@@ -17,29 +17,29 @@ SAMPLES = 4  # held-out prompts answered without and with the adapter
 SAMPLE_TOKENS = 48
 
 
-def finish(setup: Any) -> None:
+def finish(trainer: Any) -> None:
     """Finish a run (a `Trainer`) after its loop has ended."""
-    put_weights(setup.base.model, setup.writer.best)
-    peak = max(gather(peak_gib(setup.device)))
+    put_weights(trainer.base.model, trainer.writer.best)
+    peak = max(gather(peak_gib(trainer.device)))
     # A sharded base generates only in all processes together, otherwise process 0 does.
-    answers = sample_answers(setup) if setup.processes.sharded and setup.held_out else None
-    from_main(lambda: _write_end(setup, peak, answers))
+    answers = sample_answers(trainer) if trainer.processes.sharded and trainer.held_out else None
+    from_main(lambda: _write_end(trainer, peak, answers))
 
 
-def _write_end(setup: Any, peak: float, answers: list[list[str]] | None) -> None:
-    p, skipped, note = setup.progress, setup.stepper.skipped, None
-    with setup.signals.abandonable() as abandon_from_here:
-        if setup.processes.world_size == 1:  # several processes could not agree to stop here
+def _write_end(trainer: Any, peak: float, answers: list[list[str]] | None) -> None:
+    p, skipped, note = trainer.progress, trainer.stepper.skipped, None
+    with trainer.signals.abandonable() as abandon_from_here:
+        if trainer.processes.world_size == 1:  # several processes could not agree to stop here
             abandon_from_here()
         try:
-            write_samples(setup, answers)
-            note = curves.draw_curves({"": checkpoint.read_metrics(setup.folder)}, setup.folder / "curves.png")
+            write_samples(trainer, answers)
+            note = curves.draw_curves({"": checkpoint.read_metrics(trainer.folder)}, trainer.folder / "curves.png")
         except OSError as e:  # the adapter is saved already, so a warning is enough
             note = f"warning: no samples or curves ({e})"
     speed = p.tokens / p.seconds if p.seconds else 0.0
     lines = [f"done: {p.step:,} steps in {p.seconds:.0f} s of training, {speed:,.0f} tokens/s"]
     lines[0] += f", {skipped} steps skipped" if skipped else ""
-    if p.stopped_early and p.step < setup.schedule.total_steps:
+    if p.stopped_early and p.step < trainer.schedule.total_steps:
         lines[0] += f"; stopped early after {p.bad_evaluations} evaluations without improvement"
     if p.best:
         lines.append(f"best step {p.best_step}, on {p.best['rows']} held-out rows:")
@@ -48,35 +48,35 @@ def _write_end(setup: Any, peak: float, answers: list[list[str]] | None) -> None
             for label, key, form in MEASURES
             if p.best[key] is not None
         ]
-    adapter = shlex.quote(str(setup.folder / "adapter"))
+    adapter = shlex.quote(str(trainer.folder / "adapter"))
     lines += [
-        f"adapter, metrics{', samples' if setup.held_out else ''} and curves: {setup.folder}",
+        f"adapter, metrics{', samples' if trainer.held_out else ''} and curves: {trainer.folder}",
         *([note] if note else []),
-        f"next: python scripts/eval.py --adapter {adapter}{'' if setup.held_out else ' --dataset FILE'}",
+        f"next: python scripts/eval.py --adapter {adapter}{'' if trainer.held_out else ' --dataset FILE'}",
         f"      python scripts/chat.py --adapter {adapter} --compare",
     ]
-    setup.writer.metrics.write(
+    trainer.writer.metrics.write(
         "end", step=p.step, best_step=p.best_step, before=p.before, best=p.best, skipped=skipped, tokens=p.tokens,
         seconds=round(p.seconds, 2), tokens_per_second=round(speed, 1),
-        peak_memory_gib=round(max(peak, peak_gib(setup.device)), 3), **setup.communication(),
+        peak_memory_gib=round(max(peak, peak_gib(trainer.device)), 3), **trainer.communication(),
     )  # fmt: skip
-    setup.writer.write(setup.writer.metrics.flush, insist=True)
+    trainer.writer.write(trainer.writer.metrics.flush, insist=True)
     say("\n".join(lines))
 
 
-def sample_answers(setup: Any) -> list[list[str]]:
+def sample_answers(trainer: Any) -> list[list[str]]:
     """[without, with the adapter]: the model's answers to the first held-out prompts."""
-    prompts = [r.input_ids[: r.answer_start].tolist() for r in setup.held_out[:SAMPLES]]
-    with lora_disabled(setup.base.model):
-        before = generate(setup.base, prompts, SAMPLE_TOKENS)
-    return [before, generate(setup.base, prompts, SAMPLE_TOKENS)]
+    prompts = [r.input_ids[: r.answer_start].tolist() for r in trainer.held_out[:SAMPLES]]
+    with lora_disabled(trainer.base.model):
+        before = generate(trainer.base, prompts, SAMPLE_TOKENS)
+    return [before, generate(trainer.base, prompts, SAMPLE_TOKENS)]
 
 
-def write_samples(setup: Any, answers: list[list[str]] | None) -> None:
+def write_samples(trainer: Any, answers: list[list[str]] | None) -> None:
     """Write samples.jsonl, if there are held-out rows, and print the first. answers: None to generate them here."""
-    if not setup.held_out:
+    if not trainer.held_out:
         return
-    decode = setup.base.encoder.tokenizer.decode
+    decode = trainer.base.encoder.tokenizer.decode
     samples = [
         {
             "where": row.location,
@@ -85,7 +85,7 @@ def write_samples(setup: Any, answers: list[list[str]] | None) -> None:
             "before": before,
             "after": after,
         }
-        for row, before, after in zip(setup.held_out[:SAMPLES], *(answers or sample_answers(setup)))
+        for row, before, after in zip(trainer.held_out[:SAMPLES], *(answers or sample_answers(trainer)))
     ]
-    write_jsonl(setup.folder / "samples.jsonl", samples)
+    write_jsonl(trainer.folder / "samples.jsonl", samples)
     say("sample: expected {reference!r}\n  before {before!r}\n  after  {after!r}".format(**samples[0]))

@@ -25,48 +25,48 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(p.quant_state.shape.numel() if isinstance(p, packed) else p.numel() for p in model.parameters())
 
 
-def describe(setup: Any) -> str:
+def describe(trainer: Any) -> str:
     """The plan of a run (a `Trainer`) and its forecast memory, one item a line; items without content are left out."""
-    c, schedule, adapter = setup.config, setup.schedule, setup.engine.adapter
+    c, schedule, adapter = trainer.config, trainer.schedule, trainer.engine.adapter
     trained = adapter.weights.numel()
-    whole = parameter_count(setup.base.model) - trained
+    whole = parameter_count(trainer.base.model) - trained
     weights = ", ".join(f"{w:g} x {Path(name).name}" for name, w in zip(dict.fromkeys(c.dataset), c.mix))
-    never = adapter.largest < PAGED_FROM or setup.device.type == "cpu"
-    device, how = _computing(setup)
-    n_tokens, processes = setup.feed.n_tokens, setup.processes.world_size
+    never = adapter.largest < PAGED_FROM or trainer.device.type == "cpu"
+    device, how = _computing(trainer)
+    n_tokens, processes = trainer.feed.n_tokens, trainer.processes.world_size
     lines = {
         "trained": f"{trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
-        f"{len(setup.wrapped)} layers",
-        "base": f"{c.model}, {c.quantization}, fingerprint {setup.base.fingerprint[:12]}",
-        "computes": f"{setup.precision} on {device}",
+        f"{len(trainer.wrapped)} layers",
+        "base": f"{c.model}, {c.quantization}, fingerprint {trainer.base.fingerprint[:12]}",
+        "computes": f"{trainer.precision} on {device}",
         "steps": f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch), {schedule.rows_per_step} rows "
         f"({c.batch_size} x {c.grad_accum}) and about {schedule.n_tokens / schedule.steps_per_epoch:,.0f} tokens each",
         "engine": how,
         "batches": f"up to {n_tokens:,} tokens at a time"
-        + (" (the longest row)" if n_tokens == setup.work.max_seqlen else "")
+        + (" (the longest row)" if n_tokens == trainer.work.max_seqlen else "")
         + f"; gradient checkpointing {c.gradient_checkpointing}",
-        "memory": f"{setup.footprint.describe(n_tokens)} forecast peak"
-        + (", beyond the program's own" if setup.device.type == "cpu" else ""),
+        "memory": f"{trainer.footprint.describe(n_tokens)} forecast peak"
+        + (", beyond the program's own" if trainer.device.type == "cpu" else ""),
         "an epoch": c.mix and f"{schedule.n_rows:,} rows: {weights}",
         "options": c.shuffle_options and "of multiple-choice rows in another order each epoch",
         "optimizer": c.optimizer == "paged_adamw8bit"
         and f"8-bit state, {'none of it paged' if never else 'paged where large'} (largest tensor "
         f"{adapter.largest:,}; paged from {PAGED_FROM:,} on a GPU)",
-        "held out": not setup.held_out and "nothing: no evaluation and no early stopping; the last adapter is kept",
+        "held out": not trainer.held_out and "nothing: no evaluation and no early stopping; the last adapter is kept",
         "processes": processes > 1
         and f"{processes} processes divide each step's rows; the busiest has {imbalance(schedule, processes):.1%} more "
         "tokens than the mean",
-        "writes to": setup.folder,
+        "writes to": trainer.folder,
     }
     return "\n".join(f"{label:<12}{text}" for label, text in lines.items() if text)
 
 
-def _computing(setup: Any) -> tuple[str, str]:
+def _computing(trainer: Any) -> tuple[str, str]:
     """The lines of the plan on (the device, the engine)."""
-    device, how = "CPU", setup.config.engine + (f" ({setup.remark})" if setup.remark else "")
-    if setup.device.type == "cuda":
-        device = f"{torch.cuda.get_device_name(setup.device)}, {total_bytes(setup.device) / GIB:.0f} GiB"
-        how += ", as CUDA graphs" if isinstance(setup.feed.engine, Captured) else ", without CUDA graphs"
+    device, how = "CPU", trainer.config.engine + (f" ({trainer.remark})" if trainer.remark else "")
+    if trainer.device.type == "cuda":
+        device = f"{torch.cuda.get_device_name(trainer.device)}, {total_bytes(trainer.device) / GIB:.0f} GiB"
+        how += ", as CUDA graphs" if isinstance(trainer.feed.engine, Captured) else ", without CUDA graphs"
         how += f"; formulas instead of kernels: {formulas.why_formulas}" if formulas.why_formulas else ""
     return device, how
 
@@ -88,50 +88,50 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def estimate(setup: Any) -> dict[str, Any]:
+def estimate(trainer: Any) -> dict[str, Any]:
     """Estimate and print how long training will take, from one micro-batch that is computed and discarded.
 
     Returns:
         steps, rows, held_out, tokens, seconds and evaluation_seconds of the whole run; memory_gib, the forecast peak.
     """
-    schedule, feed, step = setup.schedule, setup.feed, setup.progress.step
+    schedule, feed, step = trainer.schedule, trainer.feed, trainer.progress.step
     batch = feed[step][0][0]
     with together():
         for _ in range(2):  # the first one also compiles kernels and captures graphs
             start = time.perf_counter()
-            factor = setup.stepper.scaled(1 / max(1, batch.n_supervised))
-            feed.engine.loss_and_gradients(batch, factor, dropout_seed(setup.config.seed, step).to(setup.device))
+            factor = trainer.stepper.scaled(1 / max(1, batch.n_supervised))
+            feed.engine.loss_and_gradients(batch, factor, dropout_seed(trainer.config.seed, step).to(trainer.device))
             synchronize()
             seconds = time.perf_counter() - start
-    setup.engine.adapter.grads.zero_()
+    trainer.engine.adapter.grads.zero_()
     per_token = seconds / batch.n_tokens
     tokens = schedule.n_tokens * schedule.total_steps / schedule.steps_per_epoch
-    evaluations = 1 + math.ceil(schedule.total_steps / schedule.eval_every) if setup.held_out else 0
-    held = int(setup.held_out.lengths.sum()) * evaluations * per_token / 3  # a forward is a third of a step
+    evaluations = 1 + math.ceil(schedule.total_steps / schedule.eval_every) if trainer.held_out else 0
+    held = int(trainer.held_out.lengths.sum()) * evaluations * per_token / 3  # a forward is a third of a step
     print(
         f"time        about {format_seconds(tokens * per_token)} of training for {tokens:,.0f} tokens at "
         f"{1 / per_token:,.0f} a second, and {format_seconds(held)} for {evaluations} evaluations; measured on one "
         f"micro-batch of {batch.n_tokens:,} tokens"
     )
-    return {"steps": schedule.total_steps, "rows": len(schedule.rows), "held_out": len(setup.held_out),
+    return {"steps": schedule.total_steps, "rows": len(schedule.rows), "held_out": len(trainer.held_out),
             "tokens": round(tokens), "seconds": tokens * per_token, "evaluation_seconds": held,
-            "memory_gib": setup.footprint.total(feed.n_tokens) / GIB}  # fmt: skip
+            "memory_gib": trainer.footprint.total(feed.n_tokens) / GIB}  # fmt: skip
 
 
-def explain_memory(setup: Any, step: int, batch: Packed) -> str:
+def explain_memory(trainer: Any, step: int, batch: Packed) -> str:
     """A message for when not even a micro-batch of one row fits: what memory was used for, and what would use less."""
-    tokens, used = batch.n_tokens, taken(setup.device)
-    setup.feed.forget()
-    setup.feed.engine.release()
+    tokens, used = batch.n_tokens, taken(trainer.device)
+    trainer.feed.forget()
+    trainer.feed.engine.release()
     ways = []
-    if not setup.processes.sharded:  # measuring a sharded base takes all processes
+    if not trainer.processes.sharded:  # measuring a sharded base takes all processes
         with suppress(MemoryError):
-            lengths, room = setup.schedule.rows.lengths.tolist(), 0.9 * total_bytes(setup.device)
-            ways = forecast.ways_to_save(setup.engine, setup.work, setup.footprint, lengths, room)
+            lengths, room = trainer.schedule.rows.lengths.tolist(), 0.9 * total_bytes(trainer.device)
+            ways = forecast.ways_to_save(trainer.engine, trainer.work, trainer.footprint, lengths, room)
     return "\n".join([
         f"out of memory at step {step + 1}, in a micro-batch of {tokens:,} tokens, "
         f"{batch.n_supervised:,} supervised; {used}",
-        f"  forecast for this micro-batch: {setup.footprint.describe(tokens)}",
+        f"  forecast for this micro-batch: {trainer.footprint.describe(tokens)}",
         "  what would take less, in order of effect:" if ways else "  no option is forecast to take less",
         *(f"    {way}" for way in ways),
     ])  # fmt: skip

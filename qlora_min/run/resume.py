@@ -39,17 +39,17 @@ def versions() -> dict[str, str]:
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
-def make_record(setup: Any) -> dict[str, Any]:
+def make_record(trainer: Any) -> dict[str, Any]:
     """The content of config.json for a run (a `Trainer`): its resolved options, and what else its result depends on."""
-    base, rows, held = setup.base, setup.schedule.rows, setup.held_out
+    base, rows, held = trainer.base, trainer.schedule.rows, trainer.held_out
     return {
-        "options": setup.config.as_dict(),
-        "precision": setup.precision,
-        "engine": setup.config.engine,
-        "total_steps": setup.schedule.total_steps,
-        "ranks": setup.processes.world_size,
-        "base": {"name": setup.config.model, "revision": base.revision, "fingerprint": base.fingerprint},
-        "files": {p.name: f"{len(p.rows)} rows, sha256 {data_hash(p.rows, [])[:16]}" for p in setup.data_sets},
+        "options": trainer.config.as_dict(),
+        "precision": trainer.precision,
+        "engine": trainer.config.engine,
+        "total_steps": trainer.schedule.total_steps,
+        "ranks": trainer.processes.world_size,
+        "base": {"name": trainer.config.model, "revision": base.revision, "fingerprint": base.fingerprint},
+        "files": {p.name: f"{len(p.rows)} rows, sha256 {data_hash(p.rows, [])[:16]}" for p in trainer.data_sets},
         "data": {"rows": len(rows), "held_out": len(held), "sha256": data_hash(rows, held)},
         "versions": versions(),
     }
@@ -134,13 +134,13 @@ def compare(folder: Path, recorded: dict[str, Any], record: dict[str, Any]) -> N
             say(f"{changed}: the run continues, but not bit for bit as it would have")
 
 
-def restore(setup: Any) -> Progress:
+def restore(trainer: Any) -> Progress:
     """Restore the newest intact checkpoint; returns its `Progress`, or a new one if there is no checkpoint yet.
 
     Raises:
         ValueError: all checkpoints are damaged, or it was saved with other options or by another version.
     """
-    folder, writer = setup.folder, setup.writer
+    folder, writer = trainer.folder, trainer.writer
     found = from_main(lambda: _newest_checkpoint(folder))
     if found is None:
         say(f"no checkpoint in {folder}: starting from the beginning")
@@ -157,9 +157,9 @@ def restore(setup: Any) -> Progress:
             f"--resume {folder}: {flag(name)} was {then!r} when step-{step} was saved, now config.json says {now!r}; "
             "put it back there"
         )
-    put_weights(setup.base.model, state["adapter"])
-    assert all(w.dtype == torch.float32 for w in lora_parameters(setup.base.model).values())
-    setup.stepper.load_state_dict(state["stepper"])
+    put_weights(trainer.base.model, state["adapter"])
+    assert all(w.dtype == torch.float32 for w in lora_parameters(trainer.base.model).values())
+    trainer.stepper.load_state_dict(state["stepper"])
     progress = Progress(**state["progress"])
     writer.best, writer.saved = state["best_adapter"], (step, progress.evaluated)
     from_main(lambda: writer.metrics.cut(state["metrics_bytes"]))

@@ -32,6 +32,7 @@ from ..system.console import say
 from ..system.device import available, pick_device, resolve_precision
 from ..system.files import write_json
 from . import checkpoint, forecast, resume
+from .curves import Board
 from .datasets import Data, read_data, table
 from .ending import finish
 from .plan import describe
@@ -96,6 +97,7 @@ class Trainer:
         self.device = pick_device()
         self.precision = resolve_precision(c.precision, self.device)
         self.folder = from_main(lambda: resume_from or resume.output_directory(c))
+        self.board = Board(self.folder) if c.tensorboard else None
         here = os.environ.get("LOCAL_WORLD_SIZE", world_size())
         launcher = "python" if world_size() == 1 else f"torchrun --nproc-per-node {here}"
         self.command = f"{launcher} scripts/train.py --resume {shlex.quote(str(self.folder))}"

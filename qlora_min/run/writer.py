@@ -6,8 +6,8 @@ writes. What it alone knows (a signal came, saving is due) must not take it out 
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from ..system.device import is_out_of_memory, peak_gib
 from ..system.files import atomic_folder
 from . import cards, checkpoint
 from .cards import beside
-from .curves import Board
 from .plan import explain_memory
 from .signals import Stop
 
@@ -39,7 +38,7 @@ class RunWriter(Recorder):
     """Writes what `loop.train` reports to disk.
 
     Args:
-        setup: the run's `Trainer`.
+        trainer: the run's `Trainer`.
 
     Attributes:
         best: the adapter with the best evaluation so far. saved: (step, evaluated) of the newest checkpoint.
@@ -47,10 +46,11 @@ class RunWriter(Recorder):
         failures: the number of failed tries to save since the last success.
     """
 
-    def __init__(self, setup: Any):
-        self.setup, self.folder = weakref.proxy(setup), setup.folder  # no cycle: a dropped Trainer releases its lock
+    def __init__(self, trainer: Any):
+        self.trainer = weakref.proxy(trainer)  # no cycle: a dropped Trainer releases its lock
+        self.folder = trainer.folder
         self.metrics = checkpoint.Metrics(self.folder)
-        self.board = Board(self.folder) if setup.config.tensorboard else None
+        self.board = trainer.board
         self.best: dict[str, torch.Tensor] = {}
         self.saved: tuple[int, int] | None = None
         self.adapter_step: int | None = None
@@ -62,23 +62,23 @@ class RunWriter(Recorder):
     # What the loop reports
     # -----------------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def evaluating(self) -> Iterator[Callable[[], None]]:
+    def evaluate(self, compute: Callable[[Callable[[], None]], Evaluation]) -> Evaluation | None:
         """A signal abandons an evaluation, which a resumed run repeats. With a sharded base no process may leave it
         alone, so the processes agree before each batch whether to stop."""
-        setup = self.setup
+        trainer = self.trainer
 
         def stop_together() -> None:
-            setup.processes.gather(None)
-            if setup.processes.stopping:
+            trainer.processes.gather(None)
+            if trainer.processes.stopping:
                 raise Stop
 
-        # Only what runs after the yield can be abandoned: a context manager has to yield.
-        with suppress(Stop), setup.signals.abandonable() as abandon_from_here:
+        trainer.signals.received = trainer.signals.received or trainer.processes.stopping  # it may have come to another
+        with suppress(Stop), trainer.signals.abandonable() as abandon_from_here:
             try:
-                yield stop_together if setup.processes.sharded else abandon_from_here
+                return compute(stop_together if trainer.processes.sharded else abandon_from_here)
             except MemoryError as e:
                 raise TrainingError(f"{e}\n{self.how_to_go_on()}") from None
+        return None
 
     def evaluated(self, progress: Progress, evaluation: Evaluation, improved: bool) -> None:
         """Print an evaluation and add it to the metrics."""
@@ -92,18 +92,18 @@ class RunWriter(Recorder):
 
     def step_ended(self, progress: Progress, lr: float, grad_norm: float, skipped: bool) -> None:
         """Advance the progress bar; every --log-every steps, and before an evaluation, add an event to the metrics."""
-        setup, p = self.setup, progress
+        trainer, p = self.trainer, progress
         if skipped:
             say(f"step {p.step}: skipped, a gradient is not finite")
-        if p.step % setup.config.log_every == 0 or setup.schedule.evaluation_due(p.step):
+        if p.step % trainer.config.log_every == 0 or trainer.schedule.evaluation_due(p.step):
             loss, tokens_per_second = float(p.loss_sum) / p.supervised, p.window_tokens / p.window_seconds
-            peak = max(gather(peak_gib(setup.device)))
+            peak = max(gather(peak_gib(trainer.device)))
             self.record(
-                "train", p, loss=loss, lr=lr, grad_norm=grad_norm, skipped=setup.stepper.skipped,
+                "train", p, loss=loss, lr=lr, grad_norm=grad_norm, skipped=trainer.stepper.skipped,
                 tokens_per_second=round(tokens_per_second, 1), peak_memory_gib=round(peak, 3),
-                seconds=round(p.seconds, 2), **setup.communication(),
+                seconds=round(p.seconds, 2), **trainer.communication(),
             )  # fmt: skip
-            if setup.processes.index == 0 and not self.failures:  # otherwise, the next save writes it
+            if trainer.processes.index == 0 and not self.failures:  # otherwise, the next save writes it
                 self.write(self.metrics.flush)
             self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tok/s, {peak:.2f} GiB")
             p.loss_sum, p.supervised, p.window_tokens, p.window_seconds = 0.0, 0, 0, 0.0
@@ -111,20 +111,20 @@ class RunWriter(Recorder):
 
     def record(self, event: str, progress: Progress, **values: Any) -> None:
         """Add an event to the metrics."""
-        if self.setup.processes.index == 0:
-            epoch = progress.step / self.setup.schedule.steps_per_epoch
+        if self.trainer.processes.index == 0:
+            epoch = progress.step / self.trainer.schedule.steps_per_epoch
             self.metrics.write(event, step=progress.step, epoch=epoch, **values)
 
     def failed(self, error: Exception, progress: Progress, batch: Packed | None) -> Exception:
         """Explain an error: memory ran out, or too many steps in a row had gradients that are not finite."""
         if isinstance(error, TrainingError):
-            rows = ", ".join(r.location for r in self.setup.schedule[progress.step][:8])
+            rows = ", ".join(r.location for r in self.trainer.schedule[progress.step][:8])
             return TrainingError(
                 f"{error}, the last at step {progress.step + 1} with rows {rows}; {self.last_good()}. Lower "
                 "--learning-rate, look at those rows, or use --precision bf16 or fp32"
             )
         if batch and is_out_of_memory(error):
-            return TrainingError(f"{explain_memory(self.setup, progress.step, batch)}\n{self.how_to_go_on()}")
+            return TrainingError(f"{explain_memory(self.trainer, progress.step, batch)}\n{self.how_to_go_on()}")
         return error
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -137,20 +137,20 @@ class RunWriter(Recorder):
         Raises:
             Stop: there was a signal.
         """
-        setup = self.setup
-        stop = setup.signals.received if setup.processes.world_size == 1 else setup.processes.stopping
+        trainer = self.trainer
+        stop = trainer.signals.received if trainer.processes.world_size == 1 else trainer.processes.stopping
         if stop or finished:
             from_main(lambda: self.write(lambda: self.write_all(progress), insist=True))
         elif self._save_due(progress):
             self.write(lambda: self.write_all(progress))
         if stop:
-            setup.signals.received = stop
+            trainer.signals.received = stop
             say(f"saved step {progress.step}")
             raise Stop
 
     def _save_due(self, p: Progress) -> bool:
-        c = self.setup.config
-        if self.setup.processes.index:
+        c = self.trainer.config
+        if self.trainer.processes.index:
             return False
         if self.failures:
             return time.monotonic() >= self.retry_at
@@ -172,10 +172,11 @@ class RunWriter(Recorder):
             except OSError as e:
                 self.failures += 1
                 self.retry_at = time.monotonic() + RETRY_SECONDS
-                what = f"step {self.setup.progress.step}: '{self.folder}' can't be written to ({e})"
+                what = f"step {self.trainer.progress.step}: '{self.folder}' can't be written to ({e})"
                 if self.failures >= SAVE_TRIES:
                     raise TrainingError(
-                        f"{what}, {SAVE_TRIES} times in a row; {self.last_good()}; once it can be, {self.setup.advice}"
+                        f"{what}, {SAVE_TRIES} times in a row; {self.last_good()}; once it can be, "
+                        f"{self.trainer.advice}"
                     ) from None
                 say(f"warning: {what}; next try in {RETRY_SECONDS:.0f} s ({self.failures} of {SAVE_TRIES} failed)")
             if not insist:
@@ -199,24 +200,25 @@ class RunWriter(Recorder):
             self.failures = 0
 
     def _write_adapter(self, p: Progress) -> None:
-        c, base = self.setup.config, self.setup.base
+        c, base = self.trainer.config, self.trainer.base
         local = Path(c.model)
         name = str(local.resolve()) if local.is_dir() else c.model  # absolute, to be found from any working directory
         described = AdapterConfig(c.lora, name, base.revision, base.fingerprint, c.quantization)
         with atomic_folder(self.folder / "adapter") as folder:
             save_adapter(folder, base.model, described, base.encoder.tokenizer, self.best)
-            card = cards.adapter_card(described, self.setup.record, p.before, p.best, p.best_step)
+            card = cards.adapter_card(described, self.trainer.record, p.before, p.best, p.best_step)
             (folder / cards.CARD).write_text(card, encoding="utf-8")
         self.adapter_step = p.best_step
 
     def state(self, progress: Progress) -> dict[str, Any]:
         """The content of a checkpoint. No random state: order and dropout are functions of the seed and the step."""
         return {
-            "options": {k: v for k, v in self.setup.record["options"].items() if k != "output_dir"},  # it may be moved
+            # A run's directory may be moved.
+            "options": {k: v for k, v in self.trainer.record["options"].items() if k != "output_dir"},
             "progress": asdict(progress) | {"loss_sum": float(progress.loss_sum)},  # fp32 -> double is exact
-            "adapter": {n: w.detach() for n, w in lora_parameters(self.setup.base.model).items()},
+            "adapter": {n: w.detach() for n, w in lora_parameters(self.trainer.base.model).items()},
             "best_adapter": self.best,  # so that any one checkpoint can restore adapter/
-            "stepper": self.setup.stepper.state_dict(),
+            "stepper": self.trainer.stepper.state_dict(),
             "metrics_bytes": self.metrics.size,
         }
 
@@ -228,6 +230,6 @@ class RunWriter(Recorder):
     def how_to_go_on(self) -> str:
         """What to do after running out of memory, for a message."""
         return (
-            f"  {self.last_good()}; if other programs held the memory, continue with: {self.setup.command}\n"
+            f"  {self.last_good()}; if other programs held the memory, continue with: {self.trainer.command}\n"
             "  --resume keeps a run's options: with others, start a new run"
         )

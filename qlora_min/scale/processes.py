@@ -103,8 +103,13 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_main(action: Callable[[], Any]) -> Any:
-    """Call `action` in process 0 alone, and return its result in every process."""
-    return gather(action() if process_index() == 0 else None)[0]
+    """Call `action` in process 0 alone, and return its result, which may be large, in every process."""
+    box = [action() if process_index() == 0 else None]
+    if world_size() > 1:
+        gather(None)
+        with _answered():
+            dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
 def sum_(tensor: Tensor) -> None:

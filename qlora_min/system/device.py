@@ -29,6 +29,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     Raises:
         ValueError: bf16 is requested on a GPU whose hardware does not support it.
     """
+    if precision not in ("auto", *DTYPES):
+        raise ValueError(f"precision: got {precision!r}, expected auto, {', '.join(DTYPES)}")
     hardware_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         return "fp32" if device.type == "cpu" else "bf16" if hardware_bf16 else "fp16"
