@@ -61,9 +61,7 @@ def merge_adapter(
     model: str | None = None,
     card: Callable[[Merged], str] = repr,
 ) -> Merged:
-    """Merge an adapter into its base, write the checkpoint to `output`, read it back and compare.
-
-    It is an ordinary Hugging Face folder: config, weights, generation config, tokenizer, chat template.
+    """Merge an adapter into its base, write an ordinary Hugging Face folder to `output`, read it back and compare.
 
     Args:
         dtype: of the file: fp16, bf16 or fp32.
