@@ -1,11 +1,9 @@
 """Adapters on disk, in PEFT's format, so that `peft.PeftModel.from_pretrained` loads ours and we load PEFT's.
 
-    adapter_config.json        rank, alpha, dropout, targets, the base's name       (peft.LoraConfig)
-    adapter_model.safetensors  base_model.model.NAME.lora_A.weight (r, in) and .lora_B.weight (out, r), fp32
-    qlora_min.json             which base it was trained on (name, revision, fingerprint, quantization), and the sha256
-                               of the weights
-
-What the two JSON files may hold is in system/peft_files.py.
+adapter_config.json        rank, alpha, dropout, targets, the base's name       (peft.LoraConfig)
+adapter_model.safetensors  base_model.model.NAME.lora_A.weight (r, in) and .lora_B.weight (out, r), fp32
+qlora_min.json             which base it was trained on (name, revision, fingerprint, quantization), and the sha256
+                           of the weights
 """
 
 from dataclasses import asdict, dataclass, fields

@@ -5,7 +5,7 @@
     option      multiple choice: the letter with the highest logit at the answer's first token is the right one
 
 Option accuracy generates nothing: one forward pass shows what the model would answer first. An option's probability is
-the softmax of those logits over the row's options. What a model writes itself is scored in cli/scores.py.
+the softmax of those logits over the row's options.
 """
 
 import functools

@@ -1,7 +1,6 @@
 """Answers to prompts, greedily, by transformers' own `generate` with its key-value cache.
 
-Prompts come from the encoder that training uses. Generation stops at the end token of the chat template, and at any end
-token that the model's generation config names.
+Generation stops at the end token of the chat template, and at any that the model's generation config names.
 """
 
 from collections.abc import Sequence

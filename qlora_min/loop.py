@@ -2,9 +2,9 @@
 
     evaluate and save, where due -> micro-batches: forward, masked loss, backward -> clip and step -> log
 
-What computes is handed in (`feed.engine`), and so are the other processes (`feed.processes`) and what a run leaves on
-disk (`run`): this file knows neither files nor CUDA nor NCCL. No random state is kept: the order of rows and the masks
-of dropout are functions of the seed and the step.
+What computes is handed in (`feed.engine`), as are the other processes (`feed.processes`) and what keeps a run on disk
+(`recorder`): this file knows neither files nor CUDA nor NCCL. No random state is kept: the order of rows and dropout's
+masks are functions of the seed and the step.
 """
 
 import math
@@ -82,7 +82,7 @@ class Recorder:
         """Report an optimizer step, counted in `progress`."""
 
 
-def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress: Progress, run: Recorder) -> None:
+def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress: Progress, recorder: Recorder) -> None:
     """Train from where `progress` stands to the end, or to the early stop.
 
     Args:
@@ -97,16 +97,16 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
     while True:
         # The same code handles the start, a resumed run and the end of a step: evaluate and save what is due here.
         if schedule.evaluation_due(progress.step) and progress.evaluated != progress.step:
-            evaluate_and_keep_the_best(feed, held_out, config.patience, progress, run)
+            evaluate_and_keep_the_best(feed, held_out, config.patience, progress, recorder)
         finished = progress.step == schedule.total_steps or progress.stopped_early
-        run.save(progress, finished)
+        recorder.save(progress, finished)
         if finished:
             return
 
         # The step's loss is the sum over its supervised tokens, of all micro-batches and processes, over their number.
         # That number is known beforehand, so no micro-batch needs a weight: their gradients simply add up.
         begun, lr = time.perf_counter(), stepper.lr
-        loss = compute_gradients(feed, stepper, config.seed, progress, run)
+        loss = compute_gradients(feed, stepper, config.seed, progress, recorder)
         batches, supervised, tokens = feed[progress.step]  # remembered; halved, if memory ran out
 
         # Unscale, clip, step: clipping scaled gradients would clip to another norm. A step whose gradients are not
@@ -114,17 +114,17 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
         try:
             grad_norm, taken = stepper.step()
         except (TrainingError, RuntimeError, MemoryError) as e:
-            raise run.failed(e, progress, batches[0] if batches else None) from None
+            raise recorder.failed(e, progress, batches[0] if batches else None) from None
 
         # The step has asked the device for the gradients' norm, so all of it has been computed by now.
         progress.count(loss, supervised, tokens, time.perf_counter() - begun)
         if initial and stepper.taken == MOVED_BY:
             check_that_all_moved(initial, model)
             initial = {}
-        run.step_ended(progress, lr, grad_norm, skipped=not taken)
+        recorder.step_ended(progress, lr, grad_norm, skipped=not taken)
 
 
-def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress, run: Recorder) -> Tensor:
+def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress, recorder: Recorder) -> Tensor:
     """Forward and backward of the next step's micro-batches; returns the summed loss of all processes, 0-dim.
 
     Where memory runs out, in whichever process, all compute the step again in micro-batches half as large.
@@ -144,7 +144,7 @@ def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress
             if not is_out_of_memory(e) or batch is None:
                 raise
             if processes.sharded or batch.n_rows == 1:
-                raise run.failed(e, progress, batch) from None
+                raise recorder.failed(e, progress, batch) from None
             failed = True
         # While the device computes: has memory run out, or a signal come, in another process?
         if not any(processes.gather(failed)):
@@ -159,16 +159,17 @@ def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress
         )
 
 
-def evaluate_and_keep_the_best(feed: Any, held_out: Rows, patience: int, progress: Progress, run: Recorder) -> None:
-    """Evaluate on the held-out rows, if any, and keep the adapter with the lowest loss: the untrained one, if training
-    never improves on it. Stop after `patience` evaluations without improvement. Without held-out rows the last adapter
-    is kept. An evaluation that a signal ends leaves no trace."""
+def evaluate_and_keep_the_best(
+    feed: Any, held_out: Rows, patience: int, progress: Progress, recorder: Recorder
+) -> None:
+    """Evaluate on the held-out rows, and keep the adapter with the lowest loss: the untrained one, if training never
+    improves on it; the last, if there are none. Stop after `patience` evaluations in a row without improvement."""
     engine, processes, evaluation, improved = feed.engine, feed.processes, None, True
     processes.check_equal_adapters(engine.adapter.weights)
     if any(processes.gather(len(held_out))):
         label = None if processes.index else "evaluating"
         parts = processes.gather(
-            run.evaluate(partial(evaluate_rows, engine, held_out, EVALUATED, label, feed.n_tokens))
+            recorder.evaluate(partial(evaluate_rows, engine, held_out, EVALUATED, label, feed.n_tokens))
         )
         if None in parts:
             return
@@ -179,10 +180,10 @@ def evaluate_and_keep_the_best(feed: Any, held_out: Rows, patience: int, progres
         progress.bad_evaluations = 0 if improved else progress.bad_evaluations + 1
         progress.stopped_early = progress.bad_evaluations >= patience
         progress.before = progress.before or evaluation.as_dict()
-        run.evaluated(progress, evaluation, improved)
+        recorder.evaluated(progress, evaluation, improved)
     if improved:
         progress.best, progress.best_step = evaluation and evaluation.as_dict(), progress.step
-        run.keep_best(copies(engine.base.model))
+        recorder.keep_best(copies(engine.base.model))
     progress.evaluated = progress.step
 
 

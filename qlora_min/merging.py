@@ -71,7 +71,7 @@ def merge_adapter(
 
     Raises:
         ValueError: bad input, or an output directory that holds something already.
-        MergeError: the difference is above the bound for the dtype; the output is not kept.
+        MergeError: the difference is above the bound; the output is not kept.
     """
     if dtype not in BOUNDS or onto not in ("dequantized", "original"):
         raise ValueError(f"dtype {dtype!r}, onto {onto!r}: expected fp16, bf16 or fp32, and dequantized or original")

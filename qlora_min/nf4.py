@@ -1,7 +1,6 @@
 """NF4 and double quantisation, written out: how QLoRA stores a weight in 4.127 bits (arXiv 2305.14314, section 3).
 
-A text, not a part of the trainer: that uses bitsandbytes, and `tests/test_nf4.py` holds this text to it bit for bit
-(0.50.2, on the CPU): packed codes, scales of both levels and dequantised values.
+The trainer itself uses bitsandbytes; `tests/test_nf4.py` compares this text with it bit for bit (0.50.2, on the CPU).
 
 ## The levels
 Trained weights look normal, so the levels are quantiles Q of a normal. The paper's equation 4 as printed,

@@ -67,11 +67,11 @@ def evaluation(adapter: Path, found: Comparison, precision: str) -> str:
     before, after = map(Evaluation.join, found.results)
     answered = [*zip(*(itertools.chain(*side) for side in found.answers))]
     folder = adapter.resolve()
-    run = folder.parent if checkpoint.is_run(folder.parent) else None
-    events = _drawn(checkpoint.read_metrics(run)) if run else []
+    run_dir = folder.parent if checkpoint.is_run(folder.parent) else None
+    events = _drawn(checkpoint.read_metrics(run_dir)) if run_dir else []
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return ENVIRONMENT.from_string(template).render(
-        adapter=f"{run.name}/{folder.name}" if run else folder.name,
+        adapter=f"{run_dir.name}/{folder.name}" if run_dir else folder.name,
         base=named(AdapterConfig.read(adapter).base_model),
         precision=precision,
         date=time.strftime("%Y-%m-%d"),
@@ -83,7 +83,7 @@ def evaluation(adapter: Path, found: Comparison, precision: str) -> str:
         events=events,
         curves=any("loss" in e for e in events) and _svg(draw_curves, {"": events}),
         calibration=after.option_rows and _svg(_calibration, {"tab:gray": before, "tab:orange": after}),
-        samples=_samples(answered, run),
+        samples=_samples(answered, run_dir),
         generated=len(answered),
     )
 
@@ -123,13 +123,14 @@ def _calibration(results: dict[str, Evaluation], out: io.StringIO) -> None:
     figure.savefig(out)
 
 
-def _samples(answered: Sequence[tuple[Answer, Answer]], run: Path | None) -> list[dict[str, str]]:
+def _samples(answered: Sequence[tuple[Answer, Answer]], run_dir: Path | None) -> list[dict[str, str]]:
     """Rows with the reference and both answers: evenly spaced ones of `answered`, or else the samples of the run."""
     if answered:
         chosen = np.unique(np.linspace(0, len(answered) - 1, min(SHOWN, len(answered))).round().astype(int))
         return [dict(zip(SAMPLE, (*b[:3], b.answer, a.answer))) for b, a in (answered[i] for i in chosen)]
     try:
-        found = [dict(json.loads(line)) for line in (run / "samples.jsonl").read_bytes().splitlines()] if run else []
+        lines = (run_dir / "samples.jsonl").read_bytes().splitlines() if run_dir else []
+        found = [dict(json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged: the page is made without them
         return []
     return [{key: str(sample.get(key, "")) for key in SAMPLE} for sample in found]

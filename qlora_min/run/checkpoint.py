@@ -42,9 +42,9 @@ BEFORE_A_RUN = {LOCK, ".config.json.new"}  # all that a failed start can leave b
 DAMAGED = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, SafetensorError)
 
 
-def clean(run: Path) -> None:
+def clean(run_dir: Path) -> None:
     """Remove what a killed process left half-written, and restore a folder that it was about to replace."""
-    for parent in (run, run / "checkpoints"):
+    for parent in (run_dir, run_dir / "checkpoints"):
         for name in _names(parent):
             left = parent / name
             ours = re.fullmatch(r"\.(.+)\.(new|old|gone)(-\d+)?", name)
@@ -82,13 +82,13 @@ def unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return json.loads(json.dumps(value), object_pairs_hook=lambda pairs: kinds[pairs[0][0]](pairs[0][1]))
 
 
-def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: set[int]) -> Path:
+def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: set[int]) -> Path:
     """Write checkpoints/step-N atomically, then remove all checkpoints but the last two and those in `keep`.
 
     Raises:
         OSError: it could not be written; the earlier checkpoints are still there.
     """
-    folder = run / "checkpoints" / f"step-{step}"
+    folder = run_dir / "checkpoints" / f"step-{step}"
     tensors: dict[str, torch.Tensor] = {}
     files = {STATE: json.dumps(flatten(state, tensors)).encode(), TENSORS: save(tensors)}
     with atomic_folder(folder) as new:
@@ -96,7 +96,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: set[int])
             (new / name).write_bytes(content)
         (new / MANIFEST).write_bytes(_manifest({n: hashlib.sha256(c).hexdigest() for n, c in files.items()}))
     try:
-        for old in sorted(set(checkpoint_steps(run)[:-2]) - keep - {step}):
+        for old in sorted(set(checkpoint_steps(run_dir)[:-2]) - keep - {step}):
             gone = folder.with_name(f".step-{old}.gone")
             folder.with_name(f"step-{old}").rename(gone)  # no half-removed folder may have a checkpoint's name
             shutil.rmtree(gone, ignore_errors=True)
@@ -105,9 +105,9 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: set[int])
     return folder
 
 
-def checkpoint_steps(run: Path) -> list[int]:
+def checkpoint_steps(run_dir: Path) -> list[int]:
     """The steps of the checkpoints of a run, ascending."""
-    return sorted(int(n[5:]) for n in _names(run / "checkpoints") if re.fullmatch(r"step-\d+", n))
+    return sorted(int(n[5:]) for n in _names(run_dir / "checkpoints") if re.fullmatch(r"step-\d+", n))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     raise ValueError(f"checkpoint '{folder}': {', '.join(changed)} not as it was saved (sha256 differs)")
 
 
-def newest_checkpoint(run: Path) -> tuple[int, dict[str, Any]] | None:
+def newest_checkpoint(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
     """The (step, state) of the newest intact checkpoint, or None.
 
     A damaged one is renamed to step-N.damaged-TIME, with a note. So it is not lost, does not count as one of the last
@@ -137,8 +137,8 @@ def newest_checkpoint(run: Path) -> tuple[int, dict[str, Any]] | None:
     Raises:
         OSError: the file system is missing or read-only.
     """
-    for step in reversed(checkpoint_steps(run)):
-        folder = run / "checkpoints" / f"step-{step}"
+    for step in reversed(checkpoint_steps(run_dir)):
+        folder = run_dir / "checkpoints" / f"step-{step}"
         try:
             return step, load_checkpoint(folder)
         except ValueError as e:
@@ -153,20 +153,20 @@ def _manifest(sums: dict[str, str]) -> bytes:
     return (json.dumps(sums, indent=2) + "\n").encode()
 
 
-def read_record(run: Path) -> dict[str, Any]:
+def read_record(run_dir: Path) -> dict[str, Any]:
     """A run's config.json.
 
     Raises:
         ValueError: the directory is not that of a run.
     """
     try:
-        record = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
         if isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in RECORDED):
             return record
         why = " is damaged or another program's"
     except (OSError, ValueError) as e:
         why = f": {getattr(e, 'strerror', e)}"
-    raise ValueError(f"'{run}' holds no run (its config.json{why}); give a run's directory")
+    raise ValueError(f"'{run_dir}' holds no run (its config.json{why}); give a run's directory")
 
 
 def is_run(folder: Path) -> bool:
@@ -186,19 +186,19 @@ class Lock(closing):
         ValueError: another process holds the lock.
     """
 
-    def __init__(self, run: Path):
-        self.file = (run / LOCK).open("a", encoding="utf-8")  # child processes don't inherit it
+    def __init__(self, run_dir: Path):
+        self.file = (run_dir / LOCK).open("a", encoding="utf-8")  # child processes don't inherit it
         super().__init__(self.file)
         try:
             if not lock_descriptor(self.file.fileno(), blocking=False):
                 self.file.close()
-                owner = (run / LOCK).read_text(encoding="utf-8").strip() or "another process"
-                raise ValueError(f"'{run}': {owner} is training there; wait until it ends, or stop it")
+                owner = (run_dir / LOCK).read_text(encoding="utf-8").strip() or "another process"
+                raise ValueError(f"'{run_dir}': {owner} is training there; wait until it ends, or stop it")
         except OSError as e:
             if e.errno not in UNSUPPORTED:
                 raise
-            print(f"warning: no locks here ({e}): let no other process train in '{run}'", file=sys.stderr)
-        (run / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            print(f"warning: no locks here ({e}): let no other process train in '{run_dir}'", file=sys.stderr)
+        (run_dir / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
 
 
 class Metrics:
@@ -209,9 +209,9 @@ class Metrics:
         echo: called with each event as soon as it is added.
     """
 
-    def __init__(self, run: Path):
+    def __init__(self, run_dir: Path):
         self.echo: Callable[[dict[str, Any]], object] = lambda event: None
-        self.path = run / "metrics.jsonl"
+        self.path = run_dir / "metrics.jsonl"
         self.waiting: list[bytes] = []
         self.size = self.path.stat().st_size if self.path.exists() else 0
 
@@ -247,9 +247,9 @@ class Metrics:
             self.size = size
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The events of a run."""
-    path = run / "metrics.jsonl"
+    path = run_dir / "metrics.jsonl"
     return events_in(path.read_bytes()) if path.exists() else []
 
 
@@ -263,9 +263,9 @@ def events_in(lines: bytes) -> list[dict[str, Any]]:
     return events
 
 
-def is_finished(run: Path) -> bool:
+def is_finished(run_dir: Path) -> bool:
     """Whether a run has ended."""
-    return any(e["event"] == "end" for e in read_metrics(run))
+    return any(e["event"] == "end" for e in read_metrics(run_dir))
 
 
 def newest_unfinished(runs: Path) -> Path:

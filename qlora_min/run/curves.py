@@ -63,21 +63,21 @@ class Board:
         ValueError: TensorBoard is not installed.
     """
 
-    def __init__(self, run: Path):
+    def __init__(self, run_dir: Path):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             hint = "pip install 'qlora_min[tensorboard]'"
             raise ValueError(f"--tensorboard: TensorBoard is not installed ({hint})") from None
-        self.begin = lambda: SummaryWriter(run / "tensorboard", purge_step=0)
-        self.run, self.writer, self.failed = run, None, False
+        self.begin = lambda: SummaryWriter(run_dir / "tensorboard", purge_step=0)
+        self.run_dir, self.writer, self.failed = run_dir, None, False
 
     def update(self) -> None:
         """Add the new lines of metrics.jsonl. If the disk fails, warn once; the next update starts a new event file."""
         from .checkpoint import events_in  # here, since that imports torch
 
         try:
-            began, path = (self.run / "config.json").stat().st_mtime, self.run / "metrics.jsonl"
+            began, path = (self.run_dir / "config.json").stat().st_mtime, self.run_dir / "metrics.jsonl"
             if self.writer is None:
                 self.writer, self.read, self.seconds = self.begin(), 0, 0.0
             lines = path.read_bytes()[self.read :] if path.exists() else b""

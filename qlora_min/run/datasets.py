@@ -187,11 +187,11 @@ def evaluation_data(
         parts = [encode_dataset(name, examples, encoder, max_length, bad) for name, examples in opened]
         bad.check()
         return parts
-    run = adapter.parent
-    if not checkpoint.is_run(run):
+    run_dir = adapter.parent
+    if not checkpoint.is_run(run_dir):
         raise ValueError(f"adapter '{adapter}' is not in a run directory; name the data to evaluate on with --dataset")
-    record = checkpoint.read_record(run)
-    options = config_from(record["options"], str(run / "config.json"))
+    record = checkpoint.read_record(run_dir)
+    options = config_from(record["options"], str(run_dir / "config.json"))
     train, parts = read_data(options, encoder)
     if data_hash(*(Rows.join(part.rows for part in side) for side in (train, parts))) != record["data"].get("sha256"):
         raise ValueError(
