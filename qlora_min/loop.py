@@ -60,7 +60,7 @@ class Recorder:
 
     best: dict[str, Tensor]
 
-    def evaluate(self, compute: Callable[[Callable[[], None] | None], Evaluation]) -> Evaluation | None:
+    def guarded(self, compute: Callable[[Callable[[], None] | None], Evaluation]) -> Evaluation | None:
         """Call `compute` with what it is to call before each batch. None: it was abandoned, and leaves no trace."""
         return compute(None)
 
@@ -169,7 +169,7 @@ def evaluate_and_keep_the_best(
     if any(processes.gather(len(held_out))):
         label = None if processes.index else "evaluating"
         parts = processes.gather(
-            recorder.evaluate(partial(evaluate_rows, engine, held_out, EVALUATED, label, feed.n_tokens))
+            recorder.guarded(partial(evaluate_rows, engine, held_out, EVALUATED, label, feed.n_tokens))
         )
         if None in parts:
             return

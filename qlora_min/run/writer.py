@@ -62,7 +62,7 @@ class RunWriter(Recorder):
     # What the loop reports
     # -----------------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, compute: Callable[[Callable[[], None]], Evaluation]) -> Evaluation | None:
+    def guarded(self, compute: Callable[[Callable[[], None]], Evaluation]) -> Evaluation | None:
         """A signal abandons an evaluation, which a resumed run repeats. With a sharded base no process may leave it
         alone, so the processes agree before each batch whether to stop."""
         trainer = self.trainer
