@@ -67,8 +67,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         ValueError: tensors that are missing, unexpected, misshaped or not finite (one message lists them), or others
             than were saved.
     """
-    named = {f"{PEFT_PREFIX}{n}.weight": p for n, p in lora_parameters(model).items()}
-    stored, wrong = read_exactly(folder / WEIGHTS, {key: tuple(p.shape) for key, p in named.items()}, PEFT_PREFIX)
+    parameters = lora_parameters(model)
+    keys = {name: f"{PEFT_PREFIX}{name}.weight" for name in parameters}
+    shapes = {key: tuple(parameters[name].shape) for name, key in keys.items()}
+    stored, wrong = read_exactly(folder / WEIGHTS, shapes, PEFT_PREFIX)
     if wrong:
         more = f"; and {len(wrong) - 8:,} more" if len(wrong) > 8 else ""
         raise ValueError(f"adapter '{folder}' does not fit the model: {'; '.join(sorted(wrong)[:8])}{more}")
@@ -78,9 +80,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             f"adapter '{folder}': {WEIGHTS} is not as it was saved (its sha256 differs from the one in {ORIGIN}): "
             "damaged or exchanged; copy the adapter again"
         )
-    with torch.no_grad():
-        for key, parameter in named.items():
-            parameter.copy_(stored[key])
+    put_weights(model, {name: stored[key] for name, key in keys.items()})
 
 
 @torch.no_grad()

@@ -294,7 +294,8 @@ def _read_parquet(path: Path) -> Raw:
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             batches = file.iter_batches(batch_size=256, columns=_columns_of(file.schema_arrow.names, str(path)))
-            yield from _numbered(_batch_rows(batches), str(path), file.metadata.num_rows, path.name)
+            rows = itertools.chain.from_iterable(map(_batch_rows, batches))
+            yield from _numbered(rows, str(path), file.metadata.num_rows, path.name)
     except (pa.ArrowException, OSError):
         raise ValueError(f"{path}: not a readable Parquet file (damaged, cut short, or of another kind)") from None
 
@@ -308,15 +309,16 @@ def _numbered(rows: Iterable[Any], name: str, total: int, label: str) -> Raw:
             yield BadRow(f"{location}: {row}") if isinstance(row, ValueError) else row, location
 
 
-def _batch_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[Any]:
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[Any]:
     """The rows as Python objects; a ValueError for one that can't be converted, such as text that is not UTF-8."""
-    for one in (batch.slice(i, 1) for batch in batches for i in range(len(batch))):
-        try:
-            (row,) = one.to_pylist()
-        except (ValueError, OverflowError, pa.ArrowException) as e:
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as e:
+        if len(batch) == 1:
             text = isinstance(e, UnicodeDecodeError)
-            row = ValueError("not UTF-8 text" if text else "a value that can't be read, expected text")
-        yield row
+            yield ValueError("not UTF-8 text" if text else "a value that can't be read, expected text")
+        else:
+            yield from itertools.chain.from_iterable(_batch_rows(batch.slice(i, 1)) for i in range(len(batch)))
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
