@@ -4,13 +4,14 @@ import ast
 import functools
 import hashlib
 import itertools
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Message = dict[str, Any]  # role, content and, of an assistant, tool_calls: as `apply_chat_template` takes them
 LAYOUTS = "instruction/input/output, prompt/completion, or messages"
 NEEDED = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})  # the required columns of each layout
 COLUMNS = {"messages", "role", "content", "prompt", "completion", "instruction", "input", "output"}
@@ -20,10 +21,25 @@ SHOWN = 20  # bad rows shown in an error; the others are counted
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation that ends with an answer. location: the file and line, for errors: "train.jsonl:12"."""
+    """One conversation that ends with an answer.
+
+    location: the file and line, for errors: "train.jsonl:12". tools: that the assistant may call, as JSON schemas.
+    unlearned: the indices of answers that carry no loss.
+    """
 
     messages: tuple[Message, ...]
     location: str
+    tools: tuple[dict[str, Any], ...] = ()
+    unlearned: tuple[int, ...] = ()
+
+    def as_json(self) -> str:
+        """The example as JSON, without its location."""
+        return json.dumps([self.messages, self.tools, self.unlearned])
+
+    @classmethod
+    def from_json(cls, text: str, location: str) -> "Example":
+        messages, tools, unlearned = map(tuple, json.loads(text))
+        return cls(messages, location, tools, unlearned)
 
     @functools.cached_property
     def choice(self) -> "MultipleChoice | None":
@@ -244,4 +260,5 @@ def permute_options(example: Example, order: Sequence[int]) -> Example | None:
         new = new[: span.start] + source[spans[i]] + new[span.stop :]
     content = new.decode("utf-8").join(user["content"].rsplit(choice.literal, 1))
     answer = choice.letters[list(order).index(choice.letters.index(choice.correct))] + answer[1:]
-    return Example((*before, {**user, "content": content}, {**assistant, "content": answer}), example.location)
+    messages = (*before, {**user, "content": content}, {**assistant, "content": answer})
+    return replace(example, messages=messages)

@@ -1,7 +1,6 @@
 """Encoded rows in memory-mapped Arrow files."""
 
 import itertools
-import json
 import mmap
 import tempfile
 from array import array
@@ -24,7 +23,7 @@ class Row:
         input_ids, supervised: (T,) int32 and bool; the supervised tokens count in the loss.
         location: the file and line it was read from.
         choices: the first token of each option, and the index of the right one; None if it is not multiple choice.
-        text: the messages as JSON if `encode_dataset` was to keep them, otherwise "".
+        text: the `Example` as JSON if `encode_dataset` was to keep them, otherwise "".
     """
 
     input_ids: torch.Tensor
@@ -36,7 +35,7 @@ class Row:
     @property
     def example(self) -> Example:
         """The row before it was encoded; only for rows with `text`."""
-        return Example(tuple(json.loads(self.text)), self.location)
+        return Example.from_json(self.text, self.location)
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,7 +85,7 @@ def encode_dataset(
                 questions.append(example.question_hash)
                 lengths.append(len(row))
                 if len(row) <= max_length:
-                    yield replace(row, text=json.dumps(example.messages)) if texts else row
+                    yield replace(row, text=example.as_json()) if texts else row
 
     rows = Rows.write(kept())
     count = mine.count - before
