@@ -35,6 +35,7 @@ class AdapterConfig:
     revision: str | None = None
     fingerprint: str | None = None
     quantization: str = "nf4"
+    date: str | None = None  # that its chat template showed in training, if it shows the day's
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterConfig":

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -27,6 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .chat import ChatEncoder
+from .data.templates import named_template
 from .lora import LoraSpec, inject_lora, lora_parameters
 from .system.bits import Linear4bit, empty_4bit, quantize_into
 from .system.device import DTYPES, pick_device
@@ -64,11 +66,19 @@ class Base:
         return next(self.model.parameters()).device
 
 
-def load_encoder(name: str, revision: str | None = None) -> ChatEncoder:
-    """The encoder of a model, without its weights; arguments and errors as for `load_base`."""
+def load_encoder(name: str, revision: str | None = None, template: str | None = None, **settings: Any) -> ChatEncoder:
+    """The encoder of a model, without its weights; arguments and errors as for `load_base`.
+
+    Args:
+        template: another chat template than the model's: a file, or "chatml". settings: of `ChatEncoder`.
+    """
     folder, _ = find_model(name, revision)
     with refusing(f"model '{name}': no usable tokenizer"):
-        return ChatEncoder(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if template:
+        tokenizer.chat_template = named_template(template, tokenizer)
+    with refusing(f"model '{name}': no usable tokenizer"):
+        return ChatEncoder(tokenizer, **settings)
 
 
 def load_base(

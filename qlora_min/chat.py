@@ -1,22 +1,20 @@
 """Chat messages -> (token ids, which of them are supervised), by the model's own chat template.
 
-One encoder serves training, evaluation and chat. The template is rendered once for each sequence of roles, with a
-placeholder where each message's text belongs, and cut at the placeholders. The template's own pieces are tokenised with
-their control tokens, the texts without: `<|im_end|>` written in a question is tokenised as ordinary text. The result,
-for Qwen2 and one question (supervised tokens underlined):
+One encoder serves training, evaluation and chat. A row's text is what the template makes of its messages, cut where
+the answers begin (data/templates.py). For Qwen2 and one question (supervised tokens underlined):
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\nQ: ...<|im_end|>\\n
     <|im_start|>assistant\\nE: Nitrofurantoin<|im_end|>
                            ~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-An answer is supervised together with its end token, so the model learns to stop. Answer and prompt are tokenised apart,
-so at inference the model is given exactly the prompt that it was trained on.
+An answer is supervised together with its end token, so the model learns to stop; behind the last one a row ends. Prompt
+and answer are tokenised apart, so the prompt's ids are those that a server gives the model. A text never becomes a
+control token: `<|im_end|>` written in a question is tokenised as ordinary text.
 """
 
 import functools
 import itertools
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,116 +22,153 @@ import torch
 
 from .data.examples import BadRow, Example, Message
 from .data.rows import Row
+from .data.templates import NOT_A_PROMPT, Segment, Template
+
+ANSWER = "\ue000"
+PROBE = ({"role": "user", "content": "x"}, {"role": "assistant", "content": ANSWER})
 
 
 class ChatEncoder:
     """Messages -> token ids and supervised mask, by the tokenizer's own chat template.
 
+    Args:
+        train_on: which answers are supervised: "all", or the "last" of each row.
+        date: of a template that shows the day's (`Template`).
+
     Raises:
         ValueError: the tokenizer has no chat template, or one that puts no end token after an answer.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, train_on: str = "all", date: str | None = None):
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the model's tokenizer has no chat template; use an instruction-tuned model")
-        self.tokenizer = tokenizer
+            raise ValueError(
+                "the model's tokenizer has no chat template; use an instruction-tuned model, or --chat-template"
+            )
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self.template = Template(tokenizer, date)
         self.special_ids = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._special = re.compile("(?=" + "|".join(special or ["$^"]) + ")")  # overlapping ones too
-        self._lead, self._lead_length = "", 0
-        if tokenizer.convert_ids_to_tokens(self._tokenise(["x"])[0])[0].startswith("\u2581"):  # their mark for a space
-            self._lead, self._lead_length = "\n", len(self._tokenise(["\n"])[0])
-        self.end_id = self._pieces(("user", "assistant"))[-1][0]
-
-    @functools.lru_cache(maxsize=1024)  # noqa: B019 (an encoder lives as long as its run)
-    def _pieces(self, roles: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """The template's own tokens around n messages: n + 1 pieces; the last is the end token of the last answer."""
-        marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # private-use characters stand for the texts
-        messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as e:  # a template may refuse a sequence of roles, each in its own words
-            raise ValueError(f"the chat template refuses the roles {', '.join(roles)}: {e}") from None
-        if re.findall("\ue000\\d+\ue001", text) != marks:
-            raise ValueError(f"the chat template does not show each message once for the roles {', '.join(roles)}")
-        ids = [tuple(piece) for piece in self._tokenise(re.split("\ue000\\d+\ue001", text))]
-        for i, role in enumerate(roles):
-            if role == "assistant" and (not ids[i + 1] or ids[i + 1][0] not in self.special_ids):
-                raise ValueError(
-                    "the chat template puts no end token after an answer: the model could not learn to stop"
-                )
-        return (*ids[:-1], ids[-1][:1])
+        marks_spaces = tokenizer.convert_ids_to_tokens(self._tokenise(["x"])[0])[0].startswith("\u2581")
+        self._middle = "\n" if marks_spaces else ""  # SentencePiece puts a space before a text; not behind a newline
+        _, shown, behind = self.template.render(PROBE).rpartition(ANSWER)
+        ends = [i for i in self._tokenise([behind])[0] if i in self.special_ids]
+        if not shown or not ends:
+            raise ValueError("the chat template puts no end token after an answer: the model could not learn to stop")
+        self.end_id = ends[0]
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
-        """Pieces of text -> the ids of each, as they are in the middle of a text.
+        """One call of the tokenizer for all texts: a call each would cost more than tokenising a short one."""
+        given = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(texts, **given)["input_ids"] if texts else []
 
-        SentencePiece tokenizers put a space before a text's beginning; there, tokenise behind a newline and cut it off.
-        """
-        texts = [self._lead + text for text in texts]
-        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return [i[self._lead_length :] for i in ids]
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 (an encoder lives as long as its run)
+    def _tokenise_one(self, text: str) -> list[int]:
+        return self._tokenise([text])[0] if text else []
 
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Messages' texts -> ids. Text that spells a control token is cut inside, so that it stays text.
-
-        One call of the tokenizer for all texts: a call each would cost more than the tokenising of a short one.
-        """
-        parts, counts = [], []
-        for text in texts:
-            cuts = [0, *(m.start() + 1 for m in self._special.finditer(text)), len(text)]
-            parts += [text[a:b] for a, b in itertools.pairwise(cuts)]
-            counts.append(len(cuts) - 1)
-        tokenised = iter(self._tokenise(parts))
-        ids = [list(itertools.chain.from_iterable(itertools.islice(tokenised, n))) for n in counts]
-        if not all(map(self.special_ids.isdisjoint, ids)):
-            raise ValueError("a text turns into a control token of the tokenizer even when cut")
-        return ids
-
-    def encode_batch(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
-        """Conversations that end with an answer -> (ids, supervised) of each, equally long.
-
-        Supervised are the assistant's texts and the end token after each.
-        """
-        around = [self._pieces(tuple(m["role"] for m in messages)) for messages in conversations]
-        texts = iter(self.encode_texts([m["content"] for messages in conversations for m in messages]))
+    def _tokenise_behind(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """(what stands before, text) -> the ids of the text, as they are behind that; by itself, if the two would share
+        a token."""
         out = []
-        for messages, pieces in zip(conversations, around):
-            ids, supervised = list(pieces[0]), [False] * len(pieces[0])
-            for message, piece in zip(messages, pieces[1:]):
-                text, learned = next(texts), message["role"] == "assistant"
-                ids += [*text, *piece]
-                supervised += [learned] * len(text) + [learned and i == 0 for i in range(len(piece))]
-            out.append((ids, supervised))
+        for (before, text), ids in zip(pairs, self._tokenise([before + text for before, text in pairs])):
+            head = self._tokenise_one(before)
+            for instead in (self._middle, ""):
+                if ids[: len(head)] == head:
+                    break
+                head, ids = self._tokenise_one(instead), self._tokenise_one(instead + text)
+            out.append(ids[len(head) :])
         return out
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """As `encode_batch`, for one conversation."""
-        return self.encode_batch([messages])[0]
+    def _pairs(self, segments: Sequence[Segment]) -> Iterator[tuple[str, str]]:
+        """Each part of the segments, with what stands before it: of a prompt, its end from a control token on."""
+        before = ""
+        for parts, _ in segments:
+            yield before, parts[0]
+            yield from ((self._middle, part) for part in parts[1:])
+            before = self._tail(parts[-1])
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation that waits for its answer -> ids: exactly what precedes the answer in `encode`."""
-        ids, _ = self.encode([*messages, {"role": "assistant", "content": ""}])
-        return ids[:-1]
+    def _tail(self, text: str) -> str:
+        return text[max((m.start() for m in self.template.control.finditer(text)), default=0) :]
+
+    def _encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
+        """The ids of each segment of each row."""
+        ids = iter(self._tokenise_behind([pair for segments in rows for pair in self._pairs(segments)]))
+        return [
+            [list(itertools.chain.from_iterable(itertools.islice(ids, len(parts)))) for parts, _ in segments]
+            for segments in rows
+        ]
 
     def encode_examples(self, examples: Sequence[Example]) -> list[Row | BadRow]:
-        """Each example as a Row, with its options' first tokens where it is multiple choice; or why it can't be one."""
-        try:
-            encoded = self.encode_batch([e.messages for e in examples])
-            return [self._row(e, *both) for e, both in zip(examples, encoded)]
-        except ValueError as error:  # one of them: which?
-            if len(examples) == 1:
-                return [BadRow(f"{examples[0].location}: {error}")]
-            return [row for e in examples for row in self.encode_examples([e])]
+        """Conversations that end with an answer -> a Row of each, or why it can't be one.
 
-    def _row(self, example: Example, ids: list[int], supervised: list[bool]) -> Row:
-        choice, choices = example.choice, None
-        if choice:
-            firsts = tuple(map(self._first_token, choice.letters))
-            if len(set(firsts)) == len(firsts):  # else no single token tells the letters apart
-                choices = (firsts, choice.letters.index(choice.correct))
-        ids, supervised = np.array(ids, np.int32), np.array(supervised, bool)  # faster than torch, from a list
+        Supervised are the answers from their prompt on, each with its end token. Not supervised are those in
+        `Example.unlearned`, and those whose prompt, as a server makes it, is not how the row's text begins.
+        """
+        segments: list[list[Segment] | ValueError] = []
+        for example in examples:
+            try:
+                segments.append(self.template.segments(example))
+            except ValueError as error:
+                segments.append(error)
+        encoded = iter(self._encode_segments([s for s in segments if not isinstance(s, ValueError)]))
+        rows: list[Row | BadRow] = []
+        for example, found in zip(examples, segments):
+            try:
+                if isinstance(found, ValueError):
+                    raise found
+                rows.append(self._row(example, found, next(encoded)))
+            except ValueError as error:
+                rows.append(BadRow(f"{example.location}: {error}"))
+        return rows
+
+    def _row(self, example: Example, segments: Sequence[Segment], encoded: Sequence[list[int]]) -> Row:
+        answers = [i for i, m in enumerate(example.messages) if m["role"] == "assistant"]
+        wanted = {*(answers if self.train_on == "all" else answers[-1:])} - {*example.unlearned}
+        ids, supervised = [], []
+        for (_, i), segment in zip(segments, encoded):
+            learned = segment.index(self.end_id) + 1 if i in wanted and self.end_id in segment else 0
+            ids += segment
+            supervised += [True] * learned + [False] * (len(segment) - learned)
+            wanted -= {i} if learned else set()
+        control = sum(len(self.template.control.findall(part)) for parts, _ in segments for part in parts)
+        if sum(map(self.special_ids.__contains__, ids)) != control:
+            raise ValueError("a text turns into a control token of the tokenizer even when cut")
+        if True not in supervised:
+            raise ValueError("no answer carries a loss" + (f": {NOT_A_PROMPT}" if wanted else ""))
+        if wanted:
+            self.template.notes[f"answers carry no loss: {NOT_A_PROMPT}"] += len(wanted)
+        choices = self._choices(example, segments, ids, len(ids) - len(encoded[-1])) if learned else None
+        end = len(supervised) - supervised[::-1].index(True)  # nothing is learned from what follows
+        ids, supervised = np.array(ids[:end], np.int32), np.array(supervised[:end], bool)  # faster than from a list
         return Row(torch.from_numpy(ids), torch.from_numpy(supervised), example.location, choices)
 
+    def _choices(
+        self, example: Example, segments: Sequence[Segment], ids: list[int], start: int
+    ) -> tuple[tuple[int, ...], int, int] | None:
+        """`Row.choices` of a row whose last segment, from `start` on, is its last answer."""
+        choice, text = example.choice, segments[-1][0][0]
+        at = text.find(example.messages[-1]["content"].strip()) if choice else -1
+        if at < 0:
+            return None
+        tail = self._tail(segments[-2][0][-1])
+        encoded = self._with_letters(tail + text[:at], choice.letters, text[at + 1 : at + 3])
+        first = next(i for i, tokens in enumerate(zip(*encoded)) if len({*tokens}) > 1)
+        firsts, right = tuple(e[first] for e in encoded), choice.letters.index(choice.correct)
+        position = start + first - len(self._tokenise_one(tail))
+        if len({*firsts}) < len(firsts) or ids[position : position + 1] != [firsts[right]]:
+            return None  # no single token tells the letters apart
+        return firsts, right, position
+
     @functools.lru_cache(maxsize=64)  # noqa: B019
-    def _first_token(self, letter: str) -> int:
-        return self.encode_texts([f"{letter}:"])[0][0]
+    def _with_letters(self, before: str, letters: tuple[str, ...], behind: str) -> list[list[int]]:
+        return self._tokenise([before + letter + behind for letter in letters])
+
+    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """The (ids, supervised) of one conversation, equally long; raises why it can't be a row."""
+        (row,) = self.encode_examples([Example(tuple(messages), "messages")])
+        if isinstance(row, BadRow):
+            raise row
+        return row.input_ids.tolist(), row.supervised.tolist()
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation that waits for its answer -> ids, as a server makes them: what precedes it in `encode`."""
+        segments = self.template.segments(Example(tuple(messages), "messages"), ask=True)
+        return list(itertools.chain.from_iterable(self._encode_segments([segments])[0]))

@@ -6,37 +6,14 @@ The command line, a TOML file and a run's config.json are all made from the fiel
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .system.fields import ABOVE_0, AT_LEAST_0, FRACTION, choice, option, positive
 from .system.text import refuse_secrets
 
 if TYPE_CHECKING:
     from .lora import LoraSpec
-
-
-def option(default: Any, help: str, *, check: Callable[[Any], bool] | None = None, expected: str = "", **meta: Any):
-    """A dataclass field that is also an option: `check(value)` must hold, `expected` says so in words.
-
-    Args:
-        meta: `group`, the heading in --help of this option and those that follow; `choices`; `separator`.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, "check": check, "expected": expected, **meta})
-
-
-def _choice(default: str, choices: Sequence[str], help: str, **meta: Any):
-    expected = f"one of {', '.join(choices)}"
-    return option(default, help, check=lambda v: v in choices, expected=expected, choices=choices, **meta)
-
-
-def _positive(default: int | None, help: str, **meta: Any):
-    return option(default, help, check=lambda v: v is None or v >= 1, expected="an integer of at least 1", **meta)
-
-
-ABOVE_0 = {"check": lambda v: v > 0, "expected": "a number above 0"}
-AT_LEAST_0 = {"check": lambda v: v >= 0, "expected": "a number of at least 0"}
-FRACTION = {"check": lambda v: 0 <= v < 1, "expected": "a number in [0, 1)"}
 
 
 @dataclass(frozen=True)
@@ -56,9 +33,11 @@ class Config:
     )
     eval_dataset: tuple[str, ...] = option((), "held-out data; without it, a fraction of --dataset is held out")
     eval_fraction: float = option(0.1, "fraction of --dataset held out (0: no evaluation)", **FRACTION)
-    max_length: int = _positive(512, "longest row in tokens; longer rows are left out whole")
-    limit: int | None = _positive(None, "use at most the first N rows of each training data set")
-    eval_limit: int | None = _positive(None, "use at most the first N held-out rows (of each held-out data set)")
+    chat_template: str | None = option(None, "a file with a chat template, or chatml, instead of the model's own")
+    train_on: str = choice("all", ("all", "last"), "which answers of a conversation are learned")
+    max_length: int = positive(512, "longest row in tokens; longer rows are left out whole")
+    limit: int | None = positive(None, "use at most the first N rows of each training data set")
+    eval_limit: int | None = positive(None, "use at most the first N held-out rows (of each held-out data set)")
     skip_bad_rows: bool = option(False, "leave rows that can't be used out, and count them, instead of ending")
     shuffle_options: bool = option(
         False, "multiple choice: another order of a training row's options each epoch; the answer's letter follows"
@@ -71,16 +50,16 @@ class Config:
     )
 
     epochs: float = option(3.0, "passes over the data", group="steps", **ABOVE_0)
-    max_steps: int | None = _positive(None, "end after N optimizer steps, whatever the epochs")
-    batch_size: int = _positive(4, "times --grad-accum: the rows of an optimizer step")
-    grad_accum: int = _positive(4, "times --batch-size: the rows of an optimizer step")
+    max_steps: int | None = positive(None, "end after N optimizer steps, whatever the epochs")
+    batch_size: int = positive(4, "times --grad-accum: the rows of an optimizer step")
+    grad_accum: int = positive(4, "times --batch-size: the rows of an optimizer step")
     learning_rate: float = option(
         2e-4, "peak learning rate, QLoRA's for models up to 13B (its table 9); cosine to 0 after the warm-up", **ABOVE_0
     )
     warmup_ratio: float = option(0.03, "fraction of the steps that warm up", **FRACTION)
     weight_decay: float = option(0.0, "AdamW's weight decay", **AT_LEAST_0)
     max_grad_norm: float = option(1.0, "clip the gradients to this global norm", **ABOVE_0)
-    optimizer: str = _choice(
+    optimizer: str = choice(
         "paged_adamw8bit", ("paged_adamw8bit", "adamw"), "bitsandbytes' paged 8-bit AdamW, or torch's AdamW"
     )
     seed: int = option(
@@ -90,7 +69,7 @@ class Config:
         expected="from 0 to 2**32 - 1",
     )
 
-    rank: int = _positive(
+    rank: int = positive(
         16,
         "r: a layer's update is a product of two matrices of rank r; QLoRA saw no effect of 8 to 256 (appendix A)",
         group="LoRA and its base",
@@ -108,26 +87,26 @@ class Config:
         expected="at least one name",
         separator=",",
     )
-    quantization: str = _choice(
+    quantization: str = choice(
         "nf4",
         ("nf4", "fp4", "none"),
         "the frozen base's 4-bit type, doubly quantised; or none. QLoRA: nf4 loses less (section 4)",
     )
 
-    precision: str = _choice(
+    precision: str = choice(
         "auto",
         ("auto", "bf16", "fp16", "fp32"),
         "compute dtype; auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 on a CPU",
         group="speed and memory",
     )
-    gradient_checkpointing: str = _choice(
+    gradient_checkpointing: str = choice(
         "auto", ("auto", "on", "off"), "recompute activations: less memory, more time; auto: where they do not fit"
     )
-    micro_batch_tokens: int | None = _positive(
+    micro_batch_tokens: int | None = positive(
         None,
         "tokens of a micro-batch, which changes no result (default: what fits; with checkpointing on, the longest row)",
     )
-    engine: str = _choice(
+    engine: str = choice(
         "auto",
         ("auto", "modules", "fused"),
         "modules: the model's own, by autograd; fused: by hand, with kernels; auto: fused where it can",
@@ -136,13 +115,13 @@ class Config:
         False, "several GPUs: each keeps a part of the frozen base, and gathers a layer where it computes"
     )
 
-    eval_every: int | None = _positive(
+    eval_every: int | None = positive(
         None, "steps between evaluations (default: a quarter of an epoch)", group="evaluating, saving, stopping"
     )
-    patience: int = _positive(3, "stop after N evaluations in a row without improvement")
-    log_every: int = _positive(10, "steps between lines in metrics.jsonl")
+    patience: int = positive(3, "stop after N evaluations in a row without improvement")
+    log_every: int = positive(10, "steps between lines in metrics.jsonl")
     tensorboard: bool = option(False, "write what metrics.jsonl says to RUN/tensorboard too (extra `tensorboard`)")
-    save_every: int | None = _positive(None, "steps between checkpoints (besides those at evaluations)")
+    save_every: int | None = positive(None, "steps between checkpoints (besides those at evaluations)")
     save_minutes: float = option(5.0, "minutes after which a checkpoint is due (0: none by time)", **AT_LEAST_0)
     output_dir: str | None = option(None, "the run directory (default: runs/MODEL-DATASET-TIME)")
 

@@ -152,7 +152,7 @@ def _measure(engine: Engine, rows: Sequence[Row], n_rows: int) -> Evaluation:
     answer_at, offset = {}, 0  # row -> the supervised position at which its option is chosen
     for i, row in enumerate(rows):
         if row.choices:
-            answer_at[i] = offset + int(row.supervised[1 : row.answer_start].sum())  # after any earlier answers
+            answer_at[i] = offset + int(row.supervised[1 : row.choices[2]].sum())  # after any earlier supervised tokens
         offset += row.n_supervised
     losses, right, chosen = [], [], {}
     for start in range(0, len(states), LOGIT_ROWS):

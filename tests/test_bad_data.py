@@ -707,7 +707,7 @@ def test_fuzz_parquet(tmp_path_factory, cuts, data_):
 
 
 def make(n: int) -> Row:
-    choices = ((n, n + 1, n + 2), n % 3) if n % 2 else None
+    choices = ((n, n + 1, n + 2), n % 3, n) if n % 2 else None
     return Row(torch.arange(n, n + n % 50, dtype=torch.int32), torch.arange(n % 50) % 3 == 0, f"f:{n}\udc80", choices)
 
 

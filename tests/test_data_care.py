@@ -130,7 +130,7 @@ def test_a_shuffled_row_is_the_encoding_of_its_shuffled_text():
         options, old = map(ast.literal_eval, (re.search(r"\{.*\}", user)[0], row.example.choice.literal))
         assert sorted(options.values()) == sorted(old.values())
         assert answer[3:] == options[answer[0]] == row.example.messages[-1]["content"][3:]
-        firsts, correct = shuffled.choices
+        firsts, correct, _ = shuffled.choices
         assert "ABCD"[correct] == answer[0] and shuffled.input_ids[shuffled.answer_start] == firsts[correct]
 
 

@@ -40,11 +40,10 @@ def look_at(config: Config, previews: int = 0, colour: bool = True) -> Any:
     Raises:
         ValueError: a row that can't be used, or a data set that can't be read.
     """
-    from ..base import load_encoder
-    from ..run.datasets import read_data, table
+    from ..run.datasets import encoder_of, read_data, table
     from .care import look
 
-    encoder = load_encoder(config.model)
+    encoder = encoder_of(config)
     train, held = read_data(config, encoder, texts=True)
     print(table([*train, *held]) + "\n")
     print(found := look(train, held))

@@ -66,10 +66,9 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
 
 def _preview(config: Config, count: int) -> None:
     """Print rows as the model sees them, supervised tokens in colour. Writes nothing."""
-    from ..base import load_encoder
-    from ..run.datasets import read_data
+    from ..run.datasets import encoder_of, read_data
     from .data import show_rows
 
-    encoder = load_encoder(config.model)
+    encoder = encoder_of(config)
     train, _ = read_data(config, encoder)
     show_rows(config, encoder, train, count, colour=sys.stdout.isatty())

@@ -22,14 +22,15 @@ class Row:
     Attributes:
         input_ids, supervised: (T,) int32 and bool; the supervised tokens count in the loss.
         location: the file and line it was read from.
-        choices: the first token of each option, and the index of the right one; None if it is not multiple choice.
+        choices: the first token of each option, the index of the right one, and the position of the token that chooses;
+            None if it is not multiple choice.
         text: the `Example` as JSON if `encode_dataset` was to keep them, otherwise "".
     """
 
     input_ids: torch.Tensor
     supervised: torch.Tensor
     location: str
-    choices: tuple[tuple[int, ...], int] | None = None
+    choices: tuple[tuple[int, ...], int, int] | None = None
     text: str = ""
 
     @property
@@ -58,12 +59,12 @@ ROWS_A_BATCH = 1024
 
 
 def _columns_of(row: Row) -> tuple[Any, ...]:
-    """The values of SCHEMA. choices: first tokens of the options, then the index of the right one; or empty."""
+    """The values of SCHEMA. choices: first tokens of the options, then the two other numbers; or empty."""
     return (
         row.input_ids.numpy(),
         row.supervised.numpy().view(np.uint8),
         row.location.encode("utf-8", "surrogateescape"),
-        (*row.choices[0], row.choices[1]) if row.choices else (),
+        (*row.choices[0], *row.choices[1:]) if row.choices else (),
         row.text.encode("utf-8"),
     )
 
@@ -131,11 +132,11 @@ class Rows(Sequence[Row]):
             return Rows(self._table, self._index[i], self.lengths[i], self.supervised[i])
         at = int(self._index[i])
         input_ids, supervised, location, choices, text = (column[at] for column in self._columns)
-        *letters, correct = choices.as_py() or [None]
+        *letters, correct, position = choices.as_py() or [None, None]
         return Row(
             torch.from_numpy(input_ids.values.to_numpy().copy()),
             torch.from_numpy(supervised.values.to_numpy().astype(bool)),
             location.as_py().decode("utf-8", "surrogateescape"),
-            (tuple(letters), correct) if letters else None,
+            (tuple(letters), correct, position) if letters else None,
             text.as_py().decode("utf-8"),
         )

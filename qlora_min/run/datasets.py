@@ -17,11 +17,16 @@ from ..config import Config
 from ..data.examples import BadRow, BadRows, Example
 from ..data.readers import read
 from ..data.rows import Row, Rows
-from ..system.console import aligned
+from ..system.console import aligned, say
 from . import checkpoint
 from .options import config_from
 
 NO_TOKENS = Row(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.bool), "")
+
+
+def encoder_of(config: Config, revision: str | None = None, date: str | None = None) -> ChatEncoder:
+    """The encoder of a run. revision: of the model. date: that the run's template saw (`ChatEncoder`)."""
+    return load_encoder(config.model, revision, config.chat_template, train_on=config.train_on, date=date)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def encode_dataset(
     Raises:
         ValueError: all rows are too long, or all are bad.
     """
-    mine = bad or BadRows()
+    mine, notes = bad or BadRows(), encoder.template.notes
+    notes.clear()
     before, questions, lengths = mine.count, array("Q"), array("i")
 
     def kept() -> Iterator[Row]:
@@ -88,6 +94,8 @@ def encode_dataset(
                     yield replace(row, text=example.as_json()) if texts else row
 
     rows = Rows.write(kept())
+    for what, n in notes.items():
+        say(f"note: {name}: {n:,} {what}")
     count = mine.count - before
     if bad is None:
         mine.check()
@@ -179,7 +187,8 @@ def evaluation_data(
             data have changed since the run (so that rows it was trained on could pass for held out).
     """
     described = AdapterConfig.read(adapter)
-    encoder = load_encoder(model or described.base_model, None if model else described.revision)
+    revision = None if model else described.revision
+    encoder = load_encoder(model or described.base_model, revision, date=described.date)
     if datasets:
         bad = BadRows()
         opened = [(name, read(name, limit, bad)) for name in datasets]
@@ -191,6 +200,7 @@ def evaluation_data(
         raise ValueError(f"adapter '{adapter}' is not in a run directory; name the data to evaluate on with --dataset")
     record = checkpoint.read_record(run_dir)
     options = config_from(record["options"], str(run_dir / "config.json"))
+    encoder.train_on = options.train_on
     train, parts = read_data(options, encoder)
     if data_hash(*(Rows.join(part.rows for part in side) for side in (train, parts))) != record["data"].get("sha256"):
         raise ValueError(

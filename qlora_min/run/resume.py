@@ -51,6 +51,7 @@ def make_record(trainer: Any) -> dict[str, Any]:
         "base": {"name": trainer.config.model, "revision": base.revision, "fingerprint": base.fingerprint},
         "files": {p.name: f"{len(p.rows)} rows, sha256 {data_hash(p.rows, [])[:16]}" for p in trainer.data_sets},
         "data": {"rows": len(rows), "held_out": len(held), "sha256": data_hash(rows, held)},
+        "date": base.encoder.template.date,  # that the chat template shows, if it does
         "versions": versions(),
     }
 

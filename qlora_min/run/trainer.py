@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .. import loop
-from ..base import add_lora, load_base, load_encoder
+from ..base import add_lora, load_base
 from ..batches import Schedule, balance
 from ..config import Config
 from ..data.rows import Rows
@@ -33,7 +33,7 @@ from ..system.device import available, pick_device, resolve_precision
 from ..system.files import write_json
 from . import checkpoint, forecast, resume
 from .curves import Board
-from .datasets import Data, read_data, table
+from .datasets import Data, encoder_of, read_data, table
 from .ending import finish
 from .plan import describe
 from .signals import Signals
@@ -107,7 +107,7 @@ class Trainer:
         self.processes = Processes(lambda: signals.received, c.shard and world_size() > 1)
         if c.shard and not self.processes.sharded:
             say("note: --shard: a single process holds the whole base; start several with torchrun")
-        encoder = load_encoder(c.model, revision)
+        encoder = encoder_of(c, revision, recorded and recorded.get("date"))
         rows, sizes = self._take_data(c, data or read_data(c, encoder))
         self._load(c, revision, encoder)
         self.schedule = Schedule(rows, sizes, c, encoder)

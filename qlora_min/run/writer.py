@@ -203,7 +203,8 @@ class RunWriter(Recorder):
         c, base = self.trainer.config, self.trainer.base
         local = Path(c.model)
         name = str(local.resolve()) if local.is_dir() else c.model  # absolute, to be found from any working directory
-        described = AdapterConfig(c.lora, name, base.revision, base.fingerprint, c.quantization)
+        date = base.encoder.template.date
+        described = AdapterConfig(c.lora, name, base.revision, base.fingerprint, c.quantization, date)
         with atomic_folder(self.folder / "adapter") as folder:
             save_adapter(folder, base.model, described, base.encoder.tokenizer, self.best)
             card = cards.adapter_card(described, self.trainer.record, p.before, p.best, p.best_step)

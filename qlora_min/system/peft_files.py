@@ -60,6 +60,7 @@ ADAPTER: dict[str, Check] = {
 }
 OURS: dict[str, Check] = {
     "fingerprint": ("fingerprint", lambda v: v is None or _is_text(v, "[0-9a-f]{64}"), "a sha256"),
+    "date": ("date", lambda v: v is None or _is_text(v, r"\d{4}-\d\d-\d\d"), "a date as YYYY-MM-DD"),
     "quantization": ("quantization", lambda v: v in (None, "nf4", "fp4", "none"), "nf4, fp4 or none"),
 }
 
@@ -70,7 +71,7 @@ def write_adapter_config(folder: Path, values: Mapping[str, Any], weights_sha256
     values = {**values, "alpha": int(alpha) if alpha == int(alpha) else alpha, "targets": list(values["targets"])}
     write_json(folder / CONFIG, WRITTEN | {theirs: values[name] for name, (theirs, *_) in ADAPTER.items()})
     origin = {"base": values["base_model"], "revision": values["revision"], "fingerprint": values["fingerprint"],
-              "quantization": values["quantization"], "alpha": float(alpha)}  # fmt: skip
+              "quantization": values["quantization"], "date": values["date"], "alpha": float(alpha)}  # fmt: skip
     write_json(folder / ORIGIN, {"qlora_min": __version__, **origin, "weights_sha256": weights_sha256})
 
 
