@@ -4,6 +4,7 @@ Processes are forked, so that the imports are paid once, and run scripts/train.p
 """
 
 import ctypes
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,7 +227,7 @@ def the_first_alone_writes(index: int) -> None:
         checkpoint.Metrics.write = checkpoint.Metrics.flush = checkpoint.Metrics.cut = refuse
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=slow), pytest.param(8, marks=slow)])
 @pytest.mark.parametrize("engine", ["fused", "modules"])
 def test_several_make_the_same_run(run, count, engine):
     options = {"engine": engine, "epochs": 7, "patience": 100}  # 21 steps
@@ -242,6 +244,42 @@ def test_several_make_the_same_run(run, count, engine):
     assert not any("done:" in e or "it/s" in e for e in several.err)
     losses = [e["loss"] for e in events(several.run, "train")]
     assert losses[-1] < 0.95 * losses[0]
+
+
+def count_collectives(folder: Path):
+    """A change for `run`: each process writes the number of collectives that it takes part in, by their names."""
+
+    def change(index: int) -> None:
+        counts = Counter()
+
+        def counted(name: str):
+            call = getattr(torch.distributed, name)
+
+            def wrapped(*args, **kwargs):
+                counts[name] += 1
+                (folder / f"collectives-{index}").write_text(json.dumps(counts))
+                return call(*args, **kwargs)
+
+            setattr(torch.distributed, name, wrapped)
+
+        for name in ("all_reduce", "all_gather_object", "broadcast_object_list", "all_gather_into_tensor", "barrier"):
+            counted(name)
+
+    return change
+
+
+def test_a_steps_collectives_do_not_grow_with_the_processes(run, tmp_path):
+    options = {"batch_size": 4, "eval_every": 100, "patience": 100, "save_minutes": 0, "eval_fraction": 0}
+    found = {}
+    for count, epochs in itertools.product((2, 4), (1, 3)):  # 1 and 3 epochs of 2 steps
+        run(count, f"{count}-{epochs}", epochs=epochs, **options, change=count_collectives(tmp_path))
+        each = [json.loads((tmp_path / f"collectives-{i}").read_text()) for i in range(count)]
+        assert each == each[:1] * count
+        found[count, epochs] = Counter(each[0])
+    steps = {count: found[count, 3] - found[count, 1] for count in (2, 4)}
+    assert steps[2] == steps[4]
+    assert steps[2]["all_reduce"] == 2 * 4  # of four steps: the loss, a number, and the gradients, one tensor
+    assert found[2, 1] == found[4, 1]
 
 
 def test_combined_evaluations_are_the_evaluation_of_all_rows():
