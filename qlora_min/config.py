@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .system.fields import ABOVE_0, AT_LEAST_0, FRACTION, choice, option, positive
+from .data.layouts import FIELDS_OF_A_ROW, parse_columns
+from .system.fields import ABOVE_0, AT_LEAST_0, FRACTION, IN_32_BITS, choice, option, positive
 from .system.text import refuse_secrets
 
 if TYPE_CHECKING:
@@ -27,11 +28,18 @@ class Config:
     model: str = option("Qwen/Qwen2-0.5B-Instruct", "base model: a hub id or a local folder", group="model and data")
     dataset: tuple[str, ...] = option(
         ("medalpaca/medical_meadow_medqa",),
-        "training data: hub ids or local .jsonl/.json/.csv/.parquet files; several are mixed",
+        "training data: .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders of them, or hub ids, "
+        "NAME[@REVISION][:CONFIG[:SPLIT]]; several are mixed",
         check=bool,
         expected="at least one data set",
     )
     eval_dataset: tuple[str, ...] = option((), "held-out data; without it, a fraction of --dataset is held out")
+    columns: tuple[str, ...] = option(
+        (),
+        "what columns are that are not recognised: prompt=NAME completion=NAME [system=NAME]",
+        check=lambda v: parse_columns(v) is not None,
+        expected=f"FIELD=COLUMN, one each of {FIELDS_OF_A_ROW}",
+    )
     eval_fraction: float = option(0.1, "fraction of --dataset held out (0: no evaluation)", **FRACTION)
     chat_template: str | None = option(None, "a file with a chat template, or chatml, instead of the model's own")
     train_on: str = choice("all", ("all", "last"), "which answers of a conversation are learned")
@@ -62,12 +70,7 @@ class Config:
     optimizer: str = choice(
         "paged_adamw8bit", ("paged_adamw8bit", "adamw"), "bitsandbytes' paged 8-bit AdamW, or torch's AdamW"
     )
-    seed: int = option(
-        42,
-        "seed of the split, the order, the adapter and dropout",
-        check=lambda v: 0 <= v < 2**32,
-        expected="from 0 to 2**32 - 1",
-    )
+    seed: int = option(42, "seed of the split, the order, the adapter and dropout", **IN_32_BITS)
 
     rank: int = positive(
         16,
@@ -130,8 +133,8 @@ class Config:
             value, check = getattr(self, f.name), f.metadata["check"]
             if f.type is float and type(value) is int:  # epochs=1: in a checkpoint as from the command line, 1.0
                 object.__setattr__(self, f.name, float(value))
-            if f.type == tuple[str, ...] and isinstance(value, str):  # dataset="rows.jsonl": one name
-                value = (value,)
+            if f.type == tuple[str, ...] and isinstance(value, str | dict):  # dataset="rows.jsonl"; columns={}
+                value = (value,) if isinstance(value, str) else tuple(f"{k}={v}" for k, v in value.items())
                 object.__setattr__(self, f.name, value)
             for name in (value,) if isinstance(value, str) else value if f.type == tuple[str, ...] else ():
                 refuse_secrets(name, flag(f.name))

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from qlora_min import chat
 from qlora_min.base import load_encoder
 from qlora_min.config import Config
-from qlora_min.data import examples, readers
-from qlora_min.data.examples import BadData, BadRows, to_example
+from qlora_min.data import layouts, readers
+from qlora_min.data.examples import BadData, BadRows
+from qlora_min.data.layouts import to_example
 from qlora_min.data.readers import read
 from qlora_min.data.rows import Row, Rows
 from qlora_min.demo import world
@@ -34,7 +35,8 @@ from qlora_min.run.datasets import read_data
 SECRET = "Mrs Miller, 54, of Springfield"
 GOOD = {"prompt": "p", "completion": "c"}
 LAYOUTS = "instruction/input/output, prompt/completion, or messages"
-KINDS = ".jsonl/.json/.csv/.parquet"
+NAMED = ", or name them: --columns prompt=NAME completion=NAME"
+KINDS = ".jsonl/.json/.csv/.tsv/.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +124,10 @@ BAD_LINES = {  # name -> (a line of a .jsonl file, the message behind its place)
     "an object for text": (b'{"instruction": {"%S": 1}, "output": "y"}', ":instruction: an object, expected text"),
     "true for text": (b'{"prompt": true, "completion": "%S"}', ":prompt: true or false, expected text"),
     # the schema
-    "another layout": (b'{"question": "%S", "answer": "%S"}',
-                       f": unknown layout with columns 'question', 'answer'; expected {LAYOUTS}"),
-    "a text as a name": (b'{"%S": "%S"}', f": unknown layout with columns ...; expected {LAYOUTS}"),
+    "another layout": (b'{"frage": "%S", "antwort": "%S"}',
+                       f": unknown layout with columns 'frage', 'antwort'; expected {LAYOUTS}, or name them: "
+                       "--columns prompt=frage completion=antwort"),
+    "a text as a name": (b'{"%S": "%S"}', f": unknown layout with columns ...; expected {LAYOUTS}{NAMED}"),
     "an empty object": (b"{}", f": unknown layout with columns none; expected {LAYOUTS}"),
     "no output": (b'{"instruction": "%S", "input": "x"}', f":output: missing, expected text; a row has {LAYOUTS}"),
     "no prompt": (b'{"completion": "%S"}', f":prompt: missing, expected text; a row has {LAYOUTS}"),
@@ -138,10 +141,11 @@ BAD_LINES = {  # name -> (a line of a .jsonl file, the message behind its place)
     "no messages": (b'{"messages": []}', ":messages: empty, expected a list of objects with role and content"),
     "a message is text": (b'{"messages": ["%S"]}', ":messages[0]: text, expected an object with role and content"),
     "an unknown role": (MESSAGES + b'{"role": "%S", "content": "x"}]}',
-                        ":messages[1].role: unknown role, expected system, user or assistant"),
+                        ":messages[1].role: unknown role, expected system, user, assistant or tool"),
     "a list as a role": (b'{"messages": [{"role": ["%S"], "content": "x"}]}',
-                         ":messages[0].role: unknown role, expected system, user or assistant"),
-    "no role": (b'{"messages": [{"content": "%S"}]}', ":messages[0].role: missing, expected system, user or assistant"),
+                         ":messages[0].role: unknown role, expected system, user, assistant or tool"),
+    "no role": (b'{"messages": [{"content": "%S"}]}',
+                ":messages[0].role: missing, expected system, user, assistant or tool"),
     "no content": (MESSAGES + b'{"role": "assistant"}]}', ":messages[1].content: missing, expected text"),
     "content is a list": (MESSAGES + b'{"role": "assistant", "content": ["%S"]}]}',
                           ":messages[1].content: a list, expected text"),
@@ -226,8 +230,14 @@ BAD_TABLES = {  # name -> (a .csv file, the message behind its path)
     "a long line": (b"prompt,completion\n" + b"x" * 10_000_000 + b",%S\np,c\n",
                     ":2: longer than 10 MB; expected one row a line; correct it"),
     # what makes the whole file unreadable
-    "no header": ("%S,Miller\n%S,Miller\n", f":1: unknown layout with columns ..., ..., ..., ...; expected {LAYOUTS}"),
-    "another header": ("prompt,answer\n%S,b\n", f":1: unknown layout with columns 'prompt', ...; expected {LAYOUTS}"),
+    "no header": ("%S,Miller\n%S,Miller\n",
+                  f":1: unknown layout with columns ..., ..., ..., ...; expected {LAYOUTS}{NAMED}"),
+    "another header": ("id;Prompt;Antwort\n1;%S;b\n",
+                       f":1: unknown layout with columns 'id', 'Prompt', 'Antwort'; expected {LAYOUTS}, or name them: "
+                       "--columns prompt=Prompt completion=Antwort"),
+    "another header, with blanks": ("User question,Bot says\n%S,b\n",
+                                    f":1: unknown layout with columns 'User question', 'Bot says'; expected {LAYOUTS}, "
+                                    "or name them: --columns 'prompt=User question' 'completion=Bot says'"),
     "UTF-16": ("prompt,completion\n%S,b\n".encode("utf-16"),
                ":1: not UTF-8 text; save the file as UTF-8"),
     "a header alone": ("prompt,completion\n", f": no rows; expected at least one in a layout of {LAYOUTS}"),
@@ -279,8 +289,11 @@ BAD_LISTS = {  # name -> (a .json file, the message behind its path)
                    ":row 1:completion: an integer of 5,000 digits; correct it"),
     # what makes the whole file unreadable
     "empty": (b"[ ]", f": no rows; expected at least one in a layout of {LAYOUTS}"),
-    "an object": (b'{"prompt": "%S", "completion": "c"}',
-                  ": expected a list of objects, in [ ]; a file of one object a line is called .jsonl"),
+    "an object": (b'{"prompt": "%S"}', f":1:completion: missing, expected text; a row has {LAYOUTS}; correct it"),
+    "an object that goes on": (b'{"prompt": "p",\n "completion": 3}\n{"prompt": "p",\n "completion": "%S"}',
+                               ":row 1:completion: a number, expected text; correct it"),
+    "a list within": (b'{"version": 1, "data": [{"prompt": "p", "completion": "c"}, {"prompt": "%S"}]}',
+                      f":row 2:completion: missing, expected text; a row has {LAYOUTS}; correct it"),
     "a missing comma": (b'[{"prompt": "p", "completion": "c"}\n\n {"prompt": "%S", "completion": "c"}]',
                         ':3: not JSON: a comma is missing, or a quote inside a text is not written as \\"'),
     "a trailing comma": (b'[{"prompt": "p", "completion": "%S"},\n]',
@@ -328,8 +341,11 @@ def test_bad_rows_of_a_parquet_file(tmp_path):
     ]
     path = write_parquet(tmp_path / "null.parquet", prompt=pa.array([SECRET]), completion=pa.array([None], pa.string()))
     assert message_of(path) == f"{path}:row 1:completion: null, expected text; correct it"
-    path = write_parquet(tmp_path / "names.parquet", question=pa.array([SECRET]), output=pa.array(["x"]))
-    assert message_of(path) == f"{path}: unknown layout with columns 'question', 'output'; expected {LAYOUTS}"
+    path = write_parquet(tmp_path / "names.parquet", frage=pa.array([SECRET]), output=pa.array(["x"]))
+    assert message_of(path) == (
+        f"{path}: unknown layout with columns 'frage', 'output'; expected {LAYOUTS}, or name them: --columns "
+        "prompt=frage completion=output"
+    )
     path = write_parquet(tmp_path / "none.parquet", prompt=pa.array([], "string"), completion=pa.array([], "string"))
     assert message_of(path) == f"{path}: no rows; expected at least one in a layout of {LAYOUTS}"
 
@@ -396,7 +412,8 @@ def test_what_is_no_file_is_not_opened(tmp_path, monkeypatch):
     os.mkdir("folder.jsonl")
     server = socket.socket(socket.AF_UNIX)
     server.bind("socket.jsonl")
-    folders = dict.fromkeys(("folder.jsonl", ".."), "a folder")
+    os.mkdir("folder.jsonl/inside")
+    folders = dict.fromkeys(("folder.jsonl", "../*/folder.jsonl"), "no data in it")
     for name in ("pipe.jsonl", "socket.jsonl", "/dev/zero", *folders):
         what = folders.get(name, "a pipe, socket or device")
         with pytest.raises(ValueError) as error:
@@ -487,7 +504,8 @@ def test_the_limit_counts_bad_rows_too(write_rows, encoder):
 def test_skipping_never_hides_an_unreadable_file(write_rows, tmp_path, encoder):
     good = write_rows(questions(range(3)), "good.jsonl")
     empty, bad = write_rows([], "empty.jsonl"), write_rows([{}, 3], "bad.jsonl")
-    for name, expected in [(empty, f"{empty}: no rows"), (tmp_path, f"data set '{tmp_path}': a folder"),
+    (nothing := tmp_path / "nothing").mkdir()
+    for name, expected in [(empty, f"{empty}: no rows"), (nothing, f"data set '{nothing}': no data in it"),
                            (bad, f"{bad}: all 2 rows are bad; leave out --skip-bad-rows to see why")]:  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(expected)):
             read_data(config(good, name, skip_bad_rows=True), encoder)
@@ -620,7 +638,7 @@ def test_train_shows_bad_rows_one_a_line_and_ends_with_2(script, write_rows, tmp
 # Fuzzing: whatever comes, ValueErrors without the rows' text
 # ---------------------------------------------------------------------------------------------------------------------
 
-CANARY = "c4nary"  # no identifier: a name of a column may be shown
+CANARY = "c4nary!"  # no identifier: a name of a column may be shown
 
 
 def all_messages(path: Path) -> None:
@@ -656,7 +674,7 @@ def test_fuzz_bytes(tmp_path_factory, kind, content):
     all_messages(path)
 
 
-names = st.sampled_from([*sorted(examples.COLUMNS), f"{CANARY} ", ""])
+names = st.sampled_from([*sorted(layouts.NAMES), f"{CANARY} ", ""])
 words = st.sampled_from(["assistant", "user", CANARY, "", " ", "\ud83d", "A: x", f"{{'A': '{CANARY}', 'B': '\\d'}}"])
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(max_size=3),

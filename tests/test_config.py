@@ -17,6 +17,7 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "model": "Qwen/Qwen2-0.5B-Instruct",
     "dataset": ("medalpaca/medical_meadow_medqa",),
     "eval_dataset": (),
+    "columns": (),
     "eval_fraction": 0.1,
     "chat_template": None,
     "train_on": "all",
@@ -80,6 +81,11 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "model": ("some/model", '"some/model"', "some/model"),
     "dataset": ("a.jsonl b.csv", '["a.jsonl", "b.csv"]', ("a.jsonl", "b.csv")),
     "eval_dataset": ("e.jsonl", '"e.jsonl"', ("e.jsonl",)),
+    "columns": (
+        "prompt=frage completion=antwort",
+        '{prompt = "frage", completion = "antwort"}',
+        ("prompt=frage", "completion=antwort"),
+    ),
     "eval_fraction": ("0", "0", 0.0),
     "chat_template": ("chatml", '"chatml"', "chatml"),
     "train_on": ("last", '"last"', "last"),
@@ -174,6 +180,14 @@ def test_round_trip_through_json():
 
 BAD = [
     ({"dataset": ()}, "--dataset: got '', expected at least one data set"),
+    *(
+        (
+            {"columns": columns},
+            f"--columns: got {','.join(columns)!r}, expected FIELD=COLUMN, one each of messages, "
+            "prompt, input, completion, system, history, tools",
+        )
+        for columns in (("frage",), ("frage=prompt",), ("prompt=",), ("prompt=a", "prompt=b"))
+    ),
     ({"eval_fraction": 1.0}, "--eval-fraction: got 1.0, expected a number in [0, 1)"),
     ({"eval_fraction": -0.1}, "--eval-fraction: got -0.1, expected a number in [0, 1)"),
     ({"train_on": "first"}, "--train-on: got 'first', expected one of all, last"),
@@ -354,6 +368,8 @@ def test_toml_files_that_cannot_be_read(tmp_path):
         (tmp_path / "bad.toml").write_bytes(content)
         with pytest.raises(ValueError, match=r"--config .*bad.toml: not valid TOML"):
             read_toml(str(tmp_path / "bad.toml"))
+    (tmp_path / "mark.toml").write_bytes(b"\xef\xbb\xbfrank = 8\n")  # as Windows' editor saves it
+    assert read_toml(str(tmp_path / "mark.toml")) == {"rank": 8}
     (tmp_path / "table.toml").write_text("[lora]\nrank = 8\n")
     with pytest.raises(ValueError, match="unknown option 'lora'"):
         read_toml(str(tmp_path / "table.toml"))

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import gzip
 import itertools
 import json
 import os
@@ -27,7 +28,7 @@ from qlora_min.base import load_base, load_encoder
 from qlora_min.chat import ChatEncoder
 from qlora_min.cli.data import preview
 from qlora_min.config import Config
-from qlora_min.data import examples, readers
+from qlora_min.data import examples, layouts, readers
 from qlora_min.data.examples import Example
 from qlora_min.data.rows import Row, Rows
 from qlora_min.demo import world
@@ -35,6 +36,7 @@ from qlora_min.engine import Modules
 from qlora_min.fused.decoder import Decoder
 from qlora_min.fused.select import make_engine
 from qlora_min.run import datasets
+from qlora_min.run.datasets import read_data
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 WITH_SYSTEM_PROMPT = (  # as Qwen2's and SmolLM2's templates: their own system prompt where the row has none
@@ -137,7 +139,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_mask_by_hand(name):
     row, expected = LAYOUTS[name]
-    encoded = encode_example(plain(), examples.to_example(row, "here:1"))
+    encoded = encode_example(plain(), layouts.to_example(row, "here:1"))
     assert pieces(plain(), encoded.input_ids.tolist(), encoded.supervised.tolist()) == expected
     assert encoded.location == "here:1"
     assert len(encoded) == len(encoded.input_ids) == len(encoded.supervised)
@@ -307,9 +309,9 @@ def write_kind(path: Path, rows: list[dict]) -> Path:
         path.write_text("".join(json.dumps(r) + "\n\n" for r in rows), encoding="utf-8")  # blank lines are no rows
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    elif path.suffix == ".csv":
+    elif path.suffix in (".csv", ".tsv"):
         with path.open("w", encoding="utf-8", newline="") as f:
-            writer = csv.DictWriter(f, list(rows[0]))
+            writer = csv.DictWriter(f, list(rows[0]), delimiter="," if path.suffix == ".csv" else "\t")
             writer.writeheader()
             writer.writerows(rows)
     else:
@@ -323,15 +325,18 @@ def write_kind(path: Path, rows: list[dict]) -> Path:
 @pytest.mark.parametrize("kind", readers.FILE_KINDS)
 def test_every_kind_of_file_gives_the_same_examples(tmp_path, kind):
     path = write_kind(tmp_path / f"rows{kind}", ROWS)
-    expected = [tuple(examples.to_example(r, "").messages) for r in ROWS]
+    expected = [tuple(layouts.to_example(r, "").messages) for r in ROWS]
     assert expected[0][0]["content"] == 'Answer.\n\nÜnïcode, "quoted"\nand two lines'
     assert [e.messages for e in readers.read(str(path))] == expected
     assert [e.messages for e in readers.read(str(path), limit=2)] == expected[:2]
     assert len({e.location for e in readers.read(str(path))}) == 3
     assert all(e.location.startswith(f"{path}:") for e in readers.read(str(path)))
+    packed = path.with_name(f"{path.name.upper()}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [e.messages for e in readers.read(str(packed))] == expected
 
 
-@pytest.mark.parametrize("kind", [k for k in readers.FILE_KINDS if k != ".csv"])
+@pytest.mark.parametrize("kind", [k for k in readers.FILE_KINDS if k not in (".csv", ".tsv")])
 def test_messages_from_every_kind_that_can_hold_them(tmp_path, kind):
     messages = says(("system", "s"), ("user", "q"), ("assistant", "a"))
     path = write_kind(tmp_path / f"rows{kind}", [{"messages": messages, "id": 7}])
@@ -370,7 +375,7 @@ def test_the_hub_out_of_reach_names_the_demo_and_local_files():
 
 
 def test_rows_too_long_are_left_out_whole_and_counted():
-    given = [examples.to_example({"prompt": "p", "completion": "x " * n}, f"f:{n}") for n in (1, 5, 50)]
+    given = [layouts.to_example({"prompt": "p", "completion": "x " * n}, f"f:{n}") for n in (1, 5, 50)]
     lengths = [len(encode_example(plain(), e)) for e in given]
     kept = datasets.encode_dataset("f", given, plain(), lengths[1])  # exactly max_length is kept
     assert [r.location for r in kept.rows] == ["f:1", "f:5"]
@@ -381,7 +386,7 @@ def test_rows_too_long_are_left_out_whole_and_counted():
 
 
 def test_all_rows_too_long():
-    given = [examples.to_example({"prompt": "p", "completion": "x " * n}, "f") for n in (5, 6)]
+    given = [layouts.to_example({"prompt": "p", "completion": "x " * n}, "f") for n in (5, 6)]
     shortest = len(encode_example(plain(), given[0]))
     expected = f"f.csv: all 2 rows are too long; the shortest has {shortest} tokens, --max-length is 4"
     with pytest.raises(ValueError, match=re.escape(expected)):
@@ -458,13 +463,13 @@ def test_hostile_text_is_read_in_reasonable_time():
 
 def test_option_tokens_are_the_letters_own():
     row = {"instruction": "i", "input": "Q? {'A': 'one', 'B': 'two', 'C': 'three'},", "output": "C: three"}
-    encoded = encode_example(plain(), examples.to_example(row, "f:1"))
+    encoded = encode_example(plain(), layouts.to_example(row, "f:1"))
     firsts, correct, position = encoded.choices
     assert [decode(plain(), [i]) for i in firsts] == ["A", "B", "C"]
     assert correct == 2
     assert position == encoded.answer_start
     assert encoded.input_ids[position] == firsts[correct]  # where evaluation compares the letters
-    assert encode_example(plain(), examples.to_example({"prompt": "p", "completion": "A"}, "f:1")).choices is None
+    assert encode_example(plain(), layouts.to_example({"prompt": "p", "completion": "A"}, "f:1")).choices is None
 
 
 def test_options_of_a_conversation_belong_to_its_last_answer():
@@ -483,7 +488,7 @@ def test_options_of_a_conversation_belong_to_its_last_answer():
 def mcq(stem: str, options: list[str], location: str = "f") -> Example:
     literal = str(dict(zip("ABCDE", options)))
     row = {"instruction": "Answer.", "input": f"Q:{stem}? \n{literal},", "output": f"A: {options[0]}"}
-    return examples.to_example(row, location)
+    return layouts.to_example(row, location)
 
 
 def test_a_question_is_its_stem():
@@ -496,7 +501,7 @@ def test_a_question_is_its_stem():
     ]
     assert {e.question for e in same} == {"answer. q:which drug?"}
     assert mcq("Which other drug", options).question != same[0].question
-    open_question = examples.to_example({"prompt": "Why {not}?", "completion": "So."}, "f")
+    open_question = layouts.to_example({"prompt": "Why {not}?", "completion": "So."}, "f")
     assert open_question.question == "why {not}?"
     alone = Example(({"role": "assistant", "content": "Once  upon"},), "f")
     assert alone.question == "once upon"
@@ -521,14 +526,36 @@ def test_identical_questions_never_stand_on_both_sides(n, stems, fraction, seed,
         examples.append(mcq(stem, options, f"f:{i}"))
     train, held = split(examples, fraction, seed)
     stems_of = {e.location: re.search(r"stem \d+", e.question)[0] for e in examples}
-    assert not {stems_of[e.location] for e in train} & {stems_of[e.location] for e in held}
     order = [int(e.location[2:]) for e in train], [int(e.location[2:]) for e in held]
     assert sorted(order[0] + order[1]) == list(range(n))
     assert all(side == sorted(side) for side in order)
-    largest = max(Counter(stems_of.values()).values())
-    wanted = round(fraction * n)
-    assert wanted <= len(held) < wanted + largest
+    wanted, sizes = round(fraction * n), Counter(stems_of.values())
+    if {stems_of[e.location] for e in train} & {stems_of[e.location] for e in held}:  # impossible to keep apart
+        assert len(held) == wanted and sum(size for size in sizes.values() if size <= wanted / 2) < wanted / 2
+    else:
+        assert wanted / 2 <= len(held) <= wanted + max(1, wanted / 2)
     assert split(examples, fraction, seed) == (train, held)
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 5])
+def test_few_questions_hold_rows_out_with_a_note(prompts, write_rows, capsys):
+    """And not a third of them, or all."""
+    path = write_rows([{"prompt": f"Write a poem, {i % prompts}.", "completion": f"Text {i}."} for i in range(60)])
+    config = Config(dataset=(str(path),), max_length=128)
+    (train,), (held,) = read_data(config, plain())
+    assert (len(train.rows), len(held.rows)) == (54, 6)
+    note = "one question" if prompts == 1 else f"only {prompts} different questions"
+    assert f"note: all 60 rows have {note}: a fraction of the rows is held out" in capsys.readouterr().out
+    again = read_data(config, plain())[1][0].rows
+    assert [r.location for r in again] == [r.location for r in held.rows]
+
+
+def test_one_question_of_many_rows_is_kept_out_of_the_held_out_ones():
+    """Half of the rows ask the same; of the others, which can be kept apart, enough are held out."""
+    examples = [mcq(f"Stem {max(0, i - 99)} of all", ["one", "two"], f"f:{i}") for i in range(200)]
+    for seed in range(20):
+        train, held = split(examples, 0.1, seed)
+        assert len(held) == 20 and not {e.question for e in train} & {e.question for e in held}
 
 
 def test_the_split_follows_the_seed_and_not_the_order_of_rows():
@@ -540,8 +567,6 @@ def test_the_split_follows_the_seed_and_not_the_order_of_rows():
 
 
 def test_the_same_question_in_two_data_sets_stays_on_one_side(write_rows):
-    from qlora_min.run.datasets import read_data
-
     rows = [{"prompt": f"Question {i}", "completion": f"Answer {i}"} for i in range(60)]
     files = str(write_rows(rows[:40], "a.jsonl")), str(write_rows(rows[20:], "b.jsonl"))
     config = Config(dataset=files, eval_fraction=0.3, max_length=128)
@@ -664,7 +689,7 @@ def test_data_hash_changes_with_anything():
 
 
 def test_preview():
-    row = encode_example(plain(), examples.to_example({"prompt": "One?", "completion": "1."}, "w"))
+    row = encode_example(plain(), layouts.to_example({"prompt": "One?", "completion": "1."}, "w"))
     tokenizer = plain().tokenizer
     assert preview(row, tokenizer, colour=False) == f"{USER}One?{BOT}⟦1.<|im_end|>⟧"
     assert preview(row, tokenizer, colour=True) == f"{USER}One?{BOT}\x1b[1;32m1.<|im_end|>\x1b[0m"

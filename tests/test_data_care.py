@@ -23,7 +23,7 @@ from qlora_min.chat import ChatEncoder
 from qlora_min.cli.care import look
 from qlora_min.cli.data import preview
 from qlora_min.config import Config
-from qlora_min.data import duplicates, examples, readers
+from qlora_min.data import duplicates, layouts, readers
 from qlora_min.data.epochs import epoch_rows, shuffle_options
 from qlora_min.data.examples import Example, multiple_choice, permute_options
 from qlora_min.data.rows import Rows
@@ -41,7 +41,7 @@ def encoder() -> ChatEncoder:
 
 
 def mcq(literal: str, answer: str, stem: str = "Q:Which? \n") -> Example:
-    return examples.to_example({"prompt": f"{stem}{literal},", "completion": answer}, "f:1")
+    return layouts.to_example({"prompt": f"{stem}{literal},", "completion": answer}, "f:1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_what_has_no_options_has_no_other_order():
 
 
 def encoded(rows: list[dict], texts: bool = True) -> Rows:
-    given = [examples.to_example(r, f"f:{i}") for i, r in enumerate(rows)]
+    given = [layouts.to_example(r, f"f:{i}") for i, r in enumerate(rows)]
     return datasets.encode_dataset("f", given, encoder(), 512, texts=texts).rows
 
 
@@ -113,7 +113,7 @@ def test_rows_keep_their_text_only_when_asked():
     rows = world.rows(world.CONDITIONS, 5, seed=1)
     (kept, plain) = (encoded(rows, texts) for texts in (True, False))
     for i, row in enumerate(kept):
-        assert row.example.messages == examples.to_example(rows[i], "").messages
+        assert row.example.messages == layouts.to_example(rows[i], "").messages
         assert_same(vars(row), {**vars(plain[i]), "text": row.text})
         assert plain[i].text == ""
 
@@ -309,7 +309,7 @@ def parts(train: list[dict], held: list[dict] = ()) -> tuple[list, list]:
     return tuple(
         [
             datasets.encode_dataset(
-                n, [examples.to_example(r, f"{n}:{i}") for i, r in enumerate(rows)], encoder(), 4096, texts=True
+                n, [layouts.to_example(r, f"{n}:{i}") for i, r in enumerate(rows)], encoder(), 4096, texts=True
             )
         ]
         if rows

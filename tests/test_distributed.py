@@ -285,7 +285,7 @@ def test_a_steps_collectives_do_not_grow_with_the_processes(run, tmp_path):
 def test_combined_evaluations_are_the_evaluation_of_all_rows():
     base = load_base(str(world.MODEL_DIR), "nf4", "fp32", CPU)
     rows = base.encoder.encode_examples(
-        [qlora_min.data.examples.to_example(r, f"x:{i}") for i, r in enumerate(world.rows(world.CONDITIONS, 7, 3))]
+        [qlora_min.data.layouts.to_example(r, f"x:{i}") for i, r in enumerate(world.rows(world.CONDITIONS, 7, 3))]
     )
     engine, _, _ = make_engine(base, "auto", 64)
     whole = evaluate_rows(engine, rows, 8)

@@ -13,7 +13,7 @@ from qlora_min import loop
 from qlora_min.base import load_base
 from qlora_min.cli.scores import Choices, generated, text_scores
 from qlora_min.cli.tables import by_data_set, by_letter
-from qlora_min.data.examples import to_example
+from qlora_min.data.layouts import to_example
 from qlora_min.demo import world
 from qlora_min.engine import Engine
 from qlora_min.evaluation import Choice, Evaluation, evaluate_rows

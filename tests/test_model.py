@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
 from qlora_min.base import add_lora, decoder_prefix, load_base, load_encoder
 from qlora_min.batches import pack
-from qlora_min.data import examples, rows
+from qlora_min.data import layouts, rows
 from qlora_min.demo import world
 from qlora_min.fused.select import make_engine
 from qlora_min.generate import generate
@@ -543,7 +543,7 @@ def test_a_family_end_to_end(name, tmp_path):
     assert 0 < (logits(base.model) - reference).norm() / reference.norm() < 0.5
 
     # Encoding: the answers and their end tokens.
-    rows = datasets.encode_dataset("rows", [examples.to_example(r, "r") for r in ROWS], base.encoder, 128).rows
+    rows = datasets.encode_dataset("rows", [layouts.to_example(r, "r") for r in ROWS], base.encoder, 128).rows
     tokenizer = base.encoder.tokenizer
     learned = [tokenizer.decode(r.input_ids[r.supervised].tolist()) for r in rows]
     assert learned[0] == f"Bekoxol.{end}" and learned[1] == f"Hello{end}\n1 <|im_end|> </s>{end}"
@@ -582,7 +582,7 @@ def test_a_family_end_to_end(name, tmp_path):
     merge_adapter(adapter, tmp_path / "merged", "fp32")
     merged = load_base(str(tmp_path / "merged"), "none", device=CPU)
     assert (logits(merged.model) - trained).norm() / trained.norm() <= 1e-5
-    prompts = [base.encoder.prompt(examples.to_example(ROWS[0], "r").messages[:-1])]
+    prompts = [base.encoder.prompt(layouts.to_example(ROWS[0], "r").messages[:-1])]
     assert generate(again, prompts, 8) == generate(merged, prompts, 8)
 
 

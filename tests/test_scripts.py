@@ -244,7 +244,7 @@ def test_bad_input_to_train(script, write_rows, tmp_path, options, words):
     write_rows([GOOD] * 4, "good.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD) + "\n{'single': 'quotes'}\n")
-    write_rows([{"question": "secret text", "reply": "b"}], "layout.jsonl")
+    write_rows([{"frage": "secret text", "antwort": "b"}], "layout.jsonl")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("mine")
     defaults = ["--model", world.MODEL_DIR, "--dataset", "good.jsonl", "--output-dir", "out"]

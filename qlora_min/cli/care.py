@@ -115,6 +115,6 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
 def _options_and_answer(example: Example) -> tuple[frozenset[str] | None, str]:
     """(texts of the options, or None if there are none; text of the answer), without letters, case and spacing."""
     choice = example.choice
-    texts = choice.options if choice else {"": example.messages[-1]["content"]}
+    texts = choice.options if choice else {"": example.messages[-1]["content"] or str(example.messages[-1])}
     plain = {letter: " ".join(str(text).casefold().split()) for letter, text in texts.items()}
     return choice and frozenset(plain.values()), plain[choice.correct if choice else ""]

@@ -6,12 +6,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .options import Emit, Parser, adapter_options, count_option, json_option, needed, precision_option
+from .options import Emit, Parser, adapter_options, columns_option, count_option, json_option, needed, precision_option
 
 
 def options(parser: Parser) -> None:
     adapter_options(parser, required=True)
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="hub ids or files [the run's held-out rows]")
+    columns_option(parser)
     count_option(parser, "--limit", "at most the first N rows of each data set")
     count_option(parser, "--max-length", "skip longer rows of --dataset", 512)
     count_option(parser, "--batch-size", "rows at a time", 8)
@@ -41,7 +42,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     if args.html:
         page.check(args.html)
     adapter = Path(args.adapter)
-    parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length)
+    parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length, args.columns)
     print(table(parts) + "\n", flush=True)
     precision = resolve_precision(args.precision, pick_device())
     found = _both_sides(args, parts, precision)

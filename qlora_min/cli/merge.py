@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import Emit, Parser, adapter_options, count_option, json_option
+from .options import Emit, Parser, adapter_options, columns_option, count_option, json_option
 from .push import checked_repository, hub_options, push_if_asked
 
 
@@ -19,6 +19,7 @@ def options(parser: Parser) -> None:
     parser.add_argument("--base", choices=("dequantized", "original"), default="dequantized", help=base)
     parser.add_argument("--compare", action="store_true", help="evaluate every way to merge instead; writes nothing")
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="for --compare [the run's held-out rows]")
+    columns_option(parser)
     count_option(parser, "--limit", "for --compare: at most the first N rows")
     hub_options(parser, "merged checkpoint")
     json_option(parser)
@@ -62,7 +63,7 @@ def _compare(args: argparse.Namespace, emit: Emit) -> int:
     from ..system.device import pick_device, resolve_precision
 
     adapter = Path(args.adapter)
-    parts = evaluation_data(adapter, args.model, args.dataset, args.limit)
+    parts = evaluation_data(adapter, args.model, args.dataset, args.limit, columns=args.columns)
     print(table(parts), flush=True)
     rows = Rows.join(part.rows for part in parts)
     results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()))

@@ -90,6 +90,11 @@ def adapter_options(parser: Parser, required: bool) -> None:
     parser.add_argument("--model", metavar="NAME", help=f"{alone}the base, if not the one that the adapter names")
 
 
+def columns_option(parser: Parser) -> None:
+    """--columns of train, for --dataset."""
+    parser.add_argument("--columns", nargs="+", default=(), metavar="FIELD=NAME", help="of --dataset, as in training")
+
+
 def count_option(parser: Parser, name: str, what: str, default: int | None = None) -> None:
     shown = f" [{default}]" if default else ""
     parser.add_argument(name, type=positive, default=default, metavar="N", help=what + shown)

@@ -1,21 +1,16 @@
-"""Rows of data -> examples: the three layouts, errors of rows that fit none of them, and multiple choice."""
+"""Examples, the errors of rows that can't become one, and multiple choice."""
 
 import ast
 import functools
 import hashlib
-import itertools
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 Message = dict[str, Any]  # role, content and, of an assistant, tool_calls: as `apply_chat_template` takes them
-LAYOUTS = "instruction/input/output, prompt/completion, or messages"
-NEEDED = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})  # the required columns of each layout
-COLUMNS = {"messages", "role", "content", "prompt", "completion", "instruction", "input", "output"}
-ROLES = ("system", "user", "assistant")
 SHOWN = 20  # bad rows shown in an error; the others are counted
 
 
@@ -51,9 +46,9 @@ class Example:
 
         Two rows with the same value ask the same question. Without any text before the answer, it is the answer itself.
         """
-        text = "\n".join(m["content"] for m in self.messages[:-1])
+        text = "\n".join(m["content"] or "" for m in self.messages[:-1])
         text = text[: text.rindex(self.choice.literal)] if self.choice else text
-        return " ".join((text.strip() or self.messages[-1]["content"]).casefold().split())
+        return " ".join((text.strip() or self.messages[-1]["content"] or "").casefold().split())
 
     @property
     def question_hash(self) -> int:
@@ -104,9 +99,13 @@ class BadRows:
 
     def __init__(self, skip: bool = False):
         self.skip, self.count, self.messages = skip, 0, []
+        self.reasons: set[str] = set()  # of a data set's rows, at most two: whether all have one
 
-    def add(self, row: BadRow) -> None:
+    def add(self, row: BadRow, location: str) -> None:
+        """Count a row. location: that with which the row's message begins."""
         self.count += 1
+        if len(self.reasons) < 2:
+            self.reasons.add(str(row).removeprefix(location))
         if len(self.messages) < SHOWN:
             self.messages.append(" ".join(str(row).split()))
 
@@ -125,84 +124,6 @@ class BadRows:
         raise BadData([*self.messages, f"{total}; correct them{instead}"])
 
 
-def check_columns(columns: Iterable[Any], location: str, may_show: Callable[[str], bool] = str.isidentifier) -> None:
-    """Check that columns form one of the layouts.
-
-    Args:
-        may_show: whether a name may be part of the error; a name could be a row's text.
-
-    Raises:
-        BadRow: they form none.
-    """
-    if not any(layout <= set(columns) for layout in NEEDED):
-        shown = ", ".join(repr(c) if may_show(str(c)) else "..." for c in itertools.islice(columns, 20)) or "none"
-        raise BadRow(f"{location}: unknown layout with columns {shown[:200]}; expected {LAYOUTS}")
-
-
-def to_example(row: Any, location: str) -> Example:
-    """Convert a row of any of the three layouts, recognised by its columns, to messages.
-
-    Raises:
-        BadRow: unknown or missing columns, a field that is not text, or no answer; the message begins with `location`.
-    """
-    if isinstance(row, BadRow):
-        raise row
-    if not isinstance(row, dict):
-        raise BadRow(f"{location}: {_kind(row)}, expected an object with columns {LAYOUTS}")
-    if "messages" in row:
-        return Example(_checked_messages(row["messages"], f"{location}:messages"), location)
-    missing = [layout - row.keys() for layout in NEEDED if layout & row.keys()]
-    if missing and all(missing):
-        raise BadRow(f"{location}:{min(missing[0])}: missing, expected text; a row has {LAYOUTS}")
-    check_columns(row, location)
-    short = {"prompt", "completion"} <= row.keys()
-    question, more, answer = ("prompt", None, "completion") if short else ("instruction", "input", "output")
-    given = _text(row, more, location, may_be_empty=True) if row.get(more) is not None else ""
-    asked = _text(row, question, location, may_be_empty=bool(given.strip()))
-    user = "\n\n".join(part for part in (asked, given) if part.strip())
-    assistant = _text(row, answer, location)
-    return Example(({"role": "user", "content": user}, {"role": "assistant", "content": assistant}), location)
-
-
-def _kind(value: Any) -> str:
-    """The name of a value's type in JSON."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
-
-
-def _text(row: dict, field: str, location: str, may_be_empty: bool = False) -> str:
-    """A field of a row or of a message. Raises BadRow if it is missing, not text, or empty where it may not be."""
-    value = row.get(field, ...)
-    location += ("." if location.endswith("]") else ":") + field
-    if not isinstance(value, str):
-        raise BadRow(f"{location}: {'missing' if value is ... else _kind(value)}, expected text")
-    if not value.strip() and not may_be_empty:
-        raise BadRow(f"{location}: {'nothing but whitespace' if value else 'empty'}, expected text")
-    if re.search(r"[\ud800-\udfff]", value):
-        raise BadRow(f"{location}: half a surrogate pair, expected text in Unicode")
-    return value
-
-
-def _checked_messages(messages: Any, location: str) -> tuple[Message, ...]:
-    """The column `messages`. Raises BadRow if it is not a conversation whose last message is the assistant's."""
-    if not isinstance(messages, list) or not messages:
-        what = "empty" if messages == [] else _kind(messages)
-        raise BadRow(f"{location}: {what}, expected a list of objects with role and content")
-    for i, m in enumerate(messages):
-        if not isinstance(m, dict):
-            raise BadRow(f"{location}[{i}]: {_kind(m)}, expected an object with role and content")
-        if m.get("role") not in ROLES:
-            what = "unknown role" if "role" in m else "missing"
-            raise BadRow(f"{location}[{i}].role: {what}, expected {', '.join(ROLES[:-1])} or {ROLES[-1]}")
-        _text(m, "content", f"{location}[{i}]", may_be_empty=m["role"] == "system")
-    roles = [m["role"] for m in messages]
-    if "assistant" not in roles:
-        raise BadRow(f"{location}: no answer; expected the assistant's as the last message")
-    if roles[-1] != "assistant":
-        raise BadRow(f"{location}: the assistant's answer is not the last message")
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
-
-
 def _parsed(text: str) -> Any:
     """Parse a Python expression. Python's warning of an invalid escape, which would show the text, is suppressed."""
     with warnings.catch_warnings():
@@ -212,8 +133,9 @@ def _parsed(text: str) -> Any:
 
 def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
     """The options of a question written as in MedQA (text with {'A': '...'}, answer "B: ..."), or None."""
-    answer = re.match(r"([A-Z])\b", messages[-1]["content"])
-    literal = re.search(r"\{\s*'[A-Z]'\s*:.*\}", messages[-2]["content"], re.DOTALL) if len(messages) > 1 else None
+    asked, answer = ([{"content": ""}, *messages][-i]["content"] or "" for i in (2, 1))
+    answer = re.match(r"([A-Z])\b", answer)
+    literal = re.search(r"\{\s*'[A-Z]'\s*:.*\}", asked, re.DOTALL)
     if not answer or not literal:
         return None
     try:

@@ -1,34 +1,44 @@
-"""Files and hub data sets -> examples, as streams, with an error for each row that can't be read.
+"""Files, folders of files and hub data sets -> examples, as streams, with an error for each row that can't be read.
 
-    .jsonl .json .csv .parquet or the hub -> raw rows -> one of three layouts -> an Example, or a BadRow
+    .jsonl .json .csv .tsv .parquet, each also .gz, or the hub -> raw rows -> a layout -> an Example, or a BadRow
 
 A bad row does not end the run at once: all data is read, bad rows are counted and the first 20 are shown, one a line as
 file:line:field, so that they can be corrected together; or they are left out (--skip-bad-rows). No message contains
-text of a row, which may be confidential. A source that can't be read at all (no file, a folder, a pipe, a table without
-the columns of any layout) is an error at once. At most one line of a file, or 256 rows of a table, are in memory at a
-time; a .json file is read whole.
+text of a row, which may be confidential. A source that can't be read at all (no file, a pipe, a table without the
+columns of any layout) is an error at once. At most one line of a file, or 256 rows of a table, are in memory at a time;
+JSON that is not one row a line is read whole.
 """
 
 import contextlib
 import csv
+import glob
+import gzip
 import hashlib
 import itertools
 import json
 import re
+import shutil
 import stat
 import string
+import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa  # comes with datasets
 
 from ..system import console
-from .examples import COLUMNS, LAYOUTS, BadRow, BadRows, Example, check_columns, to_example
+from .examples import BadRow, BadRows, Example
+from .layouts import EXPECTED, NAMES, Columns, parse_columns, to_example
 
-FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 MAX_LINE = 10_000_000  # bytes
+HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:]*))?(:(?P<split>.+))?", re.ASCII
+)
+SEPARATORS = ",;\t|"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GIVEN: dict[str, list[Any]] = {}  # rows that were given from Python, by the name that `give` made
 Raw = Iterator[tuple[Any, str]]  # (row, or a BadRow for one that can't be read; its location)
@@ -42,57 +52,117 @@ def give(rows: Iterable[Any]) -> str:
     return name
 
 
-def read(source: str, limit: int | None = None, bad: BadRows | None = None) -> Iterator[Example]:
-    """The examples of a local file (.jsonl, .json, .csv, .parquet), a hub data set or rows in memory (`give`), as a
-    stream.
+def read(
+    source: str, limit: int | None = None, bad: BadRows | None = None, columns: Sequence[str] = ()
+) -> Iterator[Example]:
+    """The examples of a data set, as a stream.
 
     Args:
+        source: a file (of FILE_KINDS, also .gz), a folder of files or a pattern such as "data/*.jsonl", read in order
+            of their names; what `datasets` saved to disk; a data set on the hub; or rows in memory (`give`). A hub's is
+            NAME[@REVISION][:CONFIG[:SPLIT]], a saved one FOLDER[::SPLIT]; the split is train by default.
         limit: read at most the first N rows.
         bad: collects the bad rows; without it, they are raised at the end.
+        columns: "FIELD=COLUMN", for columns that are not recognised by their names.
 
     Raises:
-        ValueError: at once: no such file, not a file (a folder, a pipe, a device), or of an unknown kind. While
-            reading: an unreadable or empty file or data set, or a table without the columns of any layout.
+        ValueError: at once: no such file, not a file (a pipe, a device), or of an unknown kind. While reading: an
+            unreadable or empty file or data set, or a table without the columns of any layout.
         BadData: at the end, bad rows, if `bad` is not given.
     """
+    found = Columns(parse_columns(columns))
     if source in GIVEN:
-        return _examples(source, _numbered(GIVEN[source], source, len(GIVEN[source]), "rows"), limit, bad)
-    if re.fullmatch("rows-[0-9a-f]{16}", source):
+        raw = _numbered(GIVEN[source], source, len(GIVEN[source]), "rows")
+    elif re.fullmatch("rows-[0-9a-f]{16}", source):
         raise ValueError(f"data set '{source}': rows that were given from Python; give the same again as `dataset`")
+    else:
+        raw = _open(source, found)
+    return _examples(source, raw, limit, bad, found)
+
+
+def _open(source: str, columns: Columns) -> Raw:
+    """The raw rows of a path that exists, or else of what the name says."""
     path, kinds = Path(source), "/".join(FILE_KINDS)
     try:
         mode = path.stat().st_mode
+        inside = [p for p in path.iterdir() if p.name[0] != "."] if stat.S_ISDIR(mode) else []
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
-        if path.suffix in FILE_KINDS or source.count("/") != 1:
-            expected = f"expected a {kinds} file or a hub id like OWNER/NAME"
-            raise ValueError(f"data set '{source}': no such file; {expected}") from None
-        return _examples(source, _read_hub(source), limit, bad)
+        return _open_name(source, columns)
     except OSError as e:
         raise ValueError(f"data set '{source}': can't be read ({e.strerror}); expected a {kinds} file") from None
+    if stat.S_ISDIR(mode):
+        return _read_saved(source, path, "", columns) if _is_saved(path) else _read_files(source, inside, columns)
     if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise ValueError(f"data set '{source}': {what}, expected a {kinds} file")
-    if path.suffix not in FILE_KINDS:
-        raise ValueError(f"{source}: unknown kind of file '{path.suffix}', expected one of {', '.join(FILE_KINDS)}")
-    return _examples(source, _READERS[path.suffix](path), limit, bad)
+        raise ValueError(f"data set '{source}': a pipe, socket or device, expected a {kinds} file")
+    if kind_of(path) is None:
+        expected = f"expected one of {', '.join(FILE_KINDS)}, or these with .gz"
+        raise ValueError(f"{source}: unknown kind of file '{path.suffix}', {expected}")
+    return _read_files(source, [path], columns)
 
 
-def _examples(source: str, raw: Raw, limit: int | None, bad: BadRows | None) -> Iterator[Example]:
+def _open_name(source: str, columns: Columns) -> Raw:
+    """The raw rows of a pattern of files, a split of what is on disk, or a data set on the hub."""
+    folder, _, split = source.partition("::")
+    if _is_saved(Path(folder)):
+        return _read_saved(source, Path(folder), split, columns)
+    if glob.has_magic(source) and (found := glob.glob(source, recursive=True)):
+        return _read_files(source, map(Path, found), columns)
+    if (hub := HUB_NAME.fullmatch(source)) and kind_of(hub["name"]) is None:
+        return _read_hub(source, hub.groupdict(), columns)
+    expected = f"expected a {'/'.join(FILE_KINDS)} file or a hub id like OWNER/NAME"
+    raise ValueError(f"data set '{source}': no such file; {expected}")
+
+
+def kind_of(path: str | Path) -> str | None:
+    """Which of FILE_KINDS a file is, by its name; None if it is none."""
+    suffixes = [s.lower() for s in Path(path).suffixes]
+    kind = "".join(suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+    return kind if kind in FILE_KINDS else None
+
+
+def _read_files(source: str, paths: Iterable[Path], columns: Columns) -> Raw:
+    """The raw rows of files, in order of their names. Files of other kinds are named."""
+    files = [p for p in sorted(paths) if p.is_file()]
+    others = [p.name for p in files if kind_of(p) is None]
+    if len(others) == len(files):
+        raise ValueError(f"data set '{source}': no data in it, expected a {'/'.join(FILE_KINDS)} file")
+    if others:
+        console.say(f"note: {source}: files not used: {', '.join(others[:20])}")
+    return (row for p in files if (kind := kind_of(p)) for row in _READERS[kind](p, columns))
+
+
+def _examples(source: str, raw: Raw, limit: int | None, bad: BadRows | None, columns: Columns) -> Iterator[Example]:
     """Convert raw rows to examples, and count those that are bad."""
     mine, seen = bad or BadRows(), 0
     with contextlib.closing(raw):  # closes the file and its progress bar
         try:
             for seen, (row, location) in enumerate(itertools.islice(raw, limit), 1):  # noqa: B007 (used below)
                 try:
-                    yield to_example(row, location)
+                    yield to_example(row, location, columns)
                 except BadRow as e:
-                    mine.add(e)
+                    mine.add(e, location)
+                except RecursionError:
+                    mine.add(BadRow(f"{location}: nested too deeply"), location)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise ValueError(f"{source}: not a readable .gz file (damaged, cut short, or of another kind)") from None
         except OSError as e:
             raise ValueError(f"{source}: can't be read ({e.strerror or e})") from None
     if not seen:
-        raise ValueError(f"{source}: no rows; expected at least one in a layout of {LAYOUTS}")
+        raise ValueError(f"{source}: no rows; expected at least one in a layout of {EXPECTED}")
+    columns.check(source)
+    if columns.unused:
+        more = len(columns.unused) - 50
+        shown = ", ".join(list(columns.unused)[:50]) + (f" and {more} more" if more > 0 else "")
+        console.say(f"note: {source}: columns not used: {shown}")
     if bad is None:
         mine.check()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file, decompressed if its name ends with .gz."""
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        yield file
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -100,7 +170,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
     Text that is not UTF-8 has replacement characters; of a line longer than MAX_LINE, the text is empty.
     """
-    with path.open("rb") as file, console.bar(path.stat().st_size, path.name, "B") as bar:
+    size = None if path.suffix.lower() == ".gz" else path.stat().st_size
+    with _opened(path) as file, console.bar(size, path.name, "B") as bar:
         for number in itertools.count(1):
             line = part = file.readline(MAX_LINE + 2)
             if not line:
@@ -166,7 +237,7 @@ class _Json:
 
 def _field(names: Iterable[str]) -> str:
     """ ":NAME" of the first name that is a column of a layout; other names could be a row's text."""
-    return next((f":{name}" for name in names if name in COLUMNS), "")
+    return next((f":{name}" for name in names if name in NAMES), "")
 
 
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
@@ -201,7 +272,34 @@ def _syntax(e: json.JSONDecodeError | RecursionError) -> str:
     return f"{what} (at character {e.colno:,})"
 
 
-def _read_jsonl(path: Path) -> Raw:
+def _read_json(path: Path, columns: Columns) -> Raw:
+    """One row a line, whatever the file is called; or a list, or objects over several lines."""
+    rows = _read_whole(path) if _is_whole(path) else _read_lines(path)
+    first = list(itertools.islice(rows, 2))
+    row = first[0][0] if len(first) == 1 else None
+    if isinstance(row, dict) and not columns.fits(row):  # {"version": ..., "data": [rows]}
+        lists = [value for value in row.values() if isinstance(value, list)]
+        if len(lists) == 1:
+            first = [(row, f"{path}:row {number}") for number, row in enumerate(lists[0], 1)]
+    yield from first
+    yield from rows
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file's JSON does not stand one row a line, by its first line: a list, or an object that goes on."""
+    with _opened(path) as file:
+        line = file.readline(MAX_LINE).removeprefix(BYTE_ORDER_MARK)
+        while line and not line.strip():
+            line = file.readline(MAX_LINE)
+        after = file.readline(MAX_LINE).strip()
+    first, last = line.strip()[:1], line.strip()[-1:]
+    if first == b"[":
+        return kind_of(path) == ".json" or not (after and last == b"]")
+    goes_on = last in b"{[" or (last == b"," and not after.startswith(b"{"))
+    return first == b"{" and bool(after) and (goes_on if len(line) < MAX_LINE else kind_of(path) == ".json")
+
+
+def _read_lines(path: Path) -> Raw:
     parser = _Json()
     for number, text, error in _lines(path):
         location = f"{path}:{number}"
@@ -215,9 +313,10 @@ def _read_jsonl(path: Path) -> Raw:
             yield parser.check(row, location), location
 
 
-def _read_json(path: Path) -> Raw:
-    """A file that is one list. Its text is held in memory; larger data should be in one of the other formats."""
-    content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
+def _read_whole(path: Path) -> Raw:
+    """One list, or objects one after the other. The text is held in memory; larger data should be one row a line."""
+    with _opened(path) as file:
+        content = file.read().removeprefix(BYTE_ORDER_MARK)
     text, error, index = _decode(content)
     if error:
         raise ValueError(f"{path}:{content[:index].count(10) + 1}: {error}")
@@ -226,18 +325,17 @@ def _read_json(path: Path) -> Raw:
     parser, number = _Json(), 0
     separator = re.compile(r"[ \t\r\n]*([\[,\]]?)[ \t\r\n]*")
     found = separator.match(text)
-    if text and found[1] != "[":
-        raise ValueError(f"{path}: expected a list of objects, in [ ]; a file of one object a line is called .jsonl")
-    if text.startswith("]", found.end()):  # no rows
+    between, last = ((",",), "]") if found[1] else (("", ","), "")  # what may follow a row, and what follows the last
+    if found[1] and text.startswith("]", found.end()):  # no rows
         found = separator.match(text, found.end())
     try:
         with console.bar(len(text), path.name, "B") as bar:
-            while found[1] in ("[", ","):
+            while found[1] in ("[", *between) and (last or found.end() < len(text)):
                 number += 1
                 location = f"{path}:row {number}"
                 row, end = parser.decoder.raw_decode(text, found.end())
                 found = separator.match(text, end)
-                if found[1] not in (",", "]"):
+                if found[1] not in (*between, last):
                     raise json.JSONDecodeError("Expecting ',' delimiter", text, found.start(1))
                 bar.update(found.end() - bar.n)
                 yield parser.check(row, location), location
@@ -247,13 +345,14 @@ def _read_json(path: Path) -> Raw:
         raise ValueError(f"{path}:{getattr(e, 'lineno', f'row {number}')}: not JSON: {_syntax(e)}") from None
 
 
-def _read_csv(path: Path) -> Raw:
-    rows = _csv_fields(path)
+def _read_csv(path: Path, columns: Columns) -> Raw:
+    csv.field_size_limit(MAX_LINE)
+    separator, blanks = _separator(path, columns)
+    rows = _csv_fields(path, separator, blanks)
     for header, location in itertools.islice(rows, 1):
         if isinstance(header, BadRow):
             raise header
-        # In a file without a header this is a row, of which no text may be shown.
-        check_columns(header, location, COLUMNS.__contains__)
+        columns.find(header, location)  # in a file without a header this is a row, and no layout
     for fields, location in rows:
         if isinstance(fields, list) and len(fields) > len(header):
             fields = BadRow(f"{location}: more fields than the header names")
@@ -261,17 +360,40 @@ def _read_csv(path: Path) -> Raw:
         yield row, location
 
 
-def _csv_fields(path: Path) -> Iterator[tuple[list[str] | BadRow, str]]:
+def _separator(path: Path, columns: Columns) -> tuple[str, bool]:
+    """(the separator of a table's fields, whether blanks follow it), by the header: a first line "sep=;" names it;
+    else it is the one with which the header is a layout, or that divides it into the most fields."""
+    for _, text, _ in _lines(path):
+        if named := _SEPARATOR_LINE.fullmatch(text):
+            return named[1], False
+        if text.strip():
+            headers = {s: _fields(text, s) for s in SEPARATORS}
+            found = max(headers, key=lambda s: (columns.fits(headers[s]), len(headers[s])))
+            return found, len(headers[found]) > 1 and all(name[:1] == " " for name in headers[found][1:])
+    return ",", False
+
+
+def _fields(text: str, separator: str) -> list[str]:
+    with contextlib.suppress(csv.Error):
+        return next(csv.reader([text], delimiter=separator))
+    return [text]
+
+
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')  # of spreadsheets
+
+
+def _csv_fields(path: Path, separator: str, blanks: bool) -> Iterator[tuple[list[str] | BadRow, str]]:
     """(fields, location) of each row that is not empty; a BadRow for one that can't be read."""
     errors: list[str] = []  # of the lines of the row that is being read
 
     def lines() -> Iterator[str]:
-        for _, text, error in _lines(path):
+        for number, text, error in _lines(path):
             errors.extend([error] if error else [])
-            yield text  # also of a line with an error: its quotes count
+            yield (
+                "\n" if number == 1 and _SEPARATOR_LINE.fullmatch(text) else text
+            )  # also of a line with an error: its quotes count
 
-    csv.field_size_limit(MAX_LINE)
-    reader = csv.reader(lines(), strict=True)
+    reader = csv.reader(lines(), delimiter=separator, skipinitialspace=blanks, strict=True)
     while True:
         location = f"{path}:{reader.line_num + 1}"
         errors.clear()
@@ -288,16 +410,29 @@ def _csv_fields(path: Path) -> Iterator[tuple[list[str] | BadRow, str]]:
             yield fields, location
 
 
-def _read_parquet(path: Path) -> Raw:
+def _read_parquet(path: Path, columns: Columns) -> Raw:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            batches = file.iter_batches(batch_size=256, columns=_columns_of(file.schema_arrow.names, str(path)))
+        with _seekable(path) as source, pq.ParquetFile(source, pre_buffer=False) as file:
+            used = list(columns.find(file.schema_arrow.names, str(path)).values())
+            batches = file.iter_batches(batch_size=256, columns=used)
             rows = itertools.chain.from_iterable(map(_batch_rows, batches))
             yield from _numbered(rows, str(path), file.metadata.num_rows, path.name)
     except (pa.ArrowException, OSError):
         raise ValueError(f"{path}: not a readable Parquet file (damaged, cut short, or of another kind)") from None
+
+
+@contextlib.contextmanager
+def _seekable(path: Path) -> Iterator[Path | BinaryIO]:
+    """A file, or its decompressed copy on disk."""
+    if path.suffix.lower() != ".gz":
+        yield path
+        return
+    with tempfile.TemporaryFile(prefix="qlora_min-") as copy:
+        with gzip.open(path) as file:
+            shutil.copyfileobj(file, copy)
+        yield copy
 
 
 def _numbered(rows: Iterable[Any], name: str, total: int, label: str) -> Raw:
@@ -321,28 +456,68 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[Any]:
             yield from itertools.chain.from_iterable(_batch_rows(batch.slice(i, 1)) for i in range(len(batch)))
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
 
 
-def _read_hub(name: str) -> Raw:
+def _is_saved(path: Path) -> bool:
+    """Whether a folder is what `datasets` writes with `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _read_saved(source: str, folder: Path, split: str, columns: Columns) -> Raw:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, split="train")
-    except datasets.exceptions.DatasetNotFoundError:
-        raise ValueError(f"data set '{name}': not on the Hugging Face hub (or private), and no local file") from None
+        data = datasets.load_from_disk(folder)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as e:
+        raise ValueError(f"data set '{source}': can't be loaded ({_first_line(e)})") from None
+    if isinstance(data, datasets.DatasetDict):
+        if (split or "train") not in data:
+            raise ValueError(f"data set '{source}': {_one_of('split', list(data), f'{folder}::')}")
+        data = data[split or "train"]
+    elif split:
+        raise ValueError(f"data set '{source}': a single split; name it without ::{split}")
+    yield from _read_table(source, data, columns)
+
+
+def _read_hub(source: str, hub: Mapping[str, str | None], columns: Columns) -> Raw:
+    import datasets
+
+    name = hub["name"]
+    given = {"split": hub["split"] or "train"} | ({"revision": hub["revision"]} if hub["revision"] else {})
+    try:
+        data = datasets.load_dataset(*filter(None, (name, hub["config"])), **given)
+    except datasets.exceptions.DatasetNotFoundError as e:
+        raise ValueError(
+            f"data set '{source}': not on the Hugging Face hub (or private), and no local file ({_first_line(e)})"
+        ) from None
     except ConnectionError:
         raise ValueError(
-            f"data set '{name}': no local file of this name, and the Hugging Face hub can't be reached; "
+            f"data set '{source}': no local file of this name, and the Hugging Face hub can't be reached; "
             f"give a local {'/'.join(FILE_KINDS)} file, or try --demo, which needs no network"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as e:
-        raise ValueError(f"data set '{name}': can't be loaded ({str(e).strip().splitlines()[0]})") from None
-    rows = data.select_columns(_columns_of(data.column_names, name))
-    yield from _numbered(rows, name, len(data), name)
+        revision = f"@{hub['revision']}" * bool(hub["revision"])
+        there = re.findall(r"'([^']*)'", (re.findall(r"\[.*?\]", str(e)) or [""])[-1])  # its own list of what there is
+        if there and re.search(r"\bsplits?\b", str(e)):
+            reason = _one_of("split", there, f"{name}{revision}:{hub['config'] or ''}:")
+        elif there and "config" in str(e).lower():
+            reason = _one_of("configuration", there, f"{name}{revision}:")
+        else:
+            reason = f"can't be loaded ({_first_line(e)})"
+        raise ValueError(f"data set '{source}': {reason}") from None
+    yield from _read_table(source, data, columns)
 
 
-def _columns_of(names: Sequence[str], location: str) -> list[str]:
-    """The columns of a table that are read. Raises BadRow if they form no layout."""
-    check_columns(names, location)
-    return [name for name in names if name in COLUMNS]
+def _one_of(what: str, names: Sequence[str], start: str) -> str:
+    return f"name its {what}, one of {', '.join(names)}: for example {start}{names[0]}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _read_table(source: str, data: Any, columns: Columns) -> Raw:
+    """The rows of a `datasets.Dataset`; columns that are not used are not read."""
+    rows = data.select_columns(list(columns.find(data.column_names, source).values()))
+    yield from _numbered(rows, source, len(data), source)

@@ -143,19 +143,20 @@ def evaluate(
     limit: int | None = None,
     max_length: int = 512,
     batch_size: int = 8,
+    columns: Mapping[str, str] | Sequence[str] = (),
 ) -> Evaluation:
     """Evaluate an adapter on the rows that its run held out, or on a data set.
 
     Args:
         dataset: as for `train`. base: as for `load`.
         limit: use at most the first N rows of each data set. max_length: leave out longer rows of `dataset`, in tokens.
-        batch_size: rows at a time.
+        batch_size: rows at a time. columns: `Config.columns`, for `dataset`.
 
     Raises:
         ValueError: as `load`; or the data can't be read, or have changed since the run.
     """
     names = None if dataset is None else _names(dataset)
-    parts = evaluation_data(Path(adapter), base and str(base), names, limit, max_length)
+    parts = evaluation_data(Path(adapter), base and str(base), names, limit, max_length, columns)
     loaded = load(adapter, base).base
     engine = for_evaluation(loaded, max(int(p.rows.lengths.max()) for p in parts), batch_size * max_length)
     return Evaluation.join([evaluate_rows(engine, part.rows, batch_size) for part in parts])

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import __version__
 from ..adapter import AdapterConfig
-from ..data.readers import FILE_KINDS
+from ..data.readers import HUB_NAME, kind_of
 from ..merging import Merged
 from ..system.device import DTYPES
 from ..system.text import redacted
@@ -58,7 +58,7 @@ def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values
         "base_model": hub_id,
         **front,
         "pipeline_tag": "text-generation",
-        "datasets": list(filter(is_hub_id, data)),
+        "datasets": list(dict.fromkeys(HUB_NAME.fullmatch(name)["name"] for name in filter(is_hub_id, data))),
     }
     for key in {"model", "dataset", "eval_dataset"} & options.keys():
         options[key] = named(options[key]) if key == "model" else [named(name) for name in options[key]]
@@ -76,9 +76,9 @@ def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is OWNER/NAME and no file. Local models are not taken for one, since an adapter has their
-    absolute path."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and Path(name).suffix not in FILE_KINDS
+    """Whether a name is OWNER/NAME, or that of a data set on the hub, and no file. Local models are not taken for one,
+    since an adapter has their absolute path."""
+    return bool(HUB_NAME.fullmatch(name)) and kind_of(name) is None and not Path(name).exists()
 
 
 def named(name: str) -> str:

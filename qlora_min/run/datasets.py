@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,6 +79,7 @@ def encode_dataset(
     """
     mine, notes = bad or BadRows(), encoder.template.notes
     notes.clear()
+    mine.reasons.clear()
     before, questions, lengths = mine.count, array("Q"), array("i")
 
     def kept() -> Iterator[Row]:
@@ -86,7 +87,7 @@ def encode_dataset(
             unread = [replace(NO_TOKENS, location=e.location) for e in part] if mine.fatal else []
             for example, row in zip(part, unread or encoder.encode_examples(part)):
                 if isinstance(row, BadRow):
-                    mine.add(row)
+                    mine.add(row, example.location)
                     continue
                 questions.append(example.question_hash)
                 lengths.append(len(row))
@@ -97,6 +98,8 @@ def encode_dataset(
     for what, n in notes.items():
         say(f"note: {name}: {n:,} {what}")
     count = mine.count - before
+    if count > 1 and not lengths and len(mine.reasons) == 1:
+        raise ValueError(f"{name}: all {count:,} rows are bad: {mine.reasons.pop().lstrip(': ')}")
     if bad is None:
         mine.check()
     if lengths and not rows:
@@ -115,7 +118,7 @@ def _parts(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
     def number(example: Example) -> int:
         nonlocal size
-        size += 2000 + sum(len(m["content"]) for m in example.messages)
+        size += 2000 + sum(len(m["content"] or "") for m in example.messages)
         return size // 10**6
 
     return (list(group) for _, group in itertools.groupby(examples, number))
@@ -132,7 +135,7 @@ def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
         return train
     same = first[np.searchsorted(known, train.questions[shared])]  # the first row of `held` with the same question
     for row, other in zip(train.rows[shared[train.fits]], held.rows[same]):
-        bad.add(BadRow(f"{row.location}: the same question is in {other.location}, which is held out"))
+        bad.add(BadRow(f"{row.location}: the same question is in {other.location}, which is held out"), row.location)
     return train.select(~shared, bad=train.bad + int(shared.sum()))
 
 
@@ -152,16 +155,20 @@ def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data
     bad, texts = BadRows(config.skip_bad_rows), texts or config.shuffle_options
     sources = (config.dataset, config.limit), (config.eval_dataset, config.eval_limit)
     # All data sets are opened first: a missing file is an error at once. A repeated name is read once.
-    opened = [{name: read(name, limit, bad) for name in names} for names, limit in sources]
+    opened = [{name: read(name, limit, bad, config.columns) for name in names} for names, limit in sources]
     train, held = (
         [encode_dataset(name, examples, encoder, config.max_length, bad, texts) for name, examples in side.items()]
         for side in opened
     )
+    usable = all(part.fits.any() for part in (*train, *held))
     for i, part in itertools.product(range(len(train)), held):
         train[i] = leave_out_shared(train[i], part, bad)
-    bad.check(", or leave bad rows out with --skip-bad-rows")
+    usable &= any(part.rows for part in train)
+    bad.check(", or leave bad rows out with --skip-bad-rows" * usable)
     if not config.eval_dataset and config.eval_fraction:
-        out = split(np.concatenate([part.questions for part in train]), config.eval_fraction, config.seed)
+        questions = np.concatenate([part.questions for part in train])
+        out = split(questions, config.eval_fraction, config.seed)
+        _note_shared(questions, out)
         masks = np.split(out, np.cumsum([len(part.fits) for part in train]))
         for i, (part, here) in enumerate(zip(train, masks)):
             first = here & (np.cumsum(here) <= (config.eval_limit or len(here)))
@@ -172,15 +179,29 @@ def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data
     return train, [part for part in held if part.rows]
 
 
+def _note_shared(questions: np.ndarray, held_out: np.ndarray) -> None:
+    """Say it if rows with the same question are on both sides of a split."""
+    if np.isin(questions[held_out], questions[~held_out]).any() and not held_out.all():
+        n = len(np.unique(questions))
+        have = "one question" if n == 1 else f"only {n:,} different questions"
+        say(f"note: all {len(questions):,} rows have {have}: a fraction of the rows is held out, whose questions are "
+            "trained on too, with other answers")  # fmt: skip
+
+
 def evaluation_data(
-    adapter: Path, model: str | None, datasets: Sequence[str] | None, limit: int | None, max_length: int = 512
+    adapter: Path,
+    model: str | None,
+    datasets: Sequence[str] | None,
+    limit: int | None,
+    max_length: int = 512,
+    columns: Sequence[str] | Mapping[str, str] = (),
 ) -> list[Encoded]:
     """The data to evaluate an adapter on: the given data sets, or else the rows that the adapter's run held out.
 
     Args:
         model: the base's path or hub id, if it is not the one in the adapter's files.
         limit: use at most the first N rows of each data set.
-        max_length: leave out longer rows of the given data sets.
+        max_length: leave out longer rows of the given data sets. columns: `Config.columns`, for the given data sets.
 
     Raises:
         ValueError: no data set is given, and the adapter is not in a run directory, its run held out no rows, or the
@@ -190,8 +211,8 @@ def evaluation_data(
     revision = None if model else described.revision
     encoder = load_encoder(model or described.base_model, revision, date=described.date)
     if datasets:
-        bad = BadRows()
-        opened = [(name, read(name, limit, bad)) for name in datasets]
+        bad, columns = BadRows(), config_from({"columns": columns}, "columns").columns
+        opened = [(name, read(name, limit, bad, columns)) for name in datasets]
         parts = [encode_dataset(name, examples, encoder, max_length, bad) for name, examples in opened]
         bad.check()
         return parts
@@ -235,15 +256,27 @@ def data_hash(*parts: Sequence[Row]) -> str:
 
 
 def split(questions: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Hold out about `fraction` of the rows. Rows with the same question are on the same side.
+    """Hold out about `fraction` of the rows. Rows with the same question are on the same side, if that is possible.
 
     Args:
         questions: (n,) the `Example.question_hash` of each row.
 
     Returns:
-        (n,) bool, True where held out. It depends on the questions and the seed, not on the order of the rows.
+        (n,) bool, True where held out. It depends on the questions and the seed, not on the order of the rows; unless
+        questions repeat so much that rows are held out.
     """
     _, group, sizes = np.unique(questions, return_inverse=True, return_counts=True)
     order = np.random.RandomState(seed).permutation(len(sizes))  # RandomState: the same in all versions of numpy
+    wanted = round(fraction * len(questions))
     before = np.cumsum(sizes[order]) - sizes[order]  # rows held out before each group
-    return np.isin(group, order[before < round(fraction * len(questions))])
+    held = np.isin(group, order[before < wanted])
+    if held.sum() - wanted <= max(1, wanted / 2) and not held.all():
+        return held
+    chosen, room = [], wanted  # a large group was among them: of the same order, those that fit
+    for i in order:
+        if sizes[i] <= room:
+            chosen.append(i)
+            room -= sizes[i]
+    if room <= wanted / 2:
+        return np.isin(group, chosen)
+    return np.isin(np.arange(len(questions)), np.random.RandomState(seed).permutation(len(questions))[:wanted])

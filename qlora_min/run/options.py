@@ -27,6 +27,7 @@ def kinds_of(f: dataclasses.Field) -> set[type]:
 def _convert(kinds: set[type], value: Any) -> Any:
     """Convert a value from a TOML or JSON file to one of these types. Raises TypeError if it has another type."""
     if Ellipsis in kinds:
+        value = [f"{k}={v}" for k, v in value.items()] if isinstance(value, Mapping) else value  # a table: columns
         items = value if isinstance(value, list | tuple) else str(value).split(",") if str in kinds else [value]
         items = [_convert(kinds - {Ellipsis}, i) for i in items]
         return tuple(i.strip() for i in items if i.strip()) if str in kinds else tuple(items)
@@ -72,7 +73,7 @@ def read_toml(path: str) -> dict[str, Any]:
         ValueError: the file can't be read or is not TOML, or a name or a value is not valid.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise ValueError(f"--config {path}: can't be read ({e.strerror}); expected a TOML file of options") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:

@@ -1,6 +1,7 @@
 """Resuming a run: what config.json records, what of that must be unchanged, and what a checkpoint restores."""
 
 import platform
+import re
 import shlex
 import time
 from pathlib import Path
@@ -103,7 +104,7 @@ def output_directory(config: Config) -> Path:
         ValueError: the directory is not empty.
     """
     if config.output_dir is None:
-        data = "+".join(Path(d).stem for d in config.dataset)
+        data = "+".join(re.sub(r"[^\w.-]+", "-", Path(d).stem).strip("-") for d in config.dataset)
         return Path("runs") / f"{Path(config.model).name}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir)
     if checkpoint.is_run(folder):

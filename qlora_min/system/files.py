@@ -128,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 2**26:
             raise ValueError("larger than 64 MiB")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=no_constant)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once, parse_constant=no_constant)
     except (OSError, ValueError, RecursionError) as e:
         why = "nested too deeply" if isinstance(e, RecursionError) else clipped(e)
         raise ValueError(f"{path}: not readable JSON ({why})") from None
