@@ -82,12 +82,17 @@ def encode_dataset(
     mine.reasons.clear()
     before, questions, lengths = mine.count, array("Q"), array("i")
 
+    refused = 0  # by the encoder
+
     def kept() -> Iterator[Row]:
+        nonlocal refused
         for part in _parts(examples):
-            unread = [replace(NO_TOKENS, location=e.location) for e in part] if mine.fatal else []
+            ends = mine.fatal and (lengths or mine.count > refused)
+            unread = [replace(NO_TOKENS, location=e.location) for e in part] if ends else []
             for example, row in zip(part, unread or encoder.encode_examples(part)):
                 if isinstance(row, BadRow):
                     mine.add(row, example.location)
+                    refused += 1
                     continue
                 questions.append(example.question_hash)
                 lengths.append(len(row))
@@ -98,8 +103,10 @@ def encode_dataset(
     for what, n in notes.items():
         say(f"note: {name}: {n:,} {what}")
     count = mine.count - before
-    if count > 1 and not lengths and len(mine.reasons) == 1:
-        raise ValueError(f"{name}: all {count:,} rows are bad: {mine.reasons.pop().lstrip(': ')}")
+    if not lengths and count >= (1 if mine.skip else 2) and (mine.skip or len(mine.reasons) == 1):
+        reason, *others = mine.reasons
+        why = "; leave out --skip-bad-rows to see why" if others else f": {reason.lstrip(': ')}"
+        raise ValueError(f"{name}: all {count:,} rows are bad{why}")
     if bad is None:
         mine.check()
     if lengths and not rows:
@@ -107,8 +114,6 @@ def encode_dataset(
             f"{name}: all {len(lengths):,} rows are too long; the shortest has {min(lengths)} tokens, "
             f"--max-length is {max_length}"
         )
-    if count and not lengths and mine.skip:
-        raise ValueError(f"{name}: all {count:,} rows are bad; leave out --skip-bad-rows to see why")
     return Encoded(name, rows, np.array(questions, np.uint64), np.array(lengths, np.int32) <= max_length, count)
 
 
