@@ -85,7 +85,8 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     fast.save_pretrained(folder, save_jinja_files=False)
     # transformers 5 uses Qwen2Tokenizer for any Qwen2 model, and earlier versions read it in the same way.
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}, indent=2) + "\n")
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "Qwen2Tokenizer"}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -112,7 +112,7 @@ def prepared(args: argparse.Namespace, **changes: Any) -> Iterator[argparse.Name
     from ..system.device import pick_device, resolve_precision
 
     args, device = argparse.Namespace(**vars(args) | changes), pick_device()
-    args.lengths = json.loads(Path(args.lengths).read_text()) if args.lengths else LENGTHS
+    args.lengths = json.loads(Path(args.lengths).read_text(encoding="utf-8")) if args.lengths else LENGTHS
     given = given_options(args)
     given["precision"] = resolve_precision(given.get("precision", "fp16" if device.type == "cuda" else "fp32"), device)
     with together(), tempfile.TemporaryDirectory() as folder:

@@ -6,13 +6,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..system.console import typed
 from .options import Emit, Parser, adapter_options, count_option, json_option, precision_option
 
 
 def options(parser: Parser) -> None:
     adapter_options(parser, required=False)
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt instead of the template's own")
+    parser.add_argument("--prompt", type=typed, metavar="TEXT", help="answer this and exit")
+    parser.add_argument("--system", type=typed, metavar="TEXT", help="a system prompt instead of the template's own")
     parser.add_argument("--compare", action="store_true", help="answer without and with the adapter")
     count_option(parser, "--max-new-tokens", "cut answers after N tokens", 256)
     precision_option(parser)
@@ -69,6 +70,6 @@ def _answer(base: Any, messages: list[dict[str, str]], max_new_tokens: int) -> s
 def _questions() -> Iterator[str]:
     """Read questions from the terminal, until an empty line or the end of input."""
     try:
-        yield from iter(lambda: input("you> ").strip(), "")
+        yield from iter(lambda: typed(input("you> ")).strip(), "")
     except (EOFError, KeyboardInterrupt):
         print()

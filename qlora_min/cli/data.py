@@ -2,11 +2,11 @@
 
 import argparse
 import itertools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ..config import Config
+from ..system.console import colours, say
 from .options import Emit, Parser, add_options, config_options, count_option, demo_options, groups, json_option
 
 
@@ -24,7 +24,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     data --demo --preview 3                                also prints rows as the model sees them
     """
     config = Config(**config_options(args))
-    emit(look_at(config, args.preview or 0, colour=sys.stdout.isatty()).as_dict())
+    emit(look_at(config, args.preview or 0, colours()).as_dict())
 
 
 def look_at(config: Config, previews: int = 0, colour: bool = True) -> Any:
@@ -45,8 +45,9 @@ def look_at(config: Config, previews: int = 0, colour: bool = True) -> Any:
 
     encoder = encoder_of(config)
     train, held = read_data(config, encoder, texts=True)
-    print(table([*train, *held]) + "\n")
-    print(found := look(train, held))
+    say(table([*train, *held]) + "\n")
+    found = look(train, held)
+    say(str(found))
     show_rows(config, encoder, train, previews, colour)
     return found
 
@@ -60,8 +61,8 @@ def show_rows(config: Config, encoder: Any, train: Sequence[Any], count: int, co
     for i, row in enumerate(rows[:count]):
         if config.shuffle_options:
             row = shuffle_options(row, encoder, int(rows.lengths.max()), config.seed, 0, i)
-        print(f"--- {row.location}: {len(row)} tokens, {int(row.supervised.sum())} supervised")
-        print(preview(row, encoder.tokenizer, colour))
+        say(f"--- {row.location}: {len(row)} tokens, {int(row.supervised.sum())} supervised")
+        say(preview(row, encoder.tokenizer, colour))
 
 
 def preview(row: Any, tokenizer: Any, colour: bool) -> str:

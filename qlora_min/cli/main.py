@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 from ..run.options import nearest
-from ..system.console import is_first_process
+from ..system.console import is_first_process, show_everything
 from ..system.text import redacted
 from . import bench, chat, compare, data, evaluate, merge, train
 from .options import Emit, Parser, needed
@@ -63,6 +63,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     first one shows them.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: no process is forked after tokenizing
+    show_everything()
     try:
         sys.exit(main() or 0)
     except MemoryError as e:
@@ -95,7 +96,11 @@ def _output(args: argparse.Namespace) -> Iterator[Emit]:
     if not as_json and not getattr(args, "quiet", False) and is_first_process():
         yield emit
         return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), patch.dict(os.environ, TQDM_DISABLE="1"):
+    with (
+        open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere,
+        redirect_stdout(nowhere),
+        patch.dict(os.environ, TQDM_DISABLE="1"),
+    ):
         yield emit
 
 

@@ -5,7 +5,7 @@ import signal
 import sys
 
 from ..config import Config
-from ..system.console import is_first_process
+from ..system.console import colours, is_first_process
 from .options import Emit, Parser, add_options, config_options, count_option, demo_options, json_option
 from .push import checked_repository, hub_options, push_if_asked
 
@@ -71,4 +71,4 @@ def _preview(config: Config, count: int) -> None:
 
     encoder = encoder_of(config)
     train, _ = read_data(config, encoder)
-    show_rows(config, encoder, train, count, colour=sys.stdout.isatty())
+    show_rows(config, encoder, train, count, colours())

@@ -208,7 +208,7 @@ class RunWriter(Recorder):
         with atomic_folder(self.folder / "adapter") as folder:
             save_adapter(folder, base.model, described, base.encoder.tokenizer, self.best)
             card = cards.adapter_card(described, self.trainer.record, p.before, p.best, p.best_step)
-            (folder / cards.CARD).write_text(card, encoding="utf-8")
+            (folder / cards.CARD).write_text(card, encoding="utf-8", errors="replace")
         self.adapter_step = p.best_step
 
     def state(self, progress: Progress) -> dict[str, Any]:

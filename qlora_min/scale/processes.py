@@ -270,7 +270,7 @@ def _is_gone(host: str, process: int) -> bool:
         return False
     try:
         os.kill(process, 0)
-        stat = Path(f"/proc/{process}/stat").read_text(errors="replace")
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except ProcessLookupError:
         return True
     except OSError:

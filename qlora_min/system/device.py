@@ -119,7 +119,7 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration):  # Linux: of this process alone, and can be reset
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     import resource  # missing on Windows
 
@@ -140,5 +140,5 @@ def restart_peak(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     with suppress(OSError, AttributeError):  # not on Linux: the peak of loading remains, and may hide a smaller one
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide new allocations
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak_bytes(device)
