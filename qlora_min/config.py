@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .data.layouts import FIELDS_OF_A_ROW, parse_columns
-from .system.fields import ABOVE_0, AT_LEAST_0, FRACTION, IN_32_BITS, choice, option, positive
+from .system.fields import ABOVE_0, AT_LEAST_0, BOARDS, FRACTION, IN_32_BITS, choice, option, positive
 from .system.text import refuse_secrets
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ class Config:
     max_steps: int | None = positive(None, "end after N optimizer steps, whatever the epochs")
     batch_size: int = positive(4, "times --grad-accum: the rows of an optimizer step")
     grad_accum: int = positive(4, "times --batch-size: the rows of an optimizer step")
-    learning_rate: float = option(
-        2e-4, "peak learning rate, QLoRA's for models up to 13B (its table 9); cosine to 0 after the warm-up", **ABOVE_0
-    )
-    warmup_ratio: float = option(0.03, "fraction of the steps that warm up", **FRACTION)
+    learning_rate: float = option(2e-4, "peak learning rate, QLoRA's for models up to 13B (its table 9)", **ABOVE_0)
+    schedule: str = choice("cosine", ("cosine", "linear", "constant"), "from the peak, after the warm-up, down to 0")
+    warmup_ratio: float | None = option(None, "fraction of the steps that warm up (default: 0.03)", **FRACTION)
+    warmup_steps: int | None = option(None, "steps that warm up, instead of a fraction", **AT_LEAST_0)
     weight_decay: float = option(0.0, "AdamW's weight decay", **AT_LEAST_0)
     max_grad_norm: float = option(1.0, "clip the gradients to this global norm", **ABOVE_0)
     optimizer: str = choice(
@@ -123,7 +123,8 @@ class Config:
     )
     patience: int = positive(3, "stop after N evaluations in a row without improvement")
     log_every: int = positive(10, "steps between lines in metrics.jsonl")
-    tensorboard: bool = option(False, "write what metrics.jsonl says to RUN/tensorboard too (extra `tensorboard`)")
+    report: tuple[str, ...] = option((), "where metrics.jsonl is shown too (extras of these names)", **BOARDS)
+    tensorboard: bool = option(False, "the same as --report tensorboard")
     save_every: int | None = positive(None, "steps between checkpoints (besides those at evaluations)")
     save_minutes: float = option(5.0, "minutes after which a checkpoint is due (0: none by time)", **AT_LEAST_0)
     output_dir: str | None = option(None, "the run directory (default: runs/MODEL-DATASET-TIME)")
@@ -132,20 +133,20 @@ class Config:
         for f in dataclasses.fields(self):
             value, check = getattr(self, f.name), f.metadata["check"]
             if f.type is float and type(value) is int:  # epochs=1: in a checkpoint as from the command line, 1.0
-                object.__setattr__(self, f.name, float(value))
+                value = float(value)
             if f.type == tuple[str, ...] and isinstance(value, str | dict):  # dataset="rows.jsonl"; columns={}
                 value = (value,) if isinstance(value, str) else tuple(f"{k}={v}" for k, v in value.items())
-                object.__setattr__(self, f.name, value)
+            object.__setattr__(self, f.name, value)
             for name in (value,) if isinstance(value, str) else value if f.type == tuple[str, ...] else ():
                 refuse_secrets(name, flag(f.name))
             finite = not isinstance(value, float) or math.isfinite(value)
-            if not finite or (check and not check(value)):
+            if not finite or (check and value != f.default and not check(value)):
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 raise ValueError(f"{flag(f.name)}: got {shown!r}, expected {f.metadata['expected'] or 'a number'}")
-        if self.mix and len(self.mix) != (count := len(set(self.dataset))):
-            raise ValueError(
-                f"--mix: got {len(self.mix)} weights, expected {count}, one for each data set of --dataset"
-            )
+        if None not in (self.warmup_ratio, self.warmup_steps):
+            raise ValueError("--warmup-ratio and --warmup-steps: got both, expected one of them")
+        if self.mix and len(self.mix) != (n := len(set(self.dataset))):
+            raise ValueError(f"--mix: got {len(self.mix)} weights, expected {n}, one for each data set of --dataset")
 
     @property
     def lora(self) -> "LoraSpec":

@@ -119,7 +119,7 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
         # The step has asked the device for the gradients' norm, so all of it has been computed by now.
         progress.count(loss, supervised, tokens, time.perf_counter() - begun)
         if initial and stepper.taken == MOVED_BY:
-            check_that_all_moved(initial, model)
+            check_that_all_moved(initial, model, stepper)
             initial = {}
         recorder.step_ended(progress, lr, grad_norm, skipped=not taken)
 
@@ -192,12 +192,18 @@ def copies(model: torch.nn.Module) -> dict[str, Tensor]:
     return {n: w.detach().cpu().clone() for n, w in lora_parameters(model).items()}
 
 
-def check_that_all_moved(initial: dict[str, Tensor], model: torch.nn.Module) -> None:
-    """Is it really training? Raises TrainingError if a matrix is as it was: its layer gets no gradient."""
-    now = copies(model)
+def check_that_all_moved(initial: dict[str, Tensor], model: torch.nn.Module, stepper: Stepper) -> None:
+    """Is it really training? Raises TrainingError if a matrix is as it was: its layer gets no gradient, or, if B moved
+    and A did not, steps are so small that they are lost in fp32's rounding."""
+    now, lr = copies(model), max(stepper.learning_rate * stepper.lr_factor(step) for step in range(MOVED_BY))
     still = [n for n, w in initial.items() if torch.equal(w, now[n])]
+    why = "those layers take no part in the model's output, or get no gradient"
+    if not any(n.replace("lora_A", "lora_B") in still for n in still):
+        why = (
+            f"a learning rate of {lr:.1e} is lost in fp32's rounding; raise --learning-rate, or warm up in fewer steps"
+        )
     if still:
         raise TrainingError(
             f"after {MOVED_BY} optimizer steps {len(still)} of {len(now)} trained matrices did not move: "
-            f"{', '.join(still[:8])}; those layers take no part in the model's output, or get no gradient"
+            f"{', '.join(still[:8])}; {why}"
         )

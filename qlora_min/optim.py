@@ -1,9 +1,9 @@
-"""The optimizer, its schedule, and when a step is taken: 8-bit AdamW, cosine with warm-up, fp16 loss scaling.
+"""The optimizer, its schedule, and when a step is taken: 8-bit AdamW, warm-up and decay, fp16 loss scaling.
 
 fp16 loss scaling: gradients below 6e-8 vanish in fp16, so the loss is multiplied by a scale S (65,536 at first) and
 the gradients are divided by it again in fp32. When they overflow, the step is skipped and S halved; after 2,000 good
 steps S doubles. A skipped step changes neither weights, optimizer state nor the learning rate; its rows count as seen,
-so a run with skips ends before its cosine does. A GradScaler by itself goes on for ever when every step overflows, its
+so a run with skips ends before its schedule. A GradScaler by itself goes on for ever when every step overflows, its
 scale sinking to 0; we end the run after 20 skips in a row. The same rule guards bf16 and fp32, where gradients that are
 not finite mean that something is broken.
 
@@ -33,19 +33,22 @@ class TrainingError(RuntimeError):
     """Training can't go on; the message says why, and what is saved."""
 
 
-def cosine_with_warmup(total: int, warmup_ratio: float) -> Callable[[int], float]:
+def lr_schedule(config: Config, total: int) -> Callable[[int], float]:
     """step (0-based) -> factor of the peak learning rate, for `total` steps.
 
-    Linear over the first w = ceil(warmup_ratio * total) steps, (step + 1) / (w + 1), so that the first step already
-    trains; then half a cosine from 1 to 0, as transformers' get_cosine_schedule_with_warmup.
+    Linear over the first w steps, (step + 1) / (w + 1), so that the first step already trains; then as transformers'
+    get_cosine_schedule_with_warmup, and those of the other names. w: warmup_steps, or ceil(warmup_ratio * total).
     """
-    warmup = math.ceil(warmup_ratio * total)
+    ratio = 0.03 if config.warmup_ratio is None else config.warmup_ratio
+    warmup = math.ceil(ratio * total) if config.warmup_steps is None else config.warmup_steps
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0 - progress if config.schedule == "linear" else 1.0
 
     return factor
 
@@ -86,7 +89,7 @@ class Stepper:
     def __init__(self, adapter: FlatLoRA, config: Config, total_steps: int, fp16: bool):
         self.optimizer = make_optimizer(adapter, config)
         self.learning_rate, self.max_grad_norm = config.learning_rate, config.max_grad_norm
-        self.lr_factor = cosine_with_warmup(total_steps, config.warmup_ratio)
+        self.lr_factor = lr_schedule(config, total_steps)
         self.device = adapter.weights.device
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)

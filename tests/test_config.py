@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from qlora_min.cli.main import run_script
-from qlora_min.cli.options import Parser, add_options, given_options
+from qlora_min.cli.options import Parser, add_options, config_options, demo_options, given_options
 from qlora_min.config import FIELDS, Config
 from qlora_min.run.options import REMOVED, config_from, read_toml
 
@@ -32,7 +32,9 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "batch_size": 4,
     "grad_accum": 4,
     "learning_rate": 2e-4,
-    "warmup_ratio": 0.03,
+    "schedule": "cosine",
+    "warmup_ratio": None,  # 0.03
+    "warmup_steps": None,
     "weight_decay": 0,
     "max_grad_norm": 1.0,
     "optimizer": "paged_adamw8bit",
@@ -50,6 +52,7 @@ DEFAULTS = {  # the table of the reference configuration, by hand
     "eval_every": None,  # a quarter of an epoch
     "patience": 3,
     "log_every": 10,
+    "report": (),
     "tensorboard": False,
     "save_every": None,
     "save_minutes": 5.0,
@@ -100,7 +103,9 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "batch_size": ("2", "2", 2),
     "grad_accum": ("1", "1", 1),
     "learning_rate": ("1e-3", "1e-3", 1e-3),
+    "schedule": ("linear", '"linear"', "linear"),
     "warmup_ratio": ("0", "0.0", 0.0),
+    "warmup_steps": ("0", "0", 0),
     "weight_decay": ("0.1", "0.1", 0.1),
     "max_grad_norm": ("2", "2", 2.0),
     "optimizer": ("adamw", '"adamw"', "adamw"),
@@ -118,6 +123,7 @@ GIVEN = {  # name -> (on the command line, in TOML, the value)
     "eval_every": ("5", "5", 5),
     "patience": ("4", "4", 4),
     "log_every": ("1", "1", 1),
+    "report": ("wandb tensorboard", '["wandb", "tensorboard"]', ("wandb", "tensorboard")),
     "tensorboard": ("", "true", True),
     "save_every": ("7", "7", 7),
     "save_minutes": ("0.5", "0.5", 0.5),
@@ -166,7 +172,7 @@ def test_train_py_puts_them_in_that_order(tmp_path, monkeypatch, capsys):
 
 
 def test_round_trip_through_json():
-    given = {name: value for name, (_, _, value) in GIVEN.items()}
+    given = {name: value for name, (_, _, value) in GIVEN.items() if name != "warmup_steps"}
     for c in (Config(), Config(**{**given, "mix": (2.0, 0.5)})):  # a weight for each of the two data sets
         values = json.loads(json.dumps(c.as_dict()))
         assert list(values) == list(FIELDS)
@@ -205,7 +211,9 @@ BAD = [
     ({"micro_batch_tokens": 0}, "--micro-batch-tokens: got 0, expected an integer of at least 1"),
     ({"learning_rate": 0.0}, "--learning-rate: got 0.0, expected a number above 0"),
     ({"learning_rate": float("nan")}, "--learning-rate: got nan, expected a number above 0"),
+    ({"schedule": "step"}, "--schedule: got 'step', expected one of cosine, linear, constant"),
     ({"warmup_ratio": 1.0}, "--warmup-ratio: got 1.0, expected a number in [0, 1)"),
+    ({"warmup_steps": -1}, "--warmup-steps: got -1, expected a number of at least 0"),
     ({"weight_decay": -1e-9}, "--weight-decay: got -1e-09, expected a number of at least 0"),
     ({"weight_decay": float("inf")}, "--weight-decay: got inf, expected a number of at least 0"),
     ({"max_grad_norm": 0.0}, "--max-grad-norm: got 0.0, expected a number above 0"),
@@ -222,6 +230,7 @@ BAD = [
     ({"eval_every": 0}, "--eval-every: got 0, expected an integer of at least 1"),
     ({"patience": 0}, "--patience: got 0, expected an integer of at least 1"),
     ({"log_every": 0}, "--log-every: got 0, expected an integer of at least 1"),
+    ({"report": ("wandb", "mlflow")}, "--report: got 'wandb,mlflow', expected tensorboard, wandb or both"),
     ({"save_every": 0}, "--save-every: got 0, expected an integer of at least 1"),
     ({"save_minutes": -1.0}, "--save-minutes: got -1.0, expected a number of at least 0"),
     ({"seed": -1}, "--seed: got -1, expected from 0 to 2**32 - 1"),
@@ -234,6 +243,18 @@ def test_a_bad_value_is_one_line_with_option_value_and_expectation(values, messa
     with pytest.raises(ValueError) as error:
         Config(**values)
     assert str(error.value) == message
+
+
+def test_a_warm_up_is_a_fraction_or_steps():
+    """Even where the fraction is the default; but the demo's own gives way."""
+    with pytest.raises(ValueError, match=r"^--warmup-ratio and --warmup-steps: got both, expected one of them$"):
+        Config(warmup_ratio=0.03, warmup_steps=5)
+    parser = Parser(prog="train.py")
+    demo_options(parser, "")
+    add_options(parser)
+    for words, ratio, steps in ((["--warmup-steps", "5"], None, 5), (["--warmup-ratio", "0.1"], 0.1, None)):
+        config = Config(**config_options(parser.parse_args(["--demo", *words])))
+        assert (config.warmup_ratio, config.warmup_steps) == (ratio, steps)
 
 
 def test_every_option_with_a_check_has_a_bad_value_here():

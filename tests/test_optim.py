@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import assert_same
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_scheduler
 
 from qlora_min.config import Config
 from qlora_min.lora import LoraSpec, inject_lora, lora_layers, lora_parameters
 from qlora_min.ops.flat import FlatLoRA
-from qlora_min.optim import SKIPS_IN_A_ROW, Stepper, TrainingError, cosine_with_warmup, make_optimizer
+from qlora_min.optim import SKIPS_IN_A_ROW, Stepper, TrainingError, lr_schedule, make_optimizer
 from qlora_min.run.checkpoint import flatten, unflatten
 
 CPU = torch.device("cpu")
@@ -30,24 +30,32 @@ NOT_FINITE = [math.inf, -math.inf, math.nan]
 
 def test_schedule_by_hand():
     """10 steps, 3 of them warm-up: quarters up to the peak, then half a cosine over 7 steps that ends at 0."""
-    factor = cosine_with_warmup(10, 0.3)
+    factor = lr_schedule(Config(warmup_ratio=0.3), 10)
     expected = [0.25, 0.5, 0.75, 1.0, 0.95048443, 0.81174490, 0.61126047, 0.38873953, 0.18825510, 0.04951557, 0.0]
     assert [factor(s) for s in range(11)] == pytest.approx(expected, abs=1e-8)
+    factor = lr_schedule(Config(warmup_steps=2, schedule="linear"), 6)
+    assert [factor(s) for s in range(8)] == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0, 0])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(
-    ("total", "ratio", "warmup"), [(10, 0.3, 3), (100, 0.03, 3), (50, 0.03, 2), (10, 0.0, 0), (1, 0.0, 0), (1, 0.5, 1)]
-)
-def test_schedule_is_transformers_after_the_warmup(total, ratio, warmup):
-    factor = cosine_with_warmup(total, ratio)
+    ("total", "given", "warmup"),
+    [(10, {"warmup_ratio": 0.3}, 3), (100, {}, 3), (50, {"warmup_ratio": 0.03}, 2), (10, {"warmup_ratio": 0.0}, 0),
+     (1, {"warmup_ratio": 0.0}, 0), (1, {"warmup_ratio": 0.5}, 1), (10, {"warmup_steps": 4}, 4),
+     (10, {"warmup_steps": 0}, 0), (10, {"warmup_steps": 12}, 12)],
+)  # fmt: skip
+def test_schedule_is_transformers_after_the_warmup(schedule, total, given, warmup):
+    factor = lr_schedule(Config(schedule=schedule, **given), total)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = get_cosine_schedule_with_warmup(optimizer, warmup, total).lr_lambdas[0]
-    assert [factor(s) for s in range(warmup, total + 1)] == [theirs(s) for s in range(warmup, total + 1)]
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = get_scheduler(name, optimizer, warmup, total).lr_lambdas[0]
+    after = range(warmup, total + 1) if warmup < total else ()
+    assert [factor(s) for s in after] == pytest.approx([theirs(s) for s in after], rel=1e-12, abs=1e-15)
     assert [factor(s) for s in range(warmup)] == [(s + 1) / (warmup + 1) for s in range(warmup)]
 
 
 def test_schedule_trains_at_every_step_and_stays_at_zero_after_the_end():
-    factor = cosine_with_warmup(218, 0.03)
+    factor = lr_schedule(Config(), 218)
     assert all(0 < factor(s) <= 1 for s in range(218))
     assert factor(218) == factor(1000) == 0
 

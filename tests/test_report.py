@@ -1,10 +1,11 @@
-"""What is shown of runs: TensorBoard says what metrics.jsonl says, and runs are drawn over each other."""
+"""What is shown of runs: boards say what metrics.jsonl says, and runs are drawn over each other."""
 
 import errno
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import faults
@@ -83,22 +84,28 @@ def test_what_a_resumed_run_forgets_tensorboard_forgets(make):  # noqa: F811
     assert len(list((trainer.folder / "tensorboard").iterdir())) == 2
 
 
+def test_both_spellings_are_one_board(make):  # noqa: F811
+    trainer = make(**SHORT, report=("tensorboard",), tensorboard=True)
+    trainer.train()
+    assert len(trainer.boards) == 1 and scalars(trainer.folder) == expected(trainer.folder)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SummaryWriter's own
 @pytest.mark.parametrize("away", [(0, 1), (2, 3)], ids=["from the start", "later"])
 def test_a_disk_that_fails_only_warns_and_nothing_is_lost(make, monkeypatch, capsys, away):  # noqa: F811
     """TensorBoard's files fail for a while, a record half written; metrics.jsonl does not: in the end all is there."""
     trainer = make(**SHORT, tensorboard=True)
-    update, calls, write = trainer.writer.board.update, [], LocalFileSystem._write
+    update, calls, write = trainer.boards[0].update, [], LocalFileSystem._write
     monkeypatch.setattr(LocalFileSystem, "_write", lambda fs, name, *args: write(fs, os.fsdecode(name), *args))
 
     def on_a_bad_disk():
         failing = trainer.progress.step in away
         with faults.Faults(trainer.folder / "tensorboard", lambda n: trainer.progress.step in away, errno.ENOSPC) as w:
             update()
-        assert trainer.writer.board.failed == failing
+        assert trainer.boards[0].failed == failing
         calls.extend(call for call, _ in w.calls)
 
-    trainer.writer.board.update = on_a_bad_disk
+    trainer.boards[0].update = on_a_bad_disk
     trainer.train()
     assert capsys.readouterr().out.count("warning: no TensorBoard for now ([Errno 28]") == 1
     assert {"mkdir", "open"} <= set(calls) and trainer.writer.failures == 0 and checkpoint.is_finished(trainer.folder)
@@ -107,9 +114,157 @@ def test_a_disk_that_fails_only_warns_and_nothing_is_lost(make, monkeypatch, cap
 
 def test_tensorboard_that_is_missing_is_one_line_before_any_work(make, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"--tensorboard: .* not installed \(pip install 'qlora_min\[tensorboard\]'\)"):
+    with pytest.raises(
+        ValueError, match=r"--report tensorboard: .* not installed \(pip install 'qlora_min\[tensorboard\]'\)"
+    ):
         make(tensorboard=True)
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights & Biases, by a stand-in with the interface of the real one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """What W&B keeps: for each id a step -> scalars. Steps only grow, and a resumed run begins behind its last."""
+
+    def __init__(self):
+        self.history: dict[str, dict[int, dict]] = {}
+        self.begun: list[dict] = []
+        self.ended, self.refused, self.broken = 0, 0, False
+
+    def init(self, *, project=None, name=None, dir=None, config=None, id=None, resume=None):
+        if self.broken:
+            raise RuntimeError("api_key not configured (no-tty)")
+        known = self.history.setdefault(id, {})
+        self.begun.append({"project": project, "name": name, "dir": dir, "config": config, "id": id, "resume": resume})
+        server = self
+
+        class Run:
+            step = max(known, default=-1) + 1
+
+            def log(self, data, step=None):
+                if server.broken:
+                    raise RuntimeError("gone")
+                if step < self.step:
+                    server.refused += 1
+                    return
+                self.step = step
+                known.setdefault(step, {}).update(data)
+
+            def finish(self):
+                server.ended += 1
+
+        return Run()
+
+    def shown(self) -> dict[str, list[tuple[int, float]]]:
+        """As `scalars`, of the only run."""
+        (known,), found = self.history.values(), {}
+        for step, data in sorted(known.items()):
+            for tag, value in data.items():
+                found.setdefault(tag, []).append((step, float(np.float32(value))))
+        return found
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> Server:
+    server = Server()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    return server
+
+
+def test_wandb_says_what_metrics_say(make, wandb, monkeypatch):  # noqa: F811
+    trainer = make(**SHORT, report=("wandb", "tensorboard"))
+    trainer.train()
+    assert wandb.shown() == scalars(trainer.folder) == expected(trainer.folder) and wandb.ended == 1
+    (begun,) = wandb.begun
+    assert begun["config"] == trainer.config.as_dict() and begun["resume"] == "allow"
+    assert (begun["project"], begun["name"], begun["dir"]) == ("qlora_min", "run", str(trainer.folder.resolve()))
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    make("other", **SHORT, report=("wandb",)).train()
+    assert wandb.begun[1]["project"] == "mine" and len(wandb.history) == 2  # another run, another id
+
+
+def test_a_resumed_run_continues_the_run_on_wandb(make, wandb):  # noqa: F811
+    trainer = make(**SHORT, report=("wandb",))
+    take = trainer.stepper.step
+
+    def killed():
+        if trainer.progress.step == 5:
+            raise KeyboardInterrupt
+        return take()
+
+    trainer.stepper.step = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert wandb.ended == 1 and [s for s, _ in wandb.shown()["train/loss"]] == [1, 2, 3, 4]
+    again = Trainer(trainer.config, trainer.folder)
+    assert again.progress.step == 3
+    again.train()
+    assert len(wandb.begun) == 2 and wandb.ended == 2 and wandb.refused == 0
+    shown, right = wandb.shown(), expected(trainer.folder)
+    assert shown.keys() == right.keys()
+    for tag in (
+        "train/loss",
+        "train/lr",
+        "eval/loss",
+        "eval/token_accuracy",
+    ):  # speed and memory are the first process's
+        assert shown[tag] == right[tag], tag
+
+
+def test_an_evaluation_that_was_abandoned_is_shown_by_the_resumed_run(make, wandb):  # noqa: F811
+    """W&B takes nothing of an earlier step than its last; the run was stopped after the loss of step 3 was known."""
+    trainer = make(**SHORT, report=("wandb",))
+    guarded = trainer.writer.guarded
+
+    def killed(compute):
+        if trainer.progress.step == 3:
+            raise KeyboardInterrupt
+        return guarded(compute)
+
+    trainer.writer.guarded = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert read_metrics(trainer.folder)[-1]["step"] == 3 and wandb.ended == 1
+    Trainer(trainer.config, trainer.folder).train()
+    assert [s for s, _ in wandb.shown()["eval/loss"]] == [0, 3, 6] and wandb.refused == 0
+
+
+def test_wandb_that_fails_later_only_warns_and_nothing_is_lost(make, wandb, capsys):  # noqa: F811
+    trainer = make(**SHORT, report=("wandb",))
+    update = trainer.boards[0].update
+
+    def on_a_bad_network():
+        wandb.broken = trainer.progress.step in (2, 3)
+        update()
+
+    trainer.boards[0].update = on_a_bad_network
+    trainer.train()
+    assert capsys.readouterr().out.count("warning: no Weights & Biases for now (gone); metrics.jsonl has it all") == 1
+    assert checkpoint.is_finished(trainer.folder) and wandb.shown() == expected(trainer.folder)
+
+
+def test_wandb_without_an_account_is_one_line_before_training(make, wandb):  # noqa: F811
+    trainer = make(**SHORT, report=("wandb",))
+    wandb.broken = True
+    with pytest.raises(
+        ValueError, match=r"^--report wandb: Weights & Biases can't begin \(api_key .*WANDB_MODE=offline"
+    ):
+        trainer.train()
+    assert trainer.progress.step == 0 and read_metrics(trainer.folder) == []
+
+
+def test_wandb_that_is_missing_is_one_line_before_any_work(make, monkeypatch, tmp_path):  # noqa: F811
+    """Also where a folder of that name, which wandb makes, is on the path."""
+    for module in (None, types.ModuleType("wandb")):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        with pytest.raises(
+            ValueError, match=r"^--report wandb: .* not installed \(pip install 'qlora_min\[wandb\]'\)$"
+        ):
+            make(report=("wandb",))
+        assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def train_peft(model: nn.Module, tokens: Tokens, trainer: Trainer, same_order: b
     kind = {"adamw": torch.optim.AdamW, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}[c.optimizer]
     optimizer = kind(params.values(), lr=c.learning_rate, weight_decay=0.0)
     flat = sorted(params, key=lambda name: trained(trainer)[name].data_ptr())
-    warmup = math.ceil(c.warmup_ratio * STEPS)
+    warmup = math.ceil((c.warmup_ratio or 0.03) * STEPS)
     n, size = len(trainer.schedule.rows), c.batch_size * c.grad_accum
     per_epoch = -(-n // size)
     losses = []
@@ -589,6 +589,14 @@ def test_a_layer_that_does_not_train_is_named(make, engine):
     with pytest.raises(TrainingError, match=rf"2 of 32 trained matrices did not move: {name}\.lora_A, {name}\.lora_B"):
         trainer.train()
     assert trainer.progress.step == 3
+
+
+def test_a_learning_rate_that_is_lost_in_rounding_is_named(make):
+    trainer = make(rows=16, learning_rate=1e-12)
+    with pytest.raises(
+        TrainingError, match=r"did not move: .*; a learning rate of 1\.0e-12 is lost in .* raise --learning-rate"
+    ):
+        trainer.train()
 
 
 def test_early_stopping_counts_in_a_row_and_keeps_the_best(make, monkeypatch):

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..config import FIELDS, flag
@@ -86,13 +87,29 @@ def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
 
 def adapter_options(parser: Parser, required: bool) -> None:
     parser.add_argument("--adapter", required=required, metavar="DIR", help="an adapter saved by train.py or PEFT")
-    alone = "" if required else "a model; with --adapter, "
+    alone = "" if required else "a plain or merged model; with --adapter, "
     parser.add_argument("--model", metavar="NAME", help=f"{alone}the base, if not the one that the adapter names")
 
 
 def columns_option(parser: Parser) -> None:
     """--columns of train, for --dataset."""
     parser.add_argument("--columns", nargs="+", default=(), metavar="FIELD=NAME", help="of --dataset, as in training")
+
+
+def one_given(args: argparse.Namespace) -> None:
+    """Raise ValueError if the options of `adapter_options` name neither an adapter nor a model."""
+    if not args.adapter and not args.model:
+        raise ValueError("--adapter DIR or --model NAME is needed (see --help)")
+
+
+def load_given(args: argparse.Namespace, precision: str) -> Any:
+    """The `Base` that the options name: with an adapter, or a model alone, which is not quantised."""
+    from ..adapter import load_adapter
+    from ..base import load_base
+
+    if args.adapter:
+        return load_adapter(Path(args.adapter), args.model, precision)
+    return load_base(args.model, "none", precision)
 
 
 def count_option(parser: Parser, name: str, what: str, default: int | None = None) -> None:
@@ -128,4 +145,7 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
     from ..run.options import read_toml
 
     options = {**(read_toml(args.config) if args.config else {}), **given_options(args)}
-    return {**world.config_options(), **options} if args.demo else options
+    demo = world.config_options() if args.demo else {}
+    if "warmup_steps" in options:  # instead of the demo's fraction
+        demo.pop("warmup_ratio", None)
+    return {**demo, **options}

@@ -1,10 +1,8 @@
-"""Two views of metrics.jsonl: loss curves as a picture, of a run or of several, and scalars for TensorBoard."""
+"""A view of metrics.jsonl: loss curves as a picture, of a run or of several."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from ..system.console import say
 
 Events = Sequence[dict[str, Any]]  # of a run's metrics.jsonl
 
@@ -49,47 +47,3 @@ def draw_curves(runs: Mapping[str, Events], path: Path) -> str | None:
 def evaluations(events: Events) -> list[dict[str, Any]]:
     """The evaluations with a finite loss; any other is null in metrics.jsonl."""
     return [e for e in events if e["event"] == "eval" and e["eval_loss"] is not None]
-
-
-class Board:
-    """RUN/tensorboard: scalars made from the lines of metrics.jsonl that are safely on disk, and from nothing else.
-
-    Each process starts a new event file and writes all lines into it again; `purge_step=0` makes TensorBoard discard
-    the earlier files. So a resumed run, whose last lines were cut, and a disk that failed and came back are one case.
-    Scalars are named `train/NAME` and `eval/NAME`, over optimizer steps. Their wall time is the start of the run plus
-    the seconds of training, so that pauses do not show.
-
-    Raises:
-        ValueError: TensorBoard is not installed.
-    """
-
-    def __init__(self, run_dir: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            hint = "pip install 'qlora_min[tensorboard]'"
-            raise ValueError(f"--tensorboard: TensorBoard is not installed ({hint})") from None
-        self.begin = lambda: SummaryWriter(run_dir / "tensorboard", purge_step=0)
-        self.run_dir, self.writer, self.failed = run_dir, None, False
-
-    def update(self) -> None:
-        """Add the new lines of metrics.jsonl. If the disk fails, warn once; the next update starts a new event file."""
-        from .checkpoint import events_in  # here, since that imports torch
-
-        try:
-            began, path = (self.run_dir / "config.json").stat().st_mtime, self.run_dir / "metrics.jsonl"
-            if self.writer is None:
-                self.writer, self.read, self.seconds = self.begin(), 0, 0.0
-            lines = path.read_bytes()[self.read :] if path.exists() else b""
-            for line in events_in(lines):
-                self.seconds = line.get("seconds", self.seconds)
-                for key, value in line.items() if line["event"] in ("train", "eval") else ():
-                    if type(value) in (int, float) and key not in ("step", "seconds"):
-                        tag = f"{line['event']}/{key.removeprefix('eval_')}"
-                        self.writer.add_scalar(tag, value, line.get("step"), began + self.seconds)
-            self.writer.flush()
-            self.read, self.failed = self.read + len(lines), False
-        except Exception as e:  # by the disk; TensorFlow, if installed, raises it as another type than OSError
-            if not self.failed:
-                say(f"warning: no TensorBoard for now ({e}); metrics.jsonl has it all")
-            self.writer, self.failed = None, True

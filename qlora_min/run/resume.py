@@ -2,6 +2,7 @@
 
 import platform
 import re
+import secrets
 import shlex
 import time
 from pathlib import Path
@@ -44,6 +45,7 @@ def make_record(trainer: Any) -> dict[str, Any]:
     """The content of config.json for a run (a `Trainer`): its resolved options, and what else its result depends on."""
     base, rows, held = trainer.base, trainer.schedule.rows, trainer.held_out
     return {
+        "id": secrets.token_hex(4),  # Weights & Biases knows the run by it
         "options": trainer.config.as_dict(),
         "precision": trainer.precision,
         "engine": trainer.config.engine,

@@ -32,7 +32,7 @@ from ..system.console import say
 from ..system.device import available, pick_device, resolve_precision
 from ..system.files import write_json
 from . import checkpoint, forecast, resume
-from .curves import Board
+from .boards import BOARDS, shown_on
 from .datasets import Data, encoder_of, read_data, table
 from .ending import finish
 from .plan import describe
@@ -97,7 +97,8 @@ class Trainer:
         self.device = pick_device()
         self.precision = resolve_precision(c.precision, self.device)
         self.folder = from_main(lambda: resume_from or resume.output_directory(c))
-        self.board = Board(self.folder) if c.tensorboard else None
+        reported = {*c.report, *(["tensorboard"] if c.tensorboard else [])}
+        self.boards = [BOARDS[name](self.folder, name) for name in sorted(reported)]
         here = os.environ.get("LOCAL_WORLD_SIZE", world_size())
         launcher = "python" if world_size() == 1 else f"torchrun --nproc-per-node {here}"
         self.command = f"{launcher} scripts/train.py --resume {shlex.quote(str(self.folder))}"
@@ -189,7 +190,8 @@ class Trainer:
         """
         say(describe(self))
         bar = console.bar(self.schedule.total_steps, None, "step", keep=True, initial=self.progress.step)
-        with together(self._after_a_loss), self.lock, self.signals, bar as self.writer.bar:
+        boards = shown_on([] if process_index() else self.boards)
+        with together(self._after_a_loss), self.lock, self.signals, boards, bar as self.writer.bar:
             loop.train(self.feed, self.stepper, self.held_out_here, self.config, self.progress, self.writer)
             finish(self)
         return self.progress

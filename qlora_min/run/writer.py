@@ -50,7 +50,7 @@ class RunWriter(Recorder):
         self.trainer = weakref.proxy(trainer)  # no cycle: a dropped Trainer releases its lock
         self.folder = trainer.folder
         self.metrics = checkpoint.Metrics(self.folder)
-        self.board = trainer.board
+        self.boards = trainer.boards
         self.best: dict[str, torch.Tensor] = {}
         self.saved: tuple[int, int] | None = None
         self.adapter_step: int | None = None
@@ -182,8 +182,8 @@ class RunWriter(Recorder):
             if not insist:
                 return
             time.sleep(RETRY_SECONDS)
-        if self.board:
-            self.board.update()
+        for board in self.boards:
+            board.update()
 
     def write_all(self, progress: Progress) -> None:
         """Write what is not on disk yet: metrics first, since checkpoints refer to them, and the best adapter last."""

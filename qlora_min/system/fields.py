@@ -20,10 +20,11 @@ def choice(default: str, choices: Sequence[str], help: str, **meta: Any):
 
 
 def positive(default: int | None, help: str, **meta: Any):
-    return option(default, help, check=lambda v: v is None or v >= 1, expected="an integer of at least 1", **meta)
+    return option(default, help, check=lambda v: v >= 1, expected="an integer of at least 1", **meta)
 
 
 ABOVE_0 = {"check": lambda v: v > 0, "expected": "a number above 0"}
 AT_LEAST_0 = {"check": lambda v: v >= 0, "expected": "a number of at least 0"}
 FRACTION = {"check": lambda v: 0 <= v < 1, "expected": "a number in [0, 1)"}
 IN_32_BITS = {"check": lambda v: 0 <= v < 2**32, "expected": "from 0 to 2**32 - 1"}
+BOARDS = {"check": lambda v: set(v) <= {"tensorboard", "wandb"}, "expected": "tensorboard, wandb or both"}

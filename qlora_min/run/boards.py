@@ -1,0 +1,175 @@
+"""Where else a run is shown: TensorBoard and Weights & Biases, made from metrics.jsonl and from nothing else.
+
+A board shows the lines that are safely on disk, as scalars `train/NAME` and `eval/NAME` over optimizer steps. Each
+process begins by showing all of them again: a resumed run, whose last lines were cut, and a disk that failed and came
+back are one case. A board that fails ends no run.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..system.console import say
+from ..system.text import clipped
+from .checkpoint import events_in, is_finished
+
+NO_SCALARS = ("step", "seconds")
+
+
+class Board:
+    """A board of a run.
+
+    Raises:
+        ValueError: its package is not installed.
+    """
+
+    title: ClassVar[str]
+
+    def __init__(self, run_dir: Path, name: str):
+        try:
+            self.open = self.opener()
+        except ImportError:
+            hint = f"pip install 'qlora_min[{name}]'"
+            raise ValueError(f"--report {name}: {self.title} is not installed ({hint})") from None
+        self.run_dir, self.writer, self.failed = run_dir.resolve(), None, False
+
+    def begin(self) -> None:
+        """Begin to show the run, from its first line on."""
+        self.writer, self.read, self.seconds = self.make_writer(), 0, 0.0
+
+    def update(self) -> None:
+        """Show the new lines of metrics.jsonl. If that fails, warn once; the next update begins again."""
+        try:
+            began, path = (self.run_dir / "config.json").stat().st_mtime, self.run_dir / "metrics.jsonl"
+            if self.writer is None:
+                self.begin()
+            lines = path.read_bytes()[self.read :] if path.exists() else b""
+            for line in events_in(lines):
+                self.seconds = line.get("seconds", self.seconds)
+                if line["event"] in ("train", "eval") and type(line.get("step")) is int:
+                    numbers = {k: v for k, v in line.items() if type(v) in (int, float) and k not in NO_SCALARS}
+                    scalars = {f"{line['event']}/{k.removeprefix('eval_')}": v for k, v in numbers.items()}
+                    self.show(scalars, line["step"], began + self.seconds)
+            self.flush()
+            self.read, self.failed = self.read + len(lines), False
+        except Exception as e:  # by the disk; TensorFlow, if installed, raises it as another type than OSError
+            if not self.failed:
+                say(f"warning: no {self.title} for now ({clipped(e)}); metrics.jsonl has it all")
+            self.writer, self.failed = None, True
+
+    # What the boards do differently. show: `time` is in seconds since 1970, the start of the run plus the seconds of
+    # training, so that pauses do not show.
+
+    def start(self) -> None:
+        """Called before training."""
+
+    def opener(self) -> Callable[..., Any]:
+        """Import what `make_writer` calls."""
+        raise NotImplementedError
+
+    def make_writer(self) -> Any:
+        raise NotImplementedError
+
+    def show(self, scalars: dict[str, float], step: int, time: float) -> None:
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Called after some lines have been shown."""
+
+    def end(self) -> None:
+        raise NotImplementedError
+
+
+class TensorBoard(Board):
+    """RUN/tensorboard: an event file for each process. `purge_step=0` makes TensorBoard discard the earlier ones."""
+
+    title = "TensorBoard"
+
+    def opener(self) -> Callable[..., Any]:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter
+
+    def make_writer(self) -> Any:
+        return self.open(self.run_dir / "tensorboard", purge_step=0)
+
+    def show(self, scalars: dict[str, float], step: int, time: float) -> None:
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step, time)
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def end(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases(Board):
+    """A run in the project qlora_min or $WANDB_PROJECT, which a resumed run continues, by the id in config.json."""
+
+    title = "Weights & Biases"
+
+    def opener(self) -> Callable[..., Any]:
+        from wandb import init
+
+        return init
+
+    def start(self) -> None:
+        """Log in before training.
+
+        Raises:
+            ValueError: there is no account, or no network.
+        """
+        try:
+            self.begin()
+        except Exception as e:  # wandb's own types
+            fix = "log in with `wandb login`, or set WANDB_MODE=offline"
+            raise ValueError(f"--report wandb: {self.title} can't begin ({clipped(e)}); {fix}") from None
+
+    def make_writer(self) -> Any:
+        record = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
+        return self.open(
+            project=os.environ.get("WANDB_PROJECT", "qlora_min"), name=self.run_dir.name, dir=str(self.run_dir),
+            config=record["options"], id=record["id"], resume="allow",
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        super().begin()
+        self.row: tuple[int, dict[str, float]] = (0, {})  # what is known of the last step
+
+    def show(self, scalars: dict[str, float], step: int, time: float) -> None:
+        """Keep scalars until their step is complete, since W&B takes none of an earlier step than its last: what a
+        stopped run does not know yet of its last step (the evaluation), a resumed one could not add."""
+        if step != self.row[0]:
+            self._log_row()
+        self.row = step, self.row[1] | scalars
+
+    def _log_row(self) -> None:
+        step, scalars = self.row
+        if scalars and step >= getattr(self.writer, "step", 0):  # the earlier ones it has
+            self.writer.log(scalars, step=step)
+        self.row = step, {}
+
+    def end(self) -> None:
+        if is_finished(self.run_dir):
+            self._log_row()
+        self.writer.finish()
+
+
+BOARDS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+@contextmanager
+def shown_on(boards: Sequence[Board]) -> Iterator[None]:
+    """Start boards, and end them however the block ends."""
+    try:
+        for board in boards:
+            board.start()
+        yield
+    finally:
+        for board in boards:
+            with suppress(Exception):  # if it has failed, that was said
+                board.end()
