@@ -54,6 +54,26 @@ def test_from_rows_in_memory_to_a_merged_checkpoint(run, rows, tmp_path):
     assert "read back" in (tmp_path / "merged" / "README.md").read_text()
 
 
+def test_a_model_without_an_adapter_is_evaluated_too(run, rows, tmp_path):
+    merged = tmp_path / "merged"
+    qlora_min.merge(run.adapter, merged, dtype="fp32")
+    alone, adapter = (qlora_min.evaluate(model, rows[:9], max_length=64) for model in (merged, run.adapter))
+    assert alone.loss == pytest.approx(adapter.loss, rel=1e-4) and alone.rows == 9
+    assert qlora_min.evaluate(MODEL, rows[:9]).loss > alone.loss
+    with pytest.raises(ValueError, match="no run held out rows for it; name the data to evaluate on with --dataset"):
+        qlora_min.evaluate(merged)
+
+
+def test_answers_can_be_drawn():
+    """Of all tokens at a high temperature, of the likeliest one alone with a small top_p."""
+    model = qlora_min.load(MODEL)
+    torch.manual_seed(0)
+    assert len(set(model.generate(["Hello"] * 300, 1, temperature=100.0))) > 100
+    assert model.generate("Hello", 8, temperature=1.0, top_p=1e-6) == model.generate("Hello", 8)
+    with pytest.raises(ValueError, match=r"^--temperature: got -1\.0, expected 0"):
+        model.generate("Hello", temperature=-1.0)
+
+
 def test_a_data_set_is_the_same_however_it_is_given(run, rows, tmp_path):
     """Dicts, a datasets.Dataset, and a file: the same bits."""
     file = tmp_path / "rows.jsonl"

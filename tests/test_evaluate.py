@@ -149,6 +149,30 @@ def test_the_command(adapter, script, write_rows, tmp_path):
     )
 
 
+def test_a_model_alone(adapter, script, write_rows, tmp_path):
+    """A merged model: the adapter's numbers, as the one side of all tables."""
+    files = [write_rows(world.rows(world.CONDITIONS, n, seed=n), f"set{n}.jsonl") for n in (12, 5)]
+    data = ["--dataset", *files, "--generate", 2, "--max-new-tokens", 4]
+    script("merge.py", "--adapter", adapter, "--output-dir", "merged", "--dtype", "fp32")
+    out = script("eval.py", "--model", "merged", *data, "--html", "report.html").stdout
+    assert re.search(r"\n +model\nrows +17\n", out) and "base" not in out
+    assert re.search(r"^answers generated +4$", out, re.MULTILINE) and "Each data set, model (95%" in out
+    assert re.search(rf"^{files[0]} +12( +[\d.]+%?){{3}} ", out, re.MULTILINE) and "The model's answers by" in out
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>Model</h1>" in page and 'class="heat of-model"' in page and "base" not in page.partition("<body>")[2]
+    assert page.count("<span class=model>") == 4 and page.count("<small class=model>") == 4
+    alone = json.loads(script("eval.py", "--model", "merged", *data, "--json").stdout)
+    both = json.loads(script("eval.py", "--adapter", adapter, *data, "--json").stdout)
+    assert alone["adapter"] is None and alone.keys() == {"adapter", "rows", "precision", "model"}
+    assert alone["model"]["loss"] == pytest.approx(both["with_adapter"]["loss"], rel=1e-4)
+    assert alone["model"].keys() == both["with_adapter"].keys()
+    for options, message in (
+        (["--model", "merged"], "error: model 'merged': no run held out rows for it; name the data to evaluate on"),
+        ([], "error: --adapter DIR or --model NAME is needed"),
+    ):
+        assert script("eval.py", *options, expect=2).stderr.startswith(message)
+
+
 def test_the_cheap_path_generates_nothing(adapter, script, monkeypatch):
     def refuse(*args):
         raise AssertionError

@@ -1,12 +1,15 @@
 """Each script as a process, on the demo: what a newcomer types, and what a newcomer gets wrong."""
 
 import json
+import os
 import re
 import resource
 import runpy
 import shutil
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -18,9 +21,6 @@ from qlora_min.demo import world
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
     """(run directory, its stdout, seconds of processor time): `train.py --demo`, once for all tests here."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("demo-run")
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--demo", "--output-dir", "runs/demo"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -162,9 +162,6 @@ def test_a_finished_run_is_never_overwritten(demo_run, script):
 @pytest.mark.slow
 def test_resume_after_a_kill(script, tmp_path, demo_data):
     """A run killed between checkpoints goes on from the last one, and its metrics have no gap and no double."""
-    import subprocess
-    import sys
-
     train, held = demo_data
     files = ["--model", world.MODEL_DIR, "--dataset", train, "--eval-dataset", held, "--limit", 320, "--eval-limit", 40]
     options = [*files, "--epochs", 1, "--grad-accum", 1, "--batch-size", 8, "--eval-every", 5, "--log-every", 1]
@@ -292,8 +289,6 @@ def test_held_out_rows_are_those_of_the_run(script, write_rows, tmp_path):
 @pytest.mark.slow
 def test_the_hub_out_of_reach_is_one_line_even_after_retries(process, tmp_path):
     """Without HF_HUB_OFFLINE: nothing answers, the libraries try again and again, and the user sees one line."""
-    import os
-
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
     environment.pop("HF_HUB_OFFLINE")
     options = ["--model", world.MODEL_DIR, "--dataset", "no/such-data"]
@@ -357,6 +352,111 @@ def test_the_sweep_is_drawn(tmp_path):
         assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
 
 
+# ---- consoles and homes as people have them -----------------------------------------------------------------------
+
+EVERY_COMMAND = """
+import sys
+import qlora_min
+from qlora_min.cli.main import main
+
+model, data, held = sys.argv[1:]
+rows = [{"prompt": f"→ {i}?", "completion": "中文 █"} for i in range(12)]
+qlora_min.train(model=model, dataset=rows, max_steps=1, output_dir="runs/b", batch_size=2, grad_accum=1)
+assert sys.stdout.errors == "strict"
+for name, *options in (
+    ("train", "--model", model, "--dataset", data, "--max-steps", "2", "--output-dir", "runs/a"),
+    ("train", "--model", model, "--dataset", data, "--preview", "1"),
+    ("train", "--model", model, "--dataset", data, "--preview", "1", "--quiet"),
+    ("data", "--model", model, "--dataset", data, "--preview", "1"),
+    ("eval", "--adapter", "runs/a/adapter", "--generate", "1", "--html", "r.html", "--dataset", data, held),
+    ("chat", "--adapter", "runs/a/adapter", "--compare", "--max-new-tokens", "3", "--prompt", "été → 中?"),
+    ("chat", "--model", model, "--max-new-tokens", "3", "--json"),
+    ("compare", "runs/a", "runs/b"),
+    ("merge", "--adapter", "runs/a/adapter", "--output-dir", "merged"),
+    ("eval", "--model", "merged", "--dataset", data, "--json"),
+):
+    sys.argv[:] = ["qlora-min", name, *options]
+    sys.stdout.reconfigure(errors="strict")
+    print("=====", name, flush=True)
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 0, (name, options, end.code)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_no_output_fails_for_its_characters(process, write_rows, tmp_path, encoding):
+    """Every command, on a console that lacks most of the rows' characters, in a locale that lacks them too."""
+    text = "Qué → ⟦%d⟧ \u2028 中文 😀 \x81?"
+    rows = [{"prompt": text % i, "completion": "réponse █ 中文 😀"} for i in range(20)]
+    files = [write_rows(rows, "données.jsonl"), write_rows(rows[:3], "中文.jsonl")]
+    (tmp_path / "all.py").write_text(EVERY_COMMAND, encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    command = [sys.executable, *map(str, (tmp_path / "all.py", world.MODEL_DIR, *files))]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, input="été → 中?\n\n".encode(), capture_output=True, timeout=600
+    )
+    out, errors = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert done.returncode == 0 and errors == "", out + errors
+    parts = [part.partition("\n") for part in out.split("===== ")]
+    assert [name for name, _, _ in parts[1:]] == [
+        "train", "train", "train", "data", "eval", "chat", "chat", "compare", "merge", "eval"
+    ]  # fmt: skip
+    said = [text for _, _, text in parts]
+    answer = {"cp1252": "réponse # ?? ?", "ascii": "r?ponse # ?? ?"}[encoding]
+    assert f"[[{answer}<|im_end|>]]" in said[2] and f"[[{answer}<|im_end|>]]" in said[4] and "##########" in said[4]
+    assert said[3] == "" and " -> " in said[5] and "wrote r.html" in said[5]
+    assert json.loads(said[7])["prompt"] == "été → 中?" or encoding == "cp1252"  # stdin is read as what it says it is
+    assert json.loads(said[10])["model"]["rows"] == 20
+    events = (tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(events[-1])["event"] == "end"
+    samples = (tmp_path / "runs/a/samples.jsonl").read_text(encoding="utf-8").split("\n")  # U+2028 ends no line
+    assert json.loads(samples[0])["reference"] == rows[0]["completion"]
+    assert rows[0]["completion"] in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_the_help_needs_no_characters():
+    from qlora_min.cli import main
+
+    assert all(main.make_parser(name).format_help().isascii() for name in main.COMMANDS)
+
+
+def test_no_color(monkeypatch):
+    from qlora_min.system import console
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert console.colours()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not console.colours()
+
+
+def test_a_home_that_cannot_be_written(script, monkeypatch, tmp_path):
+    """The demo's data go to this user's folder among the temporary files, and are found there again."""
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    script("train.py", *SHORT, "--output-dir", "out")
+    folder = tmp_path / "tmp" / f"qlora_min-{os.getuid()}"
+    (data,) = json.loads((tmp_path / "out/config.json").read_text())["options"]["dataset"]
+    assert data == str(folder / "demo" / "train.jsonl") and folder.stat().st_mode & 0o777 == 0o700
+    written = (folder / "demo" / "train.jsonl").stat().st_mtime_ns
+    assert script("eval.py", "--adapter", "out/adapter", "--limit", 2).stdout
+    assert world.config_options()["dataset"] == (data,)
+    assert (folder / "demo" / "train.jsonl").stat().st_mtime_ns == written
+    folder.chmod(0o777)
+    one_line_error(
+        script("train.py", *SHORT, expect=2), "--demo", str(folder), "not this user's alone", "XDG_CACHE_HOME"
+    )
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="not this user's alone"):
+        world.config_options()
+
+
 # ---- ways to print ------------------------------------------------------------------------------------------------
 
 SHORT = ["--demo", "--limit", 256, "--max-steps", 4, "--eval-limit", 8, "--log-every", 2]
@@ -371,6 +471,24 @@ def test_json_is_one_event_a_line(script, tmp_path):
     assert done.stderr == ""
     answer = json.loads(script("chat.py", "--model", world.MODEL_DIR, "--prompt", "Hello", "--json").stdout)
     assert answer["prompt"] == "Hello" and answer["adapter"] is False and answer["answer"]
+
+
+def test_chat_draws_answers(script):
+    def said(*options: object) -> str:
+        options = ("--model", world.MODEL_DIR, "--prompt", "Hello", "--max-new-tokens", 8, *options)
+        return script("chat.py", *options).stdout
+
+    drawn = [said("--temperature", 2, "--seed", seed) for seed in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert said("--temperature", 2, "--top-p", 1e-6) == said() != drawn[0]
+    for wrong, words in (
+        (["--temperature", -1], ["--temperature", "-1.0", "from 0.01 to 100"]),
+        (["--temperature", "nan"], ["--temperature", "nan"]),
+        (["--temperature", 1, "--top-p", 0], ["--top-p", "0.0", "above 0 and at most 1"]),
+        (["--temperature", 1, "--top-p", 1.5], ["--top-p", "1.5"]),
+        (["--top-p", 0.5], ["--top-p", "--temperature 0"]),
+    ):
+        one_line_error(script("chat.py", "--model", "nowhere", "--prompt", "x", *wrong, expect=2), *words)
 
 
 def test_quiet(script, tmp_path):

@@ -6,17 +6,28 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .options import Emit, Parser, adapter_options, columns_option, count_option, json_option, needed, precision_option
+from .options import (
+    Emit,
+    Parser,
+    adapter_options,
+    columns_option,
+    count_option,
+    json_option,
+    load_given,
+    needed,
+    one_given,
+    precision_option,
+)
 
 
 def options(parser: Parser) -> None:
-    adapter_options(parser, required=True)
+    adapter_options(parser, required=False)
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="hub ids or files [the run's held-out rows]")
     columns_option(parser)
     count_option(parser, "--limit", "at most the first N rows of each data set")
     count_option(parser, "--max-length", "skip longer rows of --dataset", 512)
     count_option(parser, "--batch-size", "rows at a time", 8)
-    answers = "also let both generate answers to the first N rows of each data set, to compare with the references"
+    answers = "also generate answers to the first N rows of each data set, to compare with the references"
     count_option(parser, "--generate", answers)
     count_option(parser, "--max-new-tokens", "cut these answers after N tokens", 64)
     parser.add_argument("--html", metavar="FILE", help="write a report: curves, tables, answers side by side")
@@ -25,11 +36,13 @@ def options(parser: Parser) -> None:
 
 
 def command(args: argparse.Namespace, emit: Emit) -> None:
-    """Evaluate a base model and its adapter side by side on the same rows.
+    """Evaluate a base model and its adapter side by side on the same rows, or a plain or merged model.
 
     eval --adapter runs/NAME/adapter                        the run's own held-out rows
     eval --adapter runs/NAME/adapter --dataset FILE.jsonl   other rows
+    eval --model merged --dataset FILE.jsonl                a model without an adapter
     """
+    one_given(args)
     from ..run.datasets import evaluation_data, table
     from ..system.device import pick_device, resolve_precision
     from ..system.files import write_text
@@ -41,34 +54,33 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
             import sacrebleu  # noqa: F401
     if args.html:
         page.check(args.html)
-    adapter = Path(args.adapter)
+    adapter = args.adapter and Path(args.adapter)
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length, args.columns)
     print(table(parts) + "\n", flush=True)
     precision = resolve_precision(args.precision, pick_device())
-    found = _both_sides(args, parts, precision)
+    found = _evaluated(args, parts, precision)
     print(found)
-    sides = found.as_dict()
-    emit({"adapter": str(adapter), "rows": sides["base"]["rows"], "precision": precision, **sides})
+    rows = sum(len(part.rows) for part in parts)
+    emit({"adapter": args.adapter, "rows": rows, "precision": precision, **found.as_dict()})
     if args.html:
-        write_text(Path(args.html), page.evaluation(adapter, found, precision))
+        write_text(Path(args.html), page.evaluation(adapter or args.model, found, precision))
         print(f"\nwrote {args.html}")
 
 
-def _both_sides(args: argparse.Namespace, parts: Sequence[Any], precision: str) -> Any:
-    """Evaluate data sets, a list of `Encoded`, without and with the adapter; returns a `Comparison`."""
-    from ..adapter import load_adapter
+def _evaluated(args: argparse.Namespace, parts: Sequence[Any], precision: str) -> Any:
+    """Evaluate data sets, a list of `Encoded`, without and with the adapter if there is one; returns a `Comparison`."""
     from ..evaluation import evaluate_rows
     from ..fused.select import for_evaluation
     from ..lora import lora_disabled
     from .scores import generated
-    from .tables import Comparison
+    from .tables import ALONE, SIDES, Comparison
 
-    base = load_adapter(Path(args.adapter), args.model, precision)
+    base = load_given(args, precision)
     longest = max(int(part.rows.lengths.max()) for part in parts)
     engine = for_evaluation(base, longest, args.batch_size * args.max_length)
     results, answers = [], []
-    for side, context in (("base", lora_disabled), ("adapter", nullcontext)):
-        with context(base.model):
+    for side in SIDES if args.adapter else ALONE:
+        with lora_disabled(base.model) if side == "base" else nullcontext():
             results.append([evaluate_rows(engine, part.rows, args.batch_size, side) for part in parts])
             if args.generate:
                 how = (args.batch_size, args.max_new_tokens, f"{side} answers")

@@ -30,7 +30,7 @@ from .scores import Answer, Choices, between
 from .tables import Comparison, by_letter
 
 SHOWN = 24  # generated answers that are shown, evenly spaced among all of them
-SAMPLE = ("where", "prompt", "reference", "before", "after")
+SAMPLE = ("where", "prompt", "reference", "before", "after")  # of samples.jsonl
 DRAWN = {"train": ("step", "loss", "lr"), "eval": ("step", "eval_loss")}  # what the curves need of an event
 LOOK = {
     "savefig.format": "svg", "savefig.transparent": True, "svg.fonttype": "none", "svg.hashsalt": "qlora_min",
@@ -56,34 +56,40 @@ def check(path: str) -> None:
         import matplotlib  # noqa: F401
 
 
-def evaluation(adapter: Path, found: Comparison, precision: str) -> str:
+def evaluation(evaluated: Path | str, found: Comparison, precision: str) -> str:
     """The HTML of an evaluation.
 
     Args:
-        adapter: its folder. If that is in a run directory, the page also shows the curves of the run, and its samples
-            if no answers were generated.
+        evaluated: an adapter's folder, or the name of a model without one. If the adapter is in a run directory, the
+            page also shows the curves of the run, and its samples if no answers were generated.
     """
     found = replace(found, names=[named(name) for name in found.names])
-    before, after = map(Evaluation.join, found.results)
+    wholes = [*map(Evaluation.join, found.results)]
     answered = [*zip(*(itertools.chain(*side) for side in found.answers))]
-    folder = adapter.resolve()
-    run_dir = folder.parent if checkpoint.is_run(folder.parent) else None
+    parts = [*zip(found.names, *found.results), *([("all", *wholes)] if len(found.names) > 1 else [])]
+    title, run_dir = named(str(evaluated)), None
+    if isinstance(evaluated, Path):
+        folder = evaluated.resolve()
+        run_dir = folder.parent if checkpoint.is_run(folder.parent) else None
+        adapter = f"{run_dir.name}/{folder.name}" if run_dir else folder.name
+        title = f"{named(AdapterConfig.read(evaluated).base_model)} with {adapter}"
     events = _drawn(checkpoint.read_metrics(run_dir)) if run_dir else []
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return ENVIRONMENT.from_string(template).render(
-        adapter=f"{run_dir.name}/{folder.name}" if run_dir else folder.name,
-        base=named(AdapterConfig.read(adapter).base_model),
+        title=title,
+        labels=found.sides,
         precision=precision,
         date=time.strftime("%Y-%m-%d"),
-        before=before,
-        after=after,
-        both=found.whole(),
-        sides=[*zip(found.names, *found.results), *([("all", before, after)] if len(found.names) > 1 else [])],
+        wholes=[*zip(found.sides, wholes)],
+        after=wholes[-1],
+        measures=found.whole(),
+        each=[(name, [*zip(found.sides, results)]) for name, *results in parts],
         tables=found.parts(),
         events=events,
         curves=any("loss" in e for e in events) and _svg(draw_curves, {"": events}),
-        calibration=after.option_rows and _svg(_calibration, {"tab:gray": before, "tab:orange": after}),
-        samples=_samples(answered, run_dir),
+        calibration=wholes[-1].option_rows
+        and _svg(_calibration, dict(zip(("tab:orange", "tab:gray"), reversed(wholes)))),
+        samples=_samples(found.sides, answered, run_dir),
         generated=len(answered),
     )
 
@@ -123,14 +129,18 @@ def _calibration(results: dict[str, Evaluation], out: io.StringIO) -> None:
     figure.savefig(out)
 
 
-def _samples(answered: Sequence[tuple[Answer, Answer]], run_dir: Path | None) -> list[dict[str, str]]:
-    """Rows with the reference and both answers: evenly spaced ones of `answered`, or else the samples of the run."""
+def _samples(
+    sides: Sequence[str], answered: Sequence[tuple[Answer, ...]], run_dir: Path | None
+) -> list[dict[str, Any]]:
+    """Rows with the reference and the answer of each side: evenly spaced ones of `answered`, or else of the run."""
     if answered:
         chosen = np.unique(np.linspace(0, len(answered) - 1, min(SHOWN, len(answered))).round().astype(int))
-        return [dict(zip(SAMPLE, (*b[:3], b.answer, a.answer))) for b, a in (answered[i] for i in chosen)]
-    try:
-        lines = (run_dir / "samples.jsonl").read_bytes().splitlines() if run_dir else []
-        found = [dict(json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged: the page is made without them
-        return []
-    return [{key: str(sample.get(key, "")) for key in SAMPLE} for sample in found]
+        found = [[*row[0][:3], *(side.answer for side in row)] for row in (answered[i] for i in chosen)]
+    else:
+        try:
+            lines = (run_dir / "samples.jsonl").read_bytes().splitlines() if run_dir else []
+            samples = [dict(json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged: the page is made without them
+            return []
+        found = [[str(sample.get(key, "")) for key in SAMPLE] for sample in samples]
+    return [{"where": w, "prompt": p, "texts": [*zip(("reference", *sides), texts)]} for w, p, *texts in found]

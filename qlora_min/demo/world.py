@@ -18,6 +18,8 @@ Cost: 58 tokens per row, 200 steps of 32 rows; about a minute on two CPU cores, 
 import json
 import os
 import random
+import stat
+import tempfile
 from pathlib import Path
 
 MODEL_DIR = Path(__file__).parent / "demo_model"
@@ -82,19 +84,41 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_min" / "demo"
 
 
+def temporary_folder() -> Path:
+    """A folder in its place if that can't be written, in the system's folder for temporary files: always the same one,
+    of this user alone.
+
+    Raises:
+        ValueError: the folder is another user's.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else ""  # elsewhere that folder is a user's own
+    folder = Path(tempfile.gettempdir()) / f"qlora_min-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or (user != "" and (found.st_uid != user or found.st_mode & 0o022)):
+        raise ValueError(f"--demo: '{folder}' is not this user's alone; set XDG_CACHE_HOME to a folder for its data")
+    return folder / "demo"
+
+
 def write_data(folder: Path) -> tuple[Path, Path]:
     """Write `train.jsonl` and `eval.jsonl` into `folder`, the same bytes each time, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     held_out, trained = CONDITIONS[:HELD_OUT], CONDITIONS[HELD_OUT:]
     paths = folder / "train.jsonl", folder / "eval.jsonl"
     for path, some in zip(paths, (rows(trained, TRAIN_ROWS, 4), rows(held_out, EVAL_ROWS, 5)), strict=True):
+        text = "".join(json.dumps(r) + "\n" for r in some)
+        if path.is_file() and path.read_text(encoding="utf-8") == text:  # the folder may be read-only by now
+            continue
         new = path.with_name(f".{path.name}.{os.getpid()}")
-        new.write_text("".join(json.dumps(r) + "\n" for r in some), encoding="utf-8")
+        new.write_text(text, encoding="utf-8")
         new.replace(path)  # another demo may be reading it
     return paths
 
 
 def config_options() -> dict[str, object]:
     """Values for Config: the model, the data (which are written to the user's cache), and OPTIONS."""
-    train, held = write_data(cache_folder())
+    try:
+        train, held = write_data(cache_folder())
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        train, held = write_data(temporary_folder())
     return {"model": str(MODEL_DIR), "dataset": (str(train),), "eval_dataset": (str(held),), **OPTIONS}

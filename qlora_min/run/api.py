@@ -27,7 +27,7 @@ from ..system.text import shown
 from .cards import merged_card
 from .checkpoint import read_metrics
 from .datasets import evaluation_data
-from .options import parse_values
+from .options import parse_values, sampling
 from .resume import resume_config
 from .trainer import Trainer
 
@@ -105,17 +105,27 @@ class Model:
     base: Base
 
     def generate(
-        self, prompt: str | Sequence[Message] | Sequence[str | Sequence[Message]], max_new_tokens: int = 256
+        self,
+        prompt: str | Sequence[Message] | Sequence[str | Sequence[Message]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
     ) -> str | list[str]:
-        """Answer a prompt (a text, or messages with role and content), or each prompt of a list, by greedy decoding.
+        """Answer a prompt (a text, or messages with role and content), or each prompt of a list.
 
         Args:
             max_new_tokens: an answer is cut at this many tokens.
+            temperature: 0 takes the likeliest tokens; above, tokens are drawn, by torch's generator.
+            top_p: of the likeliest tokens only, which together have this probability.
+
+        Raises:
+            ValueError: temperature or top_p is out of range.
         """
+        how = sampling(temperature, top_p)
         one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
         asked = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in ([prompt] if one else prompt)]
         prompts = [self.base.encoder.prompt(messages) for messages in asked]
-        answers = generate(self.base, prompts, max_new_tokens) if prompts else []
+        answers = generate(self.base, prompts, max_new_tokens, **how) if prompts else []
         return answers[0] if one else answers
 
 
@@ -130,13 +140,17 @@ def load(model: str | Path, base: str | Path | None = None, precision: str = "au
         ValueError: no such adapter or model, or another base than the adapter was trained on.
     """
     precision = resolve_precision(precision, pick_device())
-    if (Path(model) / "adapter_config.json").is_file():
+    if _is_adapter(model):
         return Model(load_adapter(Path(model), base and str(base), precision))
     return Model(load_base(str(model), "none", precision))
 
 
+def _is_adapter(model: str | Path) -> bool:
+    return (Path(model) / "adapter_config.json").is_file()
+
+
 def evaluate(
-    adapter: str | Path,
+    model: str | Path,
     dataset: Dataset | None = None,
     *,
     base: str | Path | None = None,
@@ -145,10 +159,10 @@ def evaluate(
     batch_size: int = 8,
     columns: Mapping[str, str] | Sequence[str] = (),
 ) -> Evaluation:
-    """Evaluate an adapter on the rows that its run held out, or on a data set.
+    """Evaluate an adapter on the rows that its run held out, or an adapter or any other model on a data set.
 
     Args:
-        dataset: as for `train`. base: as for `load`.
+        model, base: as for `load`. dataset: as for `train`.
         limit: use at most the first N rows of each data set. max_length: leave out longer rows of `dataset`, in tokens.
         batch_size: rows at a time. columns: `Config.columns`, for `dataset`.
 
@@ -156,8 +170,9 @@ def evaluate(
         ValueError: as `load`; or the data can't be read, or have changed since the run.
     """
     names = None if dataset is None else _names(dataset)
-    parts = evaluation_data(Path(adapter), base and str(base), names, limit, max_length, columns)
-    loaded = load(adapter, base).base
+    adapter, name = (Path(model), base and str(base)) if _is_adapter(model) else (None, str(model))
+    parts = evaluation_data(adapter, name, names, limit, max_length, columns)
+    loaded = load(model, base).base
     engine = for_evaluation(loaded, max(int(p.rows.lengths.max()) for p in parts), batch_size * max_length)
     return Evaluation.join([evaluate_rows(engine, part.rows, batch_size) for part in parts])
 

@@ -194,7 +194,7 @@ def _note_shared(questions: np.ndarray, held_out: np.ndarray) -> None:
 
 
 def evaluation_data(
-    adapter: Path,
+    adapter: Path | None,
     model: str | None,
     datasets: Sequence[str] | None,
     limit: int | None,
@@ -204,7 +204,8 @@ def evaluation_data(
     """The data to evaluate an adapter on: the given data sets, or else the rows that the adapter's run held out.
 
     Args:
-        model: the base's path or hub id, if it is not the one in the adapter's files.
+        adapter: None to evaluate a model without one, on the given data sets.
+        model: that model; or the base's path or hub id, if it is not the one in the adapter's files.
         limit: use at most the first N rows of each data set.
         max_length: leave out longer rows of the given data sets. columns: `Config.columns`, for the given data sets.
 
@@ -212,15 +213,20 @@ def evaluation_data(
         ValueError: no data set is given, and the adapter is not in a run directory, its run held out no rows, or the
             data have changed since the run (so that rows it was trained on could pass for held out).
     """
-    described = AdapterConfig.read(adapter)
-    revision = None if model else described.revision
-    encoder = load_encoder(model or described.base_model, revision, date=described.date)
+    if adapter:
+        described = AdapterConfig.read(adapter)
+        revision = None if model else described.revision
+        encoder = load_encoder(model or described.base_model, revision, date=described.date)
+    else:
+        encoder = load_encoder(model)
     if datasets:
         bad, columns = BadRows(), config_from({"columns": columns}, "columns").columns
         opened = [(name, read(name, limit, bad, columns)) for name in datasets]
         parts = [encode_dataset(name, examples, encoder, max_length, bad) for name, examples in opened]
         bad.check()
         return parts
+    if not adapter:
+        raise ValueError(f"model '{model}': no run held out rows for it; name the data to evaluate on with --dataset")
     run_dir = adapter.parent
     if not checkpoint.is_run(run_dir):
         raise ValueError(f"adapter '{adapter}' is not in a run directory; name the data to evaluate on with --dataset")

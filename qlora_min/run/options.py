@@ -1,4 +1,4 @@
-"""Option values from files: a TOML file, or the config.json of a run."""
+"""Option values from files: a TOML file, or the config.json of a run. Options of generation."""
 
 import dataclasses
 import difflib
@@ -84,3 +84,19 @@ def read_toml(path: str) -> dict[str, Any]:
 def config_from(values: Mapping[str, Any], source: str) -> Config:
     """The inverse of `Config.as_dict`, also for an earlier version's. source: the file's name, for errors."""
     return Config(**parse_values({k: v for k, v in values.items() if k not in REMOVED}, source))
+
+
+def sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    """Fields of transformers' GenerationConfig: to draw tokens at this temperature, of the likeliest that together have
+    a probability of `top_p`; none, to take the likeliest token, at temperature 0.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    if temperature and not 0.01 <= temperature <= 100:
+        raise ValueError(f"--temperature: got {temperature}, expected 0 (the likeliest answer), or from 0.01 to 100")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top-p: got {top_p}, expected a number above 0 and at most 1")
+    if top_p < 1 and not temperature:
+        raise ValueError("--top-p: chooses nothing at --temperature 0; give a temperature above 0")
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}

@@ -8,6 +8,7 @@ import codecs
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -21,7 +22,7 @@ codecs.register_error("shown", lambda e: ("".join(ASCII.get(c, "?") for c in e.o
 def show_everything() -> None:
     """From now on no print and no input of this process fails for its characters."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "shown"), (sys.stderr, "shown")):
-        if hasattr(stream, "reconfigure"):
+        with suppress(AttributeError, ValueError):  # it is no console, or closed, or has been read from
             stream.reconfigure(errors=errors)
 
 
