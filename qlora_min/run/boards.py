@@ -20,7 +20,9 @@ NO_SCALARS = ("step", "seconds")
 
 
 class Board:
-    """A board of a run.
+    """A board of a run. Each kind has: `opener()`, which imports its package and returns a function that begins to show
+    the run; `show(scalars, step, time)`, where the time is in seconds since 1970, the run's start plus the seconds of
+    training, so that pauses do not show; and `end()`, called when training has ended, in whichever way.
 
     Raises:
         ValueError: its package is not installed.
@@ -29,16 +31,16 @@ class Board:
     title: ClassVar[str]
 
     def __init__(self, run_dir: Path, name: str):
+        self.run_dir, self.writer, self.failed = run_dir.resolve(), None, False
         try:
             self.open = self.opener()
         except ImportError:
             hint = f"pip install 'qlora_min[{name}]'"
             raise ValueError(f"--report {name}: {self.title} is not installed ({hint})") from None
-        self.run_dir, self.writer, self.failed = run_dir.resolve(), None, False
 
     def begin(self) -> None:
         """Begin to show the run, from its first line on."""
-        self.writer, self.read, self.seconds = self.make_writer(), 0, 0.0
+        self.writer, self.read, self.seconds = self.open(), 0, 0.0
 
     def update(self) -> None:
         """Show the new lines of metrics.jsonl. If that fails, warn once; the next update begins again."""
@@ -60,27 +62,11 @@ class Board:
                 say(f"warning: no {self.title} for now ({clipped(e)}); metrics.jsonl has it all")
             self.writer, self.failed = None, True
 
-    # What the boards do differently. show: `time` is in seconds since 1970, the start of the run plus the seconds of
-    # training, so that pauses do not show.
-
     def start(self) -> None:
         """Called before training."""
 
-    def opener(self) -> Callable[..., Any]:
-        """Import what `make_writer` calls."""
-        raise NotImplementedError
-
-    def make_writer(self) -> Any:
-        raise NotImplementedError
-
-    def show(self, scalars: dict[str, float], step: int, time: float) -> None:
-        raise NotImplementedError
-
     def flush(self) -> None:
         """Called after some lines have been shown."""
-
-    def end(self) -> None:
-        raise NotImplementedError
 
 
 class TensorBoard(Board):
@@ -88,13 +74,10 @@ class TensorBoard(Board):
 
     title = "TensorBoard"
 
-    def opener(self) -> Callable[..., Any]:
+    def opener(self) -> Callable[[], Any]:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter
-
-    def make_writer(self) -> Any:
-        return self.open(self.run_dir / "tensorboard", purge_step=0)
+        return lambda: SummaryWriter(self.run_dir / "tensorboard", purge_step=0)
 
     def show(self, scalars: dict[str, float], step: int, time: float) -> None:
         for tag, value in scalars.items():
@@ -112,10 +95,15 @@ class WeightsAndBiases(Board):
 
     title = "Weights & Biases"
 
-    def opener(self) -> Callable[..., Any]:
+    def opener(self) -> Callable[[], Any]:
         from wandb import init
 
-        return init
+        def begin() -> Any:
+            record = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
+            return init(project=os.environ.get("WANDB_PROJECT", "qlora_min"), name=self.run_dir.name,
+                        dir=str(self.run_dir), config=record["options"], id=record["id"], resume="allow")  # fmt: skip
+
+        return begin
 
     def start(self) -> None:
         """Log in before training.
@@ -128,13 +116,6 @@ class WeightsAndBiases(Board):
         except Exception as e:  # wandb's own types
             fix = "log in with `wandb login`, or set WANDB_MODE=offline"
             raise ValueError(f"--report wandb: {self.title} can't begin ({clipped(e)}); {fix}") from None
-
-    def make_writer(self) -> Any:
-        record = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
-        return self.open(
-            project=os.environ.get("WANDB_PROJECT", "qlora_min"), name=self.run_dir.name, dir=str(self.run_dir),
-            config=record["options"], id=record["id"], resume="allow",
-        )  # fmt: skip
 
     def begin(self) -> None:
         super().begin()
