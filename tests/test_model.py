@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from test_templates import FORMS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
@@ -481,7 +482,7 @@ PHI = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
 )
-QWEN3 = CHATML.replace("'\n' + m['content']", "'\n' + ('<think>\n\n</think>\n\n' if loop.last else '') + m['content']")
+QWEN3 = FORMS["qwen3"][0]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 FAMILIES = {  # name -> (config class, its options, chat template, its control tokens, the end token, targets)
@@ -546,7 +547,8 @@ def test_a_family_end_to_end(name, tmp_path):
     rows = datasets.encode_dataset("rows", [layouts.to_example(r, "r") for r in ROWS], base.encoder, 128).rows
     tokenizer = base.encoder.tokenizer
     learned = [tokenizer.decode(r.input_ids[r.supervised].tolist()) for r in rows]
-    assert learned[0] == f"Bekoxol.{end}" and learned[1] == f"Hello{end}\n1 <|im_end|> </s>{end}"
+    plain_text = [re.sub(r"\s|<think>\s*</think>", "", t) for t in learned]  # test_templates.py has the blanks
+    assert plain_text[0] == f"Bekoxol.{end}" and plain_text[1] == f"Hello{end}1<|im_end|></s>{end}"
 
     # Training: packed rows are apart, and the engine's logits are the model's own.
     torch.manual_seed(0)

@@ -109,6 +109,13 @@ class BadRows:
         if len(self.messages) < SHOWN:
             self.messages.append(" ".join(str(row).split()))
 
+    def check_all(self, name: str, count: int) -> None:
+        """Where all rows of a data set are bad: raise ValueError if they have one reason, or are skipped."""
+        reason, *others = self.reasons
+        if self.skip or (count > 1 and not others):
+            why = "; leave out --skip-bad-rows to see why" if others else f": {reason.lstrip(': ')}"
+            raise ValueError(f"{name}: all {count:,} rows are bad{why}")
+
     @property
     def fatal(self) -> bool:
         return self.count > 0 and not self.skip

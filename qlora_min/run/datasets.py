@@ -77,12 +77,10 @@ def encode_dataset(
     Raises:
         ValueError: all rows are too long, or all are bad.
     """
-    mine, notes = bad or BadRows(), encoder.template.notes
-    notes.clear()
+    mine, refused = bad or BadRows(), 0  # by the encoder
+    encoder.template.notes.clear()
     mine.reasons.clear()
     before, questions, lengths = mine.count, array("Q"), array("i")
-
-    refused = 0  # by the encoder
 
     def kept() -> Iterator[Row]:
         nonlocal refused
@@ -100,13 +98,11 @@ def encode_dataset(
                     yield replace(row, text=example.as_json()) if texts else row
 
     rows = Rows.write(kept())
-    for what, n in notes.items():
+    for what, n in encoder.template.notes.items():
         say(f"note: {name}: {n:,} {what}")
     count = mine.count - before
-    if not lengths and count >= (1 if mine.skip else 2) and (mine.skip or len(mine.reasons) == 1):
-        reason, *others = mine.reasons
-        why = "; leave out --skip-bad-rows to see why" if others else f": {reason.lstrip(': ')}"
-        raise ValueError(f"{name}: all {count:,} rows are bad{why}")
+    if count and not lengths:
+        mine.check_all(name, count)
     if bad is None:
         mine.check()
     if lengths and not rows:
