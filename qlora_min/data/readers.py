@@ -483,30 +483,31 @@ def _read_saved(source: str, folder: Path, split: str, columns: Columns) -> Raw:
 def _read_hub(source: str, hub: Mapping[str, str | None], columns: Columns) -> Raw:
     import datasets
 
-    name = hub["name"]
     given = {"split": hub["split"] or "train"} | ({"revision": hub["revision"]} if hub["revision"] else {})
     try:
-        data = datasets.load_dataset(*filter(None, (name, hub["config"])), **given)
-    except datasets.exceptions.DatasetNotFoundError as e:
-        raise ValueError(
-            f"data set '{source}': not on the Hugging Face hub (or private), and no local file ({_first_line(e)})"
-        ) from None
-    except ConnectionError:
-        raise ValueError(
-            f"data set '{source}': no local file of this name, and the Hugging Face hub can't be reached; "
-            f"give a local {'/'.join(FILE_KINDS)} file, or try --demo, which needs no network"
-        ) from None
+        data = datasets.load_dataset(*filter(None, (hub["name"], hub["config"])), **given)
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as e:
-        revision = f"@{hub['revision']}" * bool(hub["revision"])
-        there = re.findall(r"'([^']*)'", (re.findall(r"\[.*?\]", str(e)) or [""])[-1])  # its own list of what there is
-        if there and re.search(r"\bsplits?\b", str(e)):
-            reason = _one_of("split", there, f"{name}{revision}:{hub['config'] or ''}:")
-        elif there and "config" in str(e).lower():
-            reason = _one_of("configuration", there, f"{name}{revision}:")
-        else:
-            reason = f"can't be loaded ({_first_line(e)})"
-        raise ValueError(f"data set '{source}': {reason}") from None
+        raise ValueError(f"data set '{source}': {_why_not_loaded(e, hub)}") from None
     yield from _read_table(source, data, columns)
+
+
+def _why_not_loaded(error: Exception, hub: Mapping[str, str | None]) -> str:
+    from ..system.hub import hub_answer  # imports torch
+
+    if answer := hub_answer(error, hub["name"], "dataset"):
+        return answer
+    if isinstance(error, ConnectionError):
+        return (
+            "no local file of this name, and the Hugging Face hub can't be reached; "
+            f"give a local {'/'.join(FILE_KINDS)} file, or try --demo, which needs no network"
+        )
+    start = hub["name"] + f"@{hub['revision']}" * bool(hub["revision"])
+    there = re.findall(r"'([^']*)'", (re.findall(r"\[.*?\]", str(error)) or [""])[-1])  # its own list of what there is
+    if there and re.search(r"\bsplits?\b", str(error)):
+        return _one_of("split", there, f"{start}:{hub['config'] or ''}:")
+    if there and "config" in str(error).lower():
+        return _one_of("configuration", there, f"{start}:")
+    return f"can't be loaded ({_first_line(error)})"
 
 
 def _one_of(what: str, names: Sequence[str], start: str) -> str:
