@@ -25,15 +25,16 @@ import torch
 import torch.nn as nn
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .chat import ChatEncoder
 from .data.templates import named_template
 from .lora import LoraSpec, inject_lora, lora_parameters
-from .system.bits import Linear4bit, empty_4bit, quantize_into
+from .system import weights
+from .system.bits import dequantized, linear_4bit, quantized, stored_4bit
 from .system.device import DTYPES, pick_device
-from .system.hub import find_model, refusing
-from .system.weights import Fingerprint, expected_weights, read_weights, weight_shapes
+from .system.files import read_json
+from .system.hub import find_model, read_config, refusing
 
 # 8 MiB of cuBLAS workspace per stream. PyTorch's default is 32 MiB on Hopper; measured: no slower.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
@@ -49,7 +50,8 @@ class Base:
     """A loaded base: the model, its encoder, and what identifies it.
 
     name: as the user gave it. folder: where its files are. revision: the hub's commit, if from there. fingerprint:
-    sha256 of the architecture and of every weight as stored. dtype: what it computes in.
+    sha256 of the architecture and of every weight as stored. dtype: what it computes in. quantization: nf4, fp4 or
+    none. prequantized: it is stored so.
     """
 
     model: PreTrainedModel
@@ -59,6 +61,8 @@ class Base:
     revision: str | None
     fingerprint: str
     dtype: torch.dtype
+    quantization: str = "nf4"
+    prequantized: bool = False
     sharded: bool = False  # each process holds a part of the weights
 
     @property
@@ -72,18 +76,19 @@ def load_encoder(name: str, revision: str | None = None, template: str | None = 
     Args:
         template: another chat template than the model's: a file, or "chatml". settings: of `ChatEncoder`.
     """
-    folder, _ = find_model(name, revision)
+    folder, _ = find_model(name, revision, weights=False)
+    config = read_config(folder, name)
     with refusing(f"model '{name}': no usable tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if template:
         tokenizer.chat_template = named_template(template, tokenizer)
     with refusing(f"model '{name}': no usable tokenizer"):
-        return ChatEncoder(tokenizer, **settings)
+        return ChatEncoder(tokenizer, vocab_size=getattr(config.get_text_config(), "vocab_size", None), **settings)
 
 
 def load_base(
     name: str,
-    quantization: str = "nf4",
+    quantization: str | None = "nf4",
     precision: str = "fp32",
     device: torch.device | None = None,
     revision: str | None = None,
@@ -94,28 +99,31 @@ def load_base(
 
     Args:
         name: a local folder or a hub id.
-        quantization: nf4, fp4 (both doubly quantised) or none.
+        quantization: nf4, fp4 (both doubly quantised) or none; None: as stored. A model stored in 4 bits is unchanged.
         precision: fp32, fp16 or bf16: what matrix products are computed in (under autocast, see `autocast`).
         revision: of a model on the hub; the newest if not given.
         encoder: the model's, if it is loaded already.
         shard: leaves each process a part of the weights (`scale.sharding.shard`).
 
     Raises:
-        ValueError: no such model, weights that are missing, unexpected or damaged, or no chat template.
+        ValueError: no such model, weights missing, unexpected, damaged or quantised otherwise, or no chat template.
     """
     device, dtype = device or pick_device(), DTYPES[precision]
     folder, revision = find_model(name, revision)
     encoder = encoder or load_encoder(str(folder))
     model, generation = _empty_model(name, folder)
-    expected = expected_weights(name, model, weight_shapes(folder))
-    _materialise_buffers(model, device)
-    place = _Place(model, quantization, dtype, device, sharded=shard is not None)
-    fingerprint = Fingerprint(model.config)
+    packed = weights.PackedWeights(shapes := weights.weight_shapes(folder))
+    quantization = packed.agree(name, quantization)
+    expected = weights.expected_weights(name, model, shapes, packed)
+    weights.materialise_buffers(model, device)
+    place = _Place(model, "none" if packed.quantization else quantization, dtype, device, sharded=shard is not None)
+    fingerprint = weights.Fingerprint(model.config)
     with ThreadPoolExecutor(1) as other:  # hashing takes as long as the rest, and releases the interpreter's lock
-        for key, tensor in read_weights(folder):
+        for key, tensor in weights.read_weights(folder):
             hashed = other.submit(fingerprint.add, key, tensor)
-            if key in expected:
-                place(key, tensor)
+            whole = packed.add(key, tensor)
+            if whole and whole[0] in expected:
+                place(expected[whole[0]], whole[1])
             hashed.result()
     model.tie_weights()
     model.requires_grad_(False)
@@ -126,38 +134,27 @@ def load_base(
         shard(model, device, decoder_layers(model))
     if dtype != torch.float32:  # keep the residual stream in fp32 from its first value on
         model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.float())
-    digest = fingerprint.digest.hexdigest()
-    return Base(model, encoder, name, folder, revision, digest, dtype, sharded=shard is not None)
+    digest, stored = fingerprint.digest.hexdigest(), bool(packed.quantization)
+    return Base(model, encoder, name, folder, revision, digest, dtype, quantization, stored, sharded=shard is not None)
 
 
 def _empty_model(name: str, folder: Path) -> tuple[PreTrainedModel, GenerationConfig | None]:
     """The model that config.json describes, on the meta device, and its generation settings."""
-    with refusing(f"model '{name}': no usable config.json"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        has_settings = (folder / "generation_config.json").is_file()
-        generation = GenerationConfig.from_pretrained(folder) if has_settings else None
+    config, settings = read_config(folder, name), folder / "generation_config.json"
+    with refusing(f"model '{name}': no usable generation_config.json"):
+        generation = GenerationConfig.from_dict(read_json(settings)) if settings.is_file() else None
     with refusing(f"model '{name}': config.json makes no model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        decoder_prefix(model)
+        layers = decoder_layers(model)
+    if not any(isinstance(m, nn.Linear) for m in layers.modules()):
+        raise ValueError(f"model '{name}': {config.model_type} is not supported, since it has no layers of nn.Linear")
     return model, generation
 
 
-def _materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Give buffers that no checkpoint stores (rotary frequencies) their values; parameters stay on meta.
-
-    `_init_weights` is the hook by which every transformers model computes them; on meta parameters it does nothing.
-    """
-    for module in model.modules():
-        if any(b.is_meta for b in module._buffers.values() if b is not None):
-            for key, buffer in module._buffers.items():
-                module._buffers[key] = torch.empty_like(buffer, device=device)
-            model._init_weights(module)
-
-
 class _Place:
-    """Puts a weight from disk where it belongs, in its dtype, quantised if it is a linear layer's of the decoder.
+    """Puts a weight from disk where it belongs, in its dtype, in 4 bits if it is a linear layer's of the decoder.
 
-    Those that will be sharded stay on the CPU.
+    quantization: to quantise to. Weights that will be sharded stay on the CPU.
     """
 
     def __init__(self, model: PreTrainedModel, quantization: str, dtype: torch.dtype, device, sharded: bool):
@@ -166,20 +163,23 @@ class _Place:
         )  # fmt: skip
         self.decoder = decoder_prefix(model)
 
-    def __call__(self, key: str, tensor: Tensor) -> None:
+    def __call__(self, key: str, tensor: Tensor | dict[str, Tensor]) -> None:
+        """tensor: a dictionary of the parts of a weight that is stored in 4 bits."""
         owner, _, leaf = key.rpartition(".")
         module = self.model.get_submodule(owner)
         linear = isinstance(module, nn.Linear) and key.startswith(self.decoder)
-        four_bit = linear and self.quantization != "none"
-        if four_bit and leaf == "weight":
+        if isinstance(tensor, dict):
+            packed = stored_4bit(key, tensor, getattr(module, leaf).shape, self.dtype, self.device)
+            if linear:
+                return self._put_4bit(owner, module, packed)
+            tensor = dequantized(packed)  # of the head, say
+        four_bit = linear and leaf == "weight" and self.quantization != "none"
+        if four_bit:
             tensor = tensor.to(self.device)
-        if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is its own minimum
-            raise ValueError(f"weight '{key}' holds NaN or infinite values; copy or download the model again")
-        if four_bit and not isinstance(module, Linear4bit):
-            module = empty_4bit(module, self.quantization, self.dtype)
-            self.model.set_submodule(owner, module)
-        if four_bit and leaf == "weight":
-            return self._quantize(key, module, tensor)
+        if why := weights.unusable(tensor):
+            raise ValueError(f"weight '{key}' {why}; copy, convert or download the model again")
+        if four_bit:
+            return self._put_4bit(owner, module, quantized(tensor, self.quantization, self.dtype))
         ends = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         wide = not linear and module not in ends
         waits = self.sharded and leaf == "weight" and not wide
@@ -188,20 +188,16 @@ class _Place:
             value = nn.Parameter(value, requires_grad=False)
         setattr(module, leaf, value)
 
-    def _quantize(self, key: str, module: nn.Module, tensor: Tensor) -> None:
-        if self.device.type == "cpu" and module.in_features % 64:
-            raise ValueError(
-                f"'{key}' has rows of {module.in_features}, no multiple of 64, which bitsandbytes dequantises wrongly "
-                "on a CPU; use --quantization none, or a GPU"
-            )
-        quantize_into(module, tensor, self.quantization, self.dtype)
+    def _put_4bit(self, owner: str, module: nn.Linear, weight: nn.Parameter) -> None:
         if self.sharded:
-            module.weight.data = module.weight.data.cpu()
+            weight.data = weight.data.cpu()
+        self.model.set_submodule(owner, linear_4bit(module, weight, self.dtype))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, whatever the family calls them (layers, h)."""
-    return max((m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)), key=len)
+    lists = (m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList))
+    return max(lists, key=len, default=nn.ModuleList())
 
 
 def decoder_prefix(model: PreTrainedModel) -> str:

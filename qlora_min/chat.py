@@ -34,17 +34,18 @@ class ChatEncoder:
     Args:
         train_on: which answers are supervised: "all", or the "last" of each row.
         date: of a template that shows the day's (`Template`).
+        vocab_size: of the model's embedding, which may be smaller than the tokenizer's.
 
     Raises:
         ValueError: the tokenizer has no chat template, or one that puts no end token after an answer.
     """
 
-    def __init__(self, tokenizer: Any, train_on: str = "all", date: str | None = None):
+    def __init__(self, tokenizer: Any, train_on: str = "all", date: str | None = None, vocab_size: int | None = None):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 "the model's tokenizer has no chat template; use an instruction-tuned model, or --chat-template"
             )
-        self.tokenizer, self.train_on = tokenizer, train_on
+        self.tokenizer, self.train_on, self.vocab_size = tokenizer, train_on, vocab_size or len(tokenizer)
         self.template = Template(tokenizer, date)
         self.special_ids = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         marks_spaces = tokenizer.convert_ids_to_tokens(self._tokenise(["x"])[0])[0].startswith("\u2581")
@@ -54,6 +55,7 @@ class ChatEncoder:
         if not shown or not ends:
             raise ValueError("the chat template puts no end token after an answer: the model could not learn to stop")
         self.end_id = ends[0]
+        self.encode(PROBE)  # the template's own tokens are the model's, too
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
         """One call of the tokenizer for all texts: a call each would cost more than tokenising a short one."""
@@ -137,7 +139,10 @@ class ChatEncoder:
             self.template.notes[f"answers carry no loss: {NOT_A_PROMPT}"] += len(wanted)
         choices = self._choices(example, segments, ids, len(ids) - len(encoded[-1])) if learned else None
         end = len(supervised) - supervised[::-1].index(True)  # nothing is learned from what follows
-        ids, supervised = np.array(ids[:end], np.int32), np.array(supervised[:end], bool)  # faster than from a list
+        ids, supervised = (
+            np.array(self._checked(ids[:end]), np.int32),
+            np.array(supervised[:end], bool),
+        )  # faster than from a list
         return Row(torch.from_numpy(ids), torch.from_numpy(supervised), example.location, choices)
 
     def _choices(
@@ -171,4 +176,13 @@ class ChatEncoder:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """A conversation that waits for its answer -> ids, as a server makes them: what precedes it in `encode`."""
         segments = self.template.segments(Example(tuple(messages), "messages"), ask=True)
-        return list(itertools.chain.from_iterable(self._encode_segments([segments])[0]))
+        return self._checked(list(itertools.chain.from_iterable(self._encode_segments([segments])[0])))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """The ids; raises ValueError if the model's embedding has no row for one."""
+        if max(ids) >= self.vocab_size:
+            raise ValueError(
+                f"token id {max(ids)} is beyond the model's embedding of {self.vocab_size} tokens (vocab_size in "
+                "config.json): resize and save it, or use the model's own tokenizer"
+            )
+        return ids

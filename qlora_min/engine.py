@@ -182,7 +182,7 @@ class Modules(Engine):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `Engine.logits`, with what some families do to them behind the head."""
-        config = self.base.model.config
+        config = self.base.model.config.get_text_config()
         with autocast(self.device, self.base.dtype):
             logits = self.lm_head(hidden).float()
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere

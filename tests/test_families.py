@@ -35,7 +35,6 @@ FAMILIES = {
                 ATTENTION, ""),
     "smollm3": ("smollm3", {}, ATTENTION, ""),
     "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}, ("q_proj", "k_proj", "v_proj", "out_proj"), ""),
-    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, (), ""),
     "gpt_neox": ("gpt_neox", {}, ("query_key_value", "dense"), ""),
     "cohere": ("cohere", {"logit_scale": 0.25}, ATTENTION, ""),
     "cohere2": ("cohere2", {"logit_scale": 0.25, **WINDOW}, ATTENTION, ""),

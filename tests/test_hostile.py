@@ -763,13 +763,15 @@ HEADERS = {  # header, data, and its length as declared
 @pytest.mark.parametrize("name", HEADERS)
 def test_hostile_headers(adapter_folder, base, tmp_path, name):
     raw_file(adapter_folder / WEIGHTS, *HEADERS[name])
-    with pytest.raises(ValueError, match="damaged or missing weights") as error:
+    other = name in ("fp8", "int64", "bool", "a long name, int8")  # the file is sound, but not what is expected
+    with pytest.raises(ValueError, match="does not fit" if other else "damaged or missing weights") as error:
         load_weights(adapter_folder, base.model)
-    message_of(error, adapter_folder)
+    if not other:  # lists what is missing, which is long here
+        message_of(error, adapter_folder)
     folder = tmp_path / "model"
     shutil.copytree(world.MODEL_DIR, folder)
     raw_file(folder / "model.safetensors", *HEADERS[name])
-    with pytest.raises(ValueError, match="damaged or missing weights") as error:
+    with pytest.raises(ValueError, match="unexpected weight" if other else "damaged or missing weights") as error:
         load_base(str(folder), device=CPU)
     message_of(error, folder)
 

@@ -54,7 +54,7 @@ def test_an_adapters_card_says_all_that_a_stranger_needs():
         "datasets": ["o/data"],
     }  # fmt: skip
     for words in (
-        "4-bit NF4, doubly quantised", "[a/base](https://huggingface.co/a/base)", "`abc123`", f"`{'f' * 64}`",
+        "4-bit NF4, and to be used on those", "[a/base](https://huggingface.co/a/base)", "`abc123`", f"`{'f' * 64}`",
         "On 25 held-out rows, after 40 optimizer steps", "| loss | 1.5000 | 0.2500 |",
         "| option accuracy (chance 25.0%, always A 32.8%) | 20.0% | 90.0% |", "- o/data: 90 rows",
         "- rows.jsonl (held out): 1 rows",

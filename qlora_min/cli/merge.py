@@ -75,7 +75,8 @@ def _compare(args: argparse.Namespace, emit: Emit) -> int:
 
 
 def compare_merges(adapter: Path, rows: Sequence[Any], model: str | None, precision: str) -> dict[str, Any]:
-    """Evaluate the base without the adapter, the adapter on its base, and each of the three ways to merge it.
+    """Evaluate the base without the adapter, the adapter on its base, and each of the three ways to merge it (two if
+    the base is stored in 4 bits).
 
     Returns:
         An `Evaluation` of `rows` for each, by a name that says which it is.
@@ -109,7 +110,8 @@ def compare_merges(adapter: Path, rows: Sequence[Any], model: str | None, precis
     for name, linear in decoder_linears(loaded.model):
         loaded.model.set_submodule(name, quantize_linear(linear, quantization, loaded.dtype))
     measure(f"merged, then quantised to {bits} again")
-    loaded = load_adapter(adapter, model, precision, quantization="none")
-    fold(loaded.model)
-    measure("merged onto the original weights")
+    if not loaded.prequantized:
+        loaded = load_adapter(adapter, model, precision, quantization="none")
+        fold(loaded.model)
+        measure("merged onto the original weights")
     return results

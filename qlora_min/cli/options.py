@@ -109,7 +109,7 @@ def load_given(args: argparse.Namespace, precision: str) -> Any:
 
     if args.adapter:
         return load_adapter(Path(args.adapter), args.model, precision)
-    return load_base(args.model, "none", precision)
+    return load_base(args.model, None, precision)
 
 
 def count_option(parser: Parser, name: str, what: str, default: int | None = None) -> None:

@@ -41,7 +41,7 @@ from ..ops import formulas, masks
 from ..ops.attention import attention
 from ..ops.flat import FlatLoRA
 from ..scale.sharding import slices, unshard
-from ..system.bits import bnb, dequantized_weight
+from ..system.bits import bnb, dequantized_weight, doubly_quantized
 
 FAMILIES = ("qwen2", "llama", "mistral", "qwen3")
 LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # implemented by `engine.Modules.logits`
@@ -233,11 +233,11 @@ class Decoder(Engine):
 
     def _place_weights(self) -> None:
         """Set the weight of each group of projections."""
-        self.dequantizers = []
+        self.dequantizers = [None] * len(self.layers)
         groups = [p for layer in self.layers for p in layer.projections]
         self.sharded = self.base.sharded
-        quantised = isinstance(groups[0].linears[0], bnb.nn.Linear4bit)
-        self.stored = not self.sharded and not quantised
+        linears = [m for p in groups for m in p.linears]
+        self.stored = not self.sharded and not any(isinstance(m, bnb.nn.Linear4bit) for m in linears)
         self.scratch = torch.empty(0, dtype=self.dtype, device=self.device)
         if self.stored:
             for p in groups:
@@ -250,28 +250,37 @@ class Decoder(Engine):
         for layer in self.layers:
             for p, part in zip(layer.projections, self.scratch.split(sizes)):
                 p.weight = part.view(p.shape)
-        if quantised and self.device.type == "cuda":
+        if self.device.type == "cuda" and any(map(doubly_quantized, linears)):
             formulas.try_kernel("dequantize", self._use_dequantizers)
-            if not formulas.have_kernels():
-                self.dequantizers = []
 
     def _use_dequantizers(self) -> bool:
-        """Dequantise by our kernel from now on, one launch per layer. Return whether it agrees with bitsandbytes."""
+        """Dequantise by our kernel from now on, one launch per layer. Return whether it agrees with bitsandbytes.
+
+        A layer that its file holds otherwise, in 16 bits or with another block size, has none.
+        """
         from ..ops.kernels import Dequantizer
 
-        self._dequantize(0)
-        theirs = self.scratch.clone()
-        for layer in self.layers:
-            states = [(m.weight.data, m.weight.quant_state) for p in layer.projections for m in p.linears]
-            self.dequantizers.append(Dequantizer(states))
-        self._dequantize(0)
-        return torch.equal(theirs, self.scratch)
+        def make(layer: Layer) -> Dequantizer | None:
+            linears = [m for p in layer.projections for m in p.linears]
+            states = [(m.weight.data, m.weight.quant_state) for m in linears if doubly_quantized(m)]
+            return Dequantizer(states) if len(states) == len(linears) else None
+
+        def agrees(index: int) -> bool:
+            self._dequantize(index)
+            theirs = self.scratch.clone()
+            made[index](self.scratch)
+            return torch.equal(theirs, self.scratch)
+
+        made = [make(layer) for layer in self.layers]
+        wrong = [i for i, dequantizer in enumerate(made) if dequantizer and not agrees(i)]
+        self.dequantizers = self.dequantizers if wrong else made
+        return not wrong
 
     def _dequantize(self, index: int) -> None:
         """Write a layer's dequantised weights to the scratch buffer; for a sharded base, gather them first."""
         unshard(self.modules[index])
-        if self.dequantizers:
-            self.dequantizers[index](self.scratch)
+        if dequantizer := self.dequantizers[index]:
+            dequantizer(self.scratch)
         elif not self.stored:
             for p in self.layers[index].projections:
                 for m, out in zip(p.linears, p.weight.split([m.out_features for m in p.linears])):

@@ -77,9 +77,17 @@ def why_rows_mix(engine: Modules, max_seqlen: int) -> str:
         rows.append(Row(ids, torch.arange(length) > 0, ""))
     bound = 1e-3 if engine.base.dtype == torch.float32 else 0.2  # relative; 16-bit rounding errors accumulate
     inputs = [{"input_ids": r.input_ids.long()[None].to(engine.device), "use_cache": False} for r in rows]
-    with autocast(engine.device, engine.base.dtype):
-        own = [engine.decoder(**one).last_hidden_state[0].float() for one in inputs]
-        reference = engine.base.model(**inputs[0]).logits[0].float()
+    try:
+        with autocast(engine.device, engine.base.dtype):
+            own = [engine.decoder(**one).last_hidden_state[0].float() for one in inputs]
+            reference = engine.base.model(**inputs[0]).logits[0].float()
+    except Exception as e:  # of any type: layers that are used in other ways than by calling them, say
+        if is_out_of_memory(e):
+            raise
+        kind = engine.base.model.config.model_type
+        raise ValueError(
+            f"model '{engine.base.name}': {kind} is not supported, since its forward pass fails ({clipped(e, 100)})"
+        ) from None
     if not all(states.isfinite().all() for states in own):
         raise ValueError(
             f"model '{engine.base.name}': its hidden states overflow {str(engine.base.dtype).removeprefix('torch.')}; "

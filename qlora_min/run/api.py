@@ -142,7 +142,7 @@ def load(model: str | Path, base: str | Path | None = None, precision: str = "au
     precision = resolve_precision(precision, pick_device())
     if _is_adapter(model):
         return Model(load_adapter(Path(model), base and str(base), precision))
-    return Model(load_base(str(model), "none", precision))
+    return Model(load_base(str(model), None, precision))
 
 
 def _is_adapter(model: str | Path) -> bool:

@@ -183,9 +183,8 @@ def ways_to_save(
     if not work.bits8:
         saved = 6 * engine.adapter.weights.numel()
         ways.append((now - saved, "--optimizer paged_adamw8bit", "moments in 8 bits"))
-    plain = [m.weight for m in decoder_layers(engine.base.model).modules()
-             if isinstance(m, nn.Linear) and not isinstance(m, bnb.nn.Linear4bit)]  # fmt: skip
-    if plain:
+    if engine.base.quantization == "none":
+        plain = [m.weight for m in decoder_layers(engine.base.model).modules() if isinstance(m, nn.Linear)]
         saved = sum(w.numel() * (w.element_size() - 4.127 / 8) for w in plain)
         ways.append((now - int(saved), "--quantization nf4", "another base"))
     return [

@@ -143,7 +143,7 @@ class Trainer:
         torch.manual_seed(c.seed)  # initialises A; order, dropout and the split have generators of their own
         how = shard if self.processes.sharded else None
         self.base = load_base(c.model, c.quantization, self.precision, self.device, revision, encoder, how)
-        if self.device.type == "cpu" and self.base.model.config.hidden_size <= SMALL:
+        if self.device.type == "cpu" and self.base.model.config.get_text_config().hidden_size <= SMALL:
             torch.set_num_threads(1)
         self.wrapped = add_lora(self.base, c.lora)
 

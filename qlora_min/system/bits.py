@@ -10,15 +10,21 @@ uncompiled, so we make it fail.
   so that forward, backward and merge use the same weight.
 - On CPUs with AVX512-BF16, a forward in eval mode repacks the weight in place for an inference kernel, after which
   dequantising it is silently wrong. We disable that kernel.
-- On CPUs with AVX512, a matrix whose input size is a multiple of 16 but not of 64 (96, for example) is dequantised with
-  the scales of other blocks, and subnormal bf16 results become 0. base.py refuses such a model on a CPU.
+- On CPUs, a matrix whose input size is no multiple of the block size (96 and 64, for example) is dequantised with the
+  scales of other blocks. As a single row it is dequantised correctly, so that is how we do it there.
 """
 
+import copy
+from collections.abc import Mapping
+from math import prod
 from unittest.mock import patch
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
+
+from .hub import refusing
 
 with patch.object(torch, "compile", side_effect=RuntimeError("not while bitsandbytes is imported")):
     import bitsandbytes as bnb
@@ -29,38 +35,88 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
+        if _as_one_row(self.weight):
+            return F.linear(x.to(self.compute_dtype), dequantized_weight(self), self.bias)
         return super().forward(x.to(self.compute_dtype))
 
 
-def empty_4bit(module: nn.Linear, quantization: str, dtype: torch.dtype) -> bnb.nn.Linear4bit:
-    """A Linear4bit of the shape of `module`, on the meta device."""
+def linear_4bit(linear: nn.Linear, weight: bnb.nn.Params4bit, dtype: torch.dtype) -> Linear4bit:
+    """A layer of the shape and with the bias of `linear`, and a 4-bit weight."""
     with torch.device("meta"):
-        layer = Linear4bit(
-            module.in_features, module.out_features, module.bias is not None,
-            compute_dtype=dtype, compress_statistics=True, quant_type=quantization,
-        )  # fmt: skip
+        layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype)
+    layer.weight, layer.bias, layer.quant_state = weight, linear.bias, weight.quant_state
     layer.support_avx512bf16_for_cpu = False
     return layer
 
 
-def quantize_into(layer: bnb.nn.Linear4bit, weight: Tensor, quantization: str, dtype: torch.dtype) -> None:
-    """Quantise a weight (out, in) on its device and put it into a Linear4bit; it dequantises to `dtype`."""
-    packed = bnb.nn.Params4bit(weight.float(), quant_type=quantization, compress_statistics=True, module=layer)
-    layer.weight = packed.to(weight.device)  # bitsandbytes quantises here
-    layer.weight.quant_state.dtype = dtype
+def quantized(weight: Tensor, quantization: str, dtype: torch.dtype) -> bnb.nn.Params4bit:
+    """Quantise a weight (out, in) on its device; it dequantises to `dtype`."""
+    packed = bnb.nn.Params4bit(weight.float(), quant_type=quantization, compress_statistics=True)
+    packed = packed.to(weight.device)  # bitsandbytes quantises here
+    packed.quant_state.dtype = dtype
+    return packed
 
 
-def quantize_linear(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> bnb.nn.Linear4bit:
+def stored_4bit(
+    name: str, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> bnb.nn.Params4bit:
+    """A weight (out, in) that bitsandbytes has packed, as it is: nothing is quantised again.
+
+    Args:
+        parts: all of `weights.PackedWeights`. shape: the weight's. dtype: to dequantise to.
+
+    Raises:
+        ValueError: a part is missing, damaged or of another size.
+    """
+    with refusing(f"weight '{name}': its 4-bit parts are damaged or missing; copy or download the model again"):
+        values = {part.removeprefix(name): tensor for part, tensor in parts.items()}
+        packed = values.pop("").contiguous().flatten().view(torch.uint8)[:, None]
+        weight = bnb.nn.Params4bit.from_prequantized(packed, values, device=device)
+        state, count = weight.quant_state, prod(shape)
+        blocks, levels = -(-count // state.blocksize), bnb.functional.get_4bit_type(state.quant_type, device)
+        scales = [(state.absmax, blocks)]
+        if state.nested:
+            scales = [(state.state2.absmax, -(-blocks // state.state2.blocksize)), (state.state2.code, 256)]
+        sound = {
+            "shape": state.shape == shape and len(packed) == (count + 1) // 2 and state.absmax.numel() == blocks,
+            "block size": state.blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096),
+            "levels": state.code.shape == (16,) and torch.allclose(state.code, levels, rtol=0, atol=1e-6),
+            "scales": all(t.numel() == n and t.is_floating_point() and t.isfinite().all() for t, n in scales)
+            and (not state.nested or (state.absmax.dtype == torch.uint8 and bool(state.offset.isfinite()))),
+        }
+        if wrong := [what for what, good in sound.items() if not good]:
+            raise ValueError(f"wrong {', '.join(wrong)}")
+    state.code, state.dtype = levels, dtype
+    return weight
+
+
+def quantize_linear(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> Linear4bit:
     """A Linear4bit with the quantised weight and the bias of a linear layer, on the same device."""
-    layer = empty_4bit(linear, quantization, dtype)
-    quantize_into(layer, linear.weight.detach(), quantization, dtype)
+    layer = linear_4bit(linear, quantized(linear.weight.detach(), quantization, dtype), dtype)
     if linear.bias is not None:
         layer.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
     return layer
 
 
+def dequantized(weight: bnb.nn.Params4bit) -> Tensor:
+    """The weight (out, in) as it is computed with, in the compute dtype."""
+    state = weight.quant_state
+    if _as_one_row(weight):
+        state = copy.copy(state)
+        state.shape = torch.Size((1, state.shape.numel()))
+    return bnb.functional.dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
+
+
+def _as_one_row(weight: bnb.nn.Params4bit) -> bool:
+    return weight.device.type == "cpu" and weight.quant_state.shape[-1] % weight.quant_state.blocksize != 0
+
+
 def dequantized_weight(linear: nn.Module) -> Tensor:
     """The weight (out, in) that a linear layer computes with, in the compute dtype."""
-    if isinstance(linear, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-    return linear.weight.data
+    return dequantized(linear.weight) if isinstance(linear, bnb.nn.Linear4bit) else linear.weight.data
+
+
+def doubly_quantized(linear: nn.Module) -> bool:
+    """Whether a layer's weight is held as `quantized` holds it: in blocks of 64, and their scales in blocks of 256."""
+    state = getattr(linear.weight, "quant_state", None)
+    return state is not None and state.blocksize == 64 and state.nested and state.state2.blocksize == 256

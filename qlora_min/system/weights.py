@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import re
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from .files import _once, read_json
 from .text import clipped, shown
@@ -37,7 +41,13 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / n for n in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    raise ValueError(f"model '{folder}': no model.safetensors; expected weights in the safetensors format")
+    pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+    raise ValueError(
+        f"model '{folder}': no model.safetensors; expected weights in the safetensors format"
+        + (f", and {clipped(pickles[0], 40)} is a pickle, which can run code and is never read" if pickles else "")
+        + "; if you trust the model, convert it: transformers' AutoModelForCausalLM.from_pretrained(MODEL)"
+        ".save_pretrained(FOLDER), and the tokenizer's likewise"
+    )
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -47,15 +57,12 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     file exactly, without gaps or overlaps.
 
     Raises:
-        ValueError: the header is damaged or repeats a name, or a tensor is not fp16, bf16, fp32 or fp64.
+        ValueError: the header is damaged or repeats a name.
     """
     shapes = {}
     with _opened(path) as f:
         for name in f.keys():  # noqa: SIM118 (not a dict)
-            part = f.get_slice(name)
-            if part.get_dtype() not in ("F16", "BF16", "F32", "F64"):
-                raise ValueError(f"{shown(name)} is stored as {part.get_dtype()}, expected fp16, bf16 or fp32")
-            shapes[name] = tuple(part.get_shape())
+            shapes[name] = tuple(f.get_slice(name).get_shape())
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             json.loads(file.read(length), object_pairs_hook=_once)
@@ -96,32 +103,112 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def expected_weights(name: str, model: Any, stored: dict[str, tuple[int, ...]]) -> set[str]:
-    """The names of the weights to load, checked against those stored.
+def unusable(tensor: torch.Tensor) -> str:
+    """Why a tensor can't be a weight: "is stored as int64, ...", "holds NaN or infinite values"; "" if it can."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"is stored as {str(tensor.dtype).removeprefix('torch.')}, expected fp16, bf16 or fp32"
+    finite = torch.stack(tensor.aminmax()).isfinite().all()  # NaN is its own minimum
+    return "" if finite else "holds NaN or infinite values"
+
+
+class PackedWeights:
+    """The weights that bitsandbytes has packed into 4 bits, and the parts in which a file holds one:
+
+        NAME                  the packed bytes                  NAME.nested_absmax     the scales of absmax, if it is
+        NAME.absmax           the scales of its blocks          NAME.nested_quant_map  quantised again, and its levels
+        NAME.quant_map        the 16 levels                     NAME.quant_state.bitsandbytes__nf4 (or fp4): JSON
+
+    Attributes:
+        owner: part -> NAME. quantization: "nf4" or "fp4", "" if there are none.
+    """
+
+    PART = re.compile(r"(.+)\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(nf4|fp4))")
+
+    def __init__(self, names: Iterable[str]):
+        found = [match for name in names if (match := self.PART.fullmatch(name))]
+        types = {match[1]: match[2] for match in found if match[2]}
+        self.owner = {match[0]: match[1] for match in found if match[1] in types} | {name: name for name in types}
+        self.quantization = " and ".join(sorted(set(types.values())))
+        self._unread, self._read = defaultdict(set), defaultdict(dict)
+        for part, name in self.owner.items():
+            self._unread[name].add(part)
+
+    def agree(self, model: str, quantization: str | None) -> str:
+        """The quantization of a model, if None or this one is asked for; raises ValueError if another one is."""
+        if self.quantization and quantization not in (None, self.quantization):
+            raise ValueError(
+                f"model '{model}' is stored in {self.quantization} and has no other weights: --quantization "
+                f"{quantization} and --base original are not possible; give --quantization {self.quantization}, or "
+                "train on the unquantised model"
+            )
+        return quantization or self.quantization or "none"
+
+    def add(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor | dict[str, torch.Tensor]] | None:
+        """Take what was read; returns it, or of a packed weight (NAME, its parts) with the last part, None before."""
+        owner = self.owner.get(name)
+        if owner is None:
+            return name, tensor
+        self._unread[owner].remove(name)
+        self._read[owner][name] = tensor
+        return None if self._unread[owner] else (owner, self._read.pop(owner))
+
+
+def expected_weights(
+    name: str, model: Any, stored: dict[str, tuple[int, ...]], packed: PackedWeights
+) -> dict[str, str]:
+    """The weights to load, checked against those stored: name in the file -> name in the model, where transformers may
+    call it otherwise. Parts of packed weights are not among them, and their shapes are not checked.
 
     Args:
         name: of the model, for messages. model: on the meta device. stored: name -> shape.
 
     Raises:
-        ValueError: a weight is missing, unexpected or of the wrong shape.
+        ValueError: a weight is missing, unexpected or of the wrong shape, or transformers would compute it from those
+            stored.
     """
-    weights = model.state_dict()
-    expected = set(weights) - set(model._tied_weights_keys or () if model.config.tie_word_embeddings else ())
+    weights, kind, tied, names = model.state_dict(), model.config.model_type, model.all_tied_weights_keys, {}
+    conversions = get_model_conversion_mapping(model)
+    computed = [c for c in conversions if isinstance(c, WeightConverter)]
+    renamed = [c for c in conversions if not isinstance(c, WeightConverter)]
+    unused = re.compile("|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]))
     for key, shape in stored.items():
-        if key in expected and shape != tuple(weights[key].shape):
-            raise ValueError(f"weight '{key}' has shape {shape}, expected {tuple(weights[key].shape)}")
-        # Unused: the copy of a tied weight, and a buffer that the model computes.
-        if key not in weights and not key.endswith("rotary_emb.inv_freq"):
-            raise ValueError(f"model '{name}': unexpected weight {shown(key)} for a {model.config.model_type} model")
-    if lost := sorted(expected - stored.keys()):
+        if packed.owner.get(key, key) != key:
+            continue
+        own, computed_by = rename_source_key(key, renamed, computed, model.base_model_prefix, weights)
+        if computed_by:
+            raise ValueError(
+                f"model '{name}': {kind} is not supported, since transformers puts its weights together from those "
+                f"that are stored, such as {shown(key)}"
+            )
+        if own in weights and key not in packed.owner and shape != tuple(weights[own].shape):
+            raise ValueError(f"weight '{key}' has shape {shape}, expected {tuple(weights[own].shape)}")
+        if own in names:
+            raise ValueError(f"model '{name}': {shown(key)} and {shown(names[own])} are one weight, stored twice")
+        if own in weights:
+            names[own] = key
+        elif not unused.search(key):
+            raise ValueError(f"model '{name}': unexpected weight {shown(key)} for a {kind} model")
+    if lost := sorted(weights.keys() - names.keys() - tied.keys()):
         raise ValueError(f"model '{name}': {len(lost)} weights are missing, among them '{lost[0]}'")
-    return expected
+    return {key: own for own, key in names.items() if own not in tied}
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of every weight of a model folder, one in memory at a time."""
     for path in weight_files(folder):
         yield from read_tensors(path)
+
+
+def materialise_buffers(model: Any, device: torch.device) -> None:
+    """Give buffers that no checkpoint stores (rotary frequencies) their values; parameters stay on meta.
+
+    `_init_weights` is the hook by which every transformers model computes them; on meta parameters it does nothing.
+    """
+    for module in model.modules():
+        if any(b.is_meta for b in module._buffers.values() if b is not None):
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+            model._init_weights(module)
 
 
 class Fingerprint:
@@ -166,5 +253,5 @@ def read_exactly(
     for key in shapes.keys() & expected.keys() - fitting:
         wrong.append(f"{named(key)} of shape {clipped(shapes[key], 40)}, expected {expected[key]}")
     stored = dict(read_tensors(path, fitting))
-    wrong += [f"{named(k)} holds NaN or infinite values" for k, t in stored.items() if not t.isfinite().all()]
+    wrong += [f"{named(key)} {why}" for key, tensor in stored.items() if (why := unusable(tensor))]
     return stored, wrong
