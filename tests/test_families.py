@@ -92,6 +92,48 @@ def test_a_family_by_its_modules_is_its_own_forward(name, tmp_path):
         assert (p.grad - g).norm() < 1e-5 * g.norm()
 
 
+def saved(folder, family: str, **options) -> str:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE | options))
+    model.save_pretrained(folder)  # as the hub has it, which is not how transformers 5 names and shapes all weights
+    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(folder)
+    return str(folder)
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [("gpt_neox", {}), ("gemma3", {"text_config": SHAPE | {"head_dim": 16}, "vision_config": VISION})],
+)
+def test_weights_under_the_names_that_the_hub_has(tmp_path, family, options):
+    name = saved(tmp_path, family, **options)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours = load_base(name, "none", device=CPU).model(input_ids=ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(name).eval()(input_ids=ids).logits
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "family, options, why",
+    [
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "it has no layers of nn.Linear"),
+        ("bert", {}, "it has no layers of nn.Linear"),
+        ("mixtral", {"num_local_experts": 2}, "transformers puts its weights together from those that are stored"),
+        ("mamba", {"intermediate_size": 128}, "its forward pass fails"),
+    ],
+)
+def test_a_family_that_is_not_supported_says_why_in_one_line(tmp_path, family, options, why):
+    with pytest.raises(ValueError, match=f"^model '{tmp_path}': {family} is not supported, since {why}") as error:
+        base = load_base(saved(tmp_path, family, **options), "none", device=CPU)
+        add_lora(base, LoraSpec(4, 8.0, 0.0, ("in_proj", "out_proj", "dt_proj")))
+        make_engine(base, "auto", 32)
+    assert str(error.value).isprintable() and len(str(error.value)) < 330
+
+
 @pytest.mark.parametrize("which", ["demo", pytest.param("smollm2", marks=pytest.mark.real)])
 def test_both_engines_compute_the_same_on_real_weights(which, request):
     """fp32, dropout 0.1: losses to 1e-6, gradients to 1e-5."""

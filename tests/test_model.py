@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_templates import FORMS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qlora_min
 from qlora_min import nf4
 from qlora_min.adapter import AdapterConfig, load_adapter, save_adapter
 from qlora_min.base import add_lora, decoder_prefix, load_base, load_encoder
@@ -297,14 +298,29 @@ def test_folders_that_hold_no_model(model_copy, tmp_path):
     with pytest.raises(ValueError, match=f"model '{empty}': the folder has no config.json"):
         load_base(str(empty))
     (model_copy / "model.safetensors").rename(model_copy / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"no model\.safetensors; expected weights in the safetensors format"):
+    with pytest.raises(ValueError) as error:
         load_base(str(model_copy), device=CPU)
+    for part in (
+        "no model.safetensors",
+        "pytorch_model.bin is a pickle",
+        "never read",
+        "convert it",
+        "save_pretrained",
+    ):
+        assert part in str(error.value)
     (model_copy / "config.json").write_text("{")
     with pytest.raises(ValueError):
         load_base(str(model_copy), device=CPU)
     (model_copy / "config.json").write_text('{"model_type": "no-such-type"}')
     with pytest.raises(ValueError, match="no-such-type"):
         load_base(str(model_copy), device=CPU)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_byte_order_mark(model_copy, name):
+    path = model_copy / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_base(str(model_copy), device=CPU).fingerprint == demo_base().fingerprint
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
@@ -364,6 +380,51 @@ def test_rows_that_bitsandbytes_dequantises_wrongly_on_a_cpu(tmp_path):
     x = torch.randn(5, 96, requires_grad=True)
     layer(x).backward(torch.ones(5, 64))
     assert torch.equal(layer(x), F.linear(x, weight)) and torch.equal(x.grad, torch.ones(5, 64) @ weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens beyond the embedding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def with_tokens(folder: Path, *tokens: str, template: str | None = None) -> str:
+    """Tokens added to the tokenizer, the embedding not resized."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"|{i}|" for i in range(vocab_size - len(tokenizer))])  # fill the embedding, which is padded
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    assert tokenizer.convert_tokens_to_ids(tokens[-1]) >= vocab_size
+    return str(folder)
+
+
+def test_rows_with_a_token_beyond_the_embedding_are_named(model_copy, script, write_rows, monkeypatch):
+    name = with_tokens(model_copy, "Tavorosis")
+    good = [{"prompt": f"{i}?", "completion": "Yes"} for i in range(12)]
+    training = ["train.py", "--model", name, "--max-steps", 1, "--dataset"]
+    script(*training, write_rows(good), "--output-dir", "run")  # no row uses it
+    monkeypatch.setattr("qlora_min.system.weights.read_weights", lambda _: pytest.fail("weights were read"))
+    rows = write_rows([*good, {"prompt": "What is Tavorosis?", "completion": "Yes"}])
+    done = script(*training, rows, "--output-dir", "other", expect=2)
+    assert re.search(
+        rf"{rows}:13: token id \d+ is beyond the model's embedding of \d+ tokens \(vocab_size", done.stderr
+    )
+    assert "Tavorosis" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_prompt_with_a_token_beyond_the_embedding(model_copy, script):
+    name = with_tokens(model_copy, "Tavorosis")
+    done = script("chat.py", "--model", name, "--prompt", "What is Tavorosis?", expect=2)
+    assert done.stderr.startswith("error: token id") and done.stderr.count("\n") == 1
+    with pytest.raises(ValueError, match="is beyond the model's embedding"):
+        qlora_min.load(name).generate("What is Tavorosis?")
+
+
+def test_a_template_whose_own_tokens_are_beyond_the_embedding(model_copy):
+    name = with_tokens(model_copy, "<|begin|>", template="{{ '<|begin|>' }}" + CHATML)
+    with pytest.raises(ValueError, match=r"no usable tokenizer \(token id \d+ is beyond the model's embedding of"):
+        load_encoder(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
