@@ -6,9 +6,13 @@ No test pushes anywhere: a server on this machine stands for the hub, and record
 import base64
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from unittest.mock import Mock
 
+import datasets
 import huggingface_hub
 import peft
 import pytest
@@ -18,6 +22,7 @@ from test_hostile import TOKEN, assert_nothing_leaks, one_line_error
 from test_training import make, on_the_cpu  # noqa: F401
 
 from qlora_min.adapter import AdapterConfig, load_adapter
+from qlora_min.base import load_base, load_encoder
 from qlora_min.cli import push
 from qlora_min.config import Config
 from qlora_min.demo import world
@@ -188,6 +193,8 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, dict[str, bytes]] = {}  # name -> path -> content
         self.asked: list[str] = []
         self.tokens: set[str] = set()
+        self.models: dict[str, Path] = {}  # name -> folder to download
+        self.refusal: tuple[int, dict[str, str]] | None = None  # status and headers of every answer
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -209,11 +216,36 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.handle_one()
 
+    def do_HEAD(self):
+        self.handle_one()
+
+    def model(self, name: str, rest: str) -> None:
+        """What snapshot_download asks for: the commit, its files, and the head and content of each."""
+        files = {p.name: p.read_bytes() for p in self.server.models[name].iterdir()}
+        if rest.startswith("tree/"):
+            listed = [{"type": "file", "path": f, "size": len(b), "oid": "1" * 40} for f, b in files.items()]
+            return self.answer(listed)
+        if not rest.startswith("resolve/"):
+            return self.answer({"id": name, "sha": "0" * 40, "siblings": []})
+        body = files[rest.rpartition("/")[2]]
+        self.send_response(200)
+        for key, value in {"ETag": f'"{len(body)}"', "X-Repo-Commit": "0" * 40, "Content-Length": len(body)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
     def handle_one(self):
         server, path = self.server, self.path.partition("?")[0]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server.asked.append(f"{self.command} {path}")
         server.tokens.add(self.headers.get("Authorization", ""))
+        if server.refusal:
+            status, headers = server.refusal
+            return self.answer({"error": "no"}, status, **headers)
+        owner, _, rest = path.removeprefix("/api/models").strip("/").partition("/")
+        if (name := f"{owner}/{rest.partition('/')[0]}") in server.models:
+            return self.model(name, rest.partition("/")[2])
         if server.fails and server.fails in path:
             return self.answer({"error": "Forbidden: over quota"}, 403)
         if path == "/api/whoami-v2":
@@ -264,6 +296,69 @@ def fake(monkeypatch):
     server.shutdown()
     server.server_close()
     huggingface_hub.close_session()
+
+
+@pytest.fixture
+def cache(fake, monkeypatch, tmp_path):
+    """Downloads come from the server, to an empty cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return tmp_path / "cache"
+
+
+def test_a_model_is_downloaded_its_weights_last(fake, cache):
+    fake.models["some/model"] = world.MODEL_DIR
+    load_encoder("some/model")
+    assert not any("safetensors" in asked for asked in fake.asked)
+    base = load_base("some/model", device=torch.device("cpu"))
+    assert base.fingerprint == load_base(str(world.MODEL_DIR), device=torch.device("cpu")).fingerprint
+    assert "GET /some/model/resolve/" + "0" * 40 + "/model.safetensors" in fake.asked
+
+
+@pytest.mark.parametrize(
+    "name, other", [("me/m-AWQ", " (perhaps me/m)"), ("me/m-bnb-8bit", " (perhaps me/m)"), ("me/big", ", or")]
+)
+def test_another_quantisation_is_refused_before_any_weight_is_downloaded(fake, cache, tmp_path, script, name, other):
+    shutil.copytree(world.MODEL_DIR, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    method = {"load_in_8bit": True} if "8bit" in name else {"quant_method": "awq"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+    fake.models[name] = tmp_path / "model"
+    done = script("train.py", "--demo", "--model", name, expect=2)
+    one_line_error(done, name, "quantised by " + ("bitsandbytes int8" if "8bit" in name else "awq"), f"model{other}")
+    assert not any("safetensors" in asked for asked in fake.asked)
+
+
+GATED, MISSING, REVISION = ({"X_Error_Code": code} for code in ("GatedRepo", "RepoNotFound", "RevisionNotFound"))
+ANSWERS = {
+    "gated": (403, GATED, "accept the licence at URL/some/one, then log in (`hf auth login` or HF_TOKEN)"),
+    "gated, logged out": (401, GATED, "accept the licence at URL/some/one, then log in"),
+    "missing": (404, MISSING, "not on the Hugging Face hub, and no local"),
+    "no such revision": (404, REVISION, "no such revision"),
+    "wrong token": (
+        401,
+        {"X_Error_Message": "Invalid credentials in Authorization header"},
+        "wants a valid token (HTTP 401)",
+    ),
+    "forbidden": (403, {}, "the token may not read it (HTTP 403)"),
+    "too many": (429, {"Retry_After": "17"}, "too many requests to the Hugging Face hub (HTTP 429); try again in 17 s"),
+    "down": (503, {}, "the Hugging Face hub is not available (HTTP 503); try again later"),
+}
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_what_the_hub_answers_is_one_line_with_a_way_out(fake, cache, script, monkeypatch, answer, kind):
+    *fake.refusal, words = ANSWERS[answer]
+    if kind == "dataset" and answer == "no such revision":
+        return  # of a model
+    address = f"{fake.url}/datasets" if kind == "dataset" else fake.url
+    lost = datasets.exceptions.DatasetNotFoundError("the cause is dropped by the library")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=lost))
+    done = script("train.py", "--demo", f"--{kind}", "some/one", expect=2)
+    one_line_error(done, "'some/one'", words.replace("URL", address))
+    assert "can't be reached" not in done.stderr
 
 
 DEMO = ["--demo", "--max-steps", 1, "--limit", 16, "--eval-limit", 4, "--output-dir", "out"]

@@ -90,7 +90,7 @@ def hub_answer(error: BaseException, name: str, kind: str = "model") -> str:
             return text
     other = f"the Hugging Face hub answers HTTP {code} ({clipped(answer, 80)})"
     return {
-        401: f"the Hugging Face hub does not accept the token (HTTP 401); {log_in} with a valid one",
+        401: f"the Hugging Face hub wants a valid token (HTTP 401), and got none or a wrong one; {log_in}",
         403: f"the token may not read it (HTTP 403); look at {address}, then {log_in} with one that may",
         429: f"too many requests to the Hugging Face hub (HTTP 429); try again {when}, or {log_in} to be allowed more",
     }.get(code, f"the Hugging Face hub is not available (HTTP {code}); try again {when}" if code >= 500 else other)
