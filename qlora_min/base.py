@@ -10,8 +10,8 @@ What the base consists of (QLoRA, section 3):
     LoRA's A and B                 fp32, the only weights that train
 
 The model is built on the meta device, where tensors have shapes and no memory. Then one tensor is read at a time,
-quantised if it belongs to a linear layer of the decoder, and put in place. (Transformers' own loading in 4 bits needs
-accelerate.)
+quantised if it belongs to a linear layer of the decoder and is not stored in 4 bits, and put in place. (Transformers'
+own loading in 4 bits needs accelerate.)
 """
 
 import os

@@ -2,7 +2,7 @@
 
 There are two engines, which compute the same:
 
-    modules   the transformers modules, LoRALinear and autograd: this file, and every family of the library
+    modules   the transformers modules, LoRALinear and autograd: this file, for every family that base.py loads
     fused     forward and backward by hand, with kernels, for Llama-shaped models: fused/decoder.py
 
 transformers lets an attention function be registered by name: `packed_attention` keeps packed rows apart, so most of
