@@ -55,7 +55,7 @@ class ChatEncoder:
         if not shown or not ends:
             raise ValueError("the chat template puts no end token after an answer: the model could not learn to stop")
         self.end_id = ends[0]
-        self.encode(PROBE)  # the template's own tokens are the model's, too
+        self._checked([*self.prompt(PROBE[:1]), self.end_id])
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
         """One call of the tokenizer for all texts: a call each would cost more than tokenising a short one."""

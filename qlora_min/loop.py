@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .batches import Packed, dropout_seed
 from .config import Config
+from .data.measures import Evaluation
 from .data.rows import Rows
-from .evaluation import Evaluation, evaluate_rows
+from .evaluation import evaluate_rows
 from .lora import lora_parameters
 from .optim import Stepper, TrainingError
 from .system.console import say

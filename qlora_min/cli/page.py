@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..adapter import AdapterConfig
-from ..evaluation import Evaluation
+from ..data.measures import Evaluation
 from ..run import checkpoint
 from ..run.cards import beside, named
 from ..run.curves import draw_curves

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..base import Base
+from ..data.measures import Choice
 from ..data.rows import Row
-from ..evaluation import Choice, option_letters
+from ..evaluation import option_letters
 from ..generate import generate
 from ..system import console
 

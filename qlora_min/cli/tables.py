@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation import Evaluation
+from ..data.measures import Evaluation
 from ..run.cards import MEASURES
 from ..system.console import aligned
 from .scores import Answer, Choices, TextScores, between, text_scores, wilson

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..system.console import say
 from ..system.text import clipped
 from .examples import Example, Message
 
@@ -154,6 +155,12 @@ class Template:
         if isinstance(value, list):
             return [self._marked(v, mark) for v in value]
         return {k: self._marked(v, mark) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def say_notes(self, name: str) -> None:
+        """Print the notes on a data set, and forget them."""
+        for what, n in self.notes.items():
+            say(f"note: {name}: {n:,} {what}")
+        self.notes.clear()
 
     def _check_tools(self, text: str, messages: list[Message], tools: list[dict[str, Any]]) -> None:
         if tools and self.render(messages, ()) == text:

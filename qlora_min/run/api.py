@@ -16,8 +16,9 @@ from ..adapter import load_adapter
 from ..base import Base, load_base
 from ..config import Config
 from ..data.examples import Message
+from ..data.measures import Evaluation
 from ..data.readers import give
-from ..evaluation import Evaluation, evaluate_rows
+from ..evaluation import evaluate_rows
 from ..fused.select import for_evaluation
 from ..generate import generate
 from ..merging import Merged, MergeError, merge_adapter

@@ -78,7 +78,6 @@ def encode_dataset(
         ValueError: all rows are too long, or all are bad.
     """
     mine, refused = bad or BadRows(), 0  # by the encoder
-    encoder.template.notes.clear()
     mine.reasons.clear()
     before, questions, lengths = mine.count, array("Q"), array("i")
 
@@ -98,8 +97,7 @@ def encode_dataset(
                     yield replace(row, text=example.as_json()) if texts else row
 
     rows = Rows.write(kept())
-    for what, n in encoder.template.notes.items():
-        say(f"note: {name}: {n:,} {what}")
+    encoder.template.say_notes(name)
     count = mine.count - before
     if count and not lengths:
         mine.check_all(name, count)

@@ -16,7 +16,7 @@ import torch
 
 from ..adapter import AdapterConfig, save_adapter
 from ..batches import Packed
-from ..evaluation import Evaluation
+from ..data.measures import Evaluation
 from ..loop import Progress, Recorder
 from ..lora import lora_parameters
 from ..optim import TrainingError
