@@ -9,6 +9,7 @@ import tempfile
 import pytest
 import torch
 from conftest import ROOT
+from test_prequantized import quantized_copy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_min import loop
@@ -54,6 +55,24 @@ def test_forward_backward_and_dequantize_use_one_weight(precision):
     g = torch.randn_like(y)
     (grad,) = torch.autograd.grad(y, x, g)
     assert torch.equal(grad, g @ w)
+
+
+@pytest.mark.parametrize("how", [{}, {"keep": ("layers.0.mlp",)}, {"blocksize": 128, "compress_statistics": False}])
+def test_a_base_stored_in_4_bits(tmp_path, how):
+    """Our kernel dequantises the layers that have its form, bitsandbytes the others; both engines agree."""
+    base = load_base(str(quantized_copy(tmp_path / "model", **how)), "nf4", "fp32", CUDA)
+    add_lora(base, LoraSpec(8, 16.0, 0.1, ATTENTION))
+    for p in lora_parameters(base.model).values():
+        torch.nn.init.normal_(p, std=0.1)
+    rows, found = [Row(torch.arange(3, 43, dtype=torch.int32), torch.arange(40) > 5, "")], []
+    for name in ("fused", "modules"):
+        engine = make_engine(base, name, 64)[0]
+        engine.loss_and_gradients(engine.pack(rows), torch.tensor(1.0, device=CUDA), dropout_seed(0, 0).to(CUDA))
+        found.append(engine.adapter.grads.clone())
+        if name == "fused" and formulas.have_kernels():
+            assert [d is None for d in engine.dequantizers] == [bool(how) and ("keep" not in how or i == 0)
+                                                                for i in range(len(engine.layers))]  # fmt: skip
+    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
 
 
 def test_auto_precision_asks_the_hardware():
