@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+from qlora_min.cli import shapes
 from qlora_min.demo import world
 
 
@@ -324,6 +325,13 @@ def test_bench_on_a_cpu(script):
     assert [f["gradient_checkpointing"] for f in figures] == ["off", "on"]
     # the warm-up is of one step here
     assert all(f["tokens_per_second"] > 0 and f["first_step_s"] == f["warm_up_s"] > 0 for f in figures)
+
+
+def test_bench_of_a_shape_whose_weights_are_not_on_disk(script, monkeypatch):
+    tiny = ("qwen2", (1024, 64, 192, 2, 4, 2), {"tie_word_embeddings": False})
+    monkeypatch.setitem(shapes.SHAPES, "7b", tiny)
+    (first, *_) = script("bench.py", *BENCH[2:], "--shape", "7b", "--max-length", 96, "--json").stdout.splitlines()
+    assert json.loads(first)["tokens_per_second"] > 0
 
 
 def test_what_the_bench_no_longer_does_has_a_script(script):

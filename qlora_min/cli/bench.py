@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 from ..config import Config
 from ..system.console import aligned, say
 from .options import Emit, Parser, add_options, count_option, given_options, json_option
+from .shapes import LARGE, SHAPES, random_base, random_nf4
 
 # (tokens, supervised tokens) of 48 MedQA questions in Qwen2's template, evenly spaced in order of length.
 LENGTHS = [
@@ -36,16 +37,6 @@ LENGTHS = [
     (302, 16), (308, 10), (313, 16), (319, 11), (325, 19), (334, 10), (341, 10), (348, 9), (358, 12), (372, 8),
     (384, 11), (404, 8), (428, 7), (468, 6), (530, 17),
 ]  # fmt: skip
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads")  # fmt: skip
-SHAPES = {  # name -> (family, SIZES, differences from Qwen2-0.5B)
-    "0.5b": ("qwen2", (151936, 896, 4864, 24, 14, 2), {}),
-    "7b": ("qwen2", (152064, 3584, 18944, 28, 28, 4), {"tie_word_embeddings": False}),
-    "qwen3-0.6b": ("qwen3", (151936, 1024, 3072, 28, 16, 8), {"head_dim": 128}),
-    "llama3.2-1b": ("llama", (128256, 2048, 8192, 16, 32, 8), {"head_dim": 64}),
-    "gemma3-270m": ("gemma3_text", (262144, 640, 2048, 18, 4, 1),
-                    {"head_dim": 256, "sliding_window": 512, "query_pre_attn_scalar": 256}),
-}  # fmt: skip
 FAMILIES = [(shape, "fp16", ("fused", "modules")) for shape in ("0.5b", "qwen3-0.6b", "llama3.2-1b")]
 FAMILIES += [("gemma3-270m", "bf16", ("modules",))]  # (shape, precision, the engines that compute it)
 PROFILED = 3  # steps whose kernels are counted
@@ -119,26 +110,8 @@ def prepared(args: argparse.Namespace, **changes: Any) -> Iterator[argparse.Name
         join()
         given["model"] = args.model or from_main(lambda: random_base(folder, args.shape))
         args.config = Config(**given, eval_fraction=0.0, epochs=1, save_minutes=0, eval_every=10**9)
-        yield args
-
-
-def random_base(folder: str, shape: str) -> str:
-    """Save a model of a shape with random fp16 weights, and the demo's tokenizer, in a folder; returns the folder."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from ..demo import world
-    from ..system.device import release
-
-    torch.manual_seed(0)
-    family, sizes, more = SHAPES[shape]
-    same = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 32768}
-    config = AutoConfig.for_model(family, **dict(zip(SIZES, sizes)) | same | more)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(folder)
-    release()
-    return folder
+        with random_nf4() if not args.model and args.shape in LARGE else nullcontext():
+            yield args
 
 
 def draw_rows(args: argparse.Namespace, count: int) -> list[tuple[list[int], int]]:

@@ -1,0 +1,92 @@
+"""Models of known shapes with random weights, to measure speed and memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads")  # fmt: skip
+SHAPES = {  # name -> (family, SIZES, differences from Qwen2-0.5B)
+    "0.5b": ("qwen2", (151936, 896, 4864, 24, 14, 2), {}),
+    "7b": ("qwen2", (152064, 3584, 18944, 28, 28, 4), {"tie_word_embeddings": False}),
+    "32b": ("qwen2", (152064, 5120, 27648, 64, 40, 8), {"tie_word_embeddings": False}),
+    "qwen3-0.6b": ("qwen3", (151936, 1024, 3072, 28, 16, 8), {"head_dim": 128}),
+    "llama3.2-1b": ("llama", (128256, 2048, 8192, 16, 32, 8), {"head_dim": 64}),
+    "gemma3-270m": ("gemma3_text", (262144, 640, 2048, 18, 4, 1),
+                    {"head_dim": 256, "sliding_window": 512, "query_pre_attn_scalar": 256}),
+}  # fmt: skip
+LARGE = ("7b", "32b")  # whose weights are not written to disk
+
+
+def random_base(folder: str, shape: str) -> str:
+    """Save a model of a shape, and the demo's tokenizer, in a folder; returns the folder. Its weights are random, fp16;
+    a LARGE model is saved without them, to be loaded within `random_nf4`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from ..demo import world
+    from ..system.device import release
+
+    torch.manual_seed(0)
+    family, sizes, more = SHAPES[shape]
+    same = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 32768}
+    config = AutoConfig.for_model(family, **dict(zip(SIZES, sizes)) | same | more)
+    config.save_pretrained(folder)
+    if shape not in LARGE:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(folder)
+    release()
+    return folder
+
+
+@contextmanager
+def random_nf4() -> Iterator[None]:
+    """Within this context models have weights that are not on disk: those of linear layers in NF4, doubly quantised."""
+    import torch
+
+    from ..system import weights
+    from ..system.bits import quantized
+
+    block = quantized(0.02 * torch.randn(256, 64), "nf4", torch.float16)  # its 256 scales have one scale in fp32
+    parts = block.quant_state.as_dict(packed=True)
+
+    def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+        found = {}
+        for name, tensor, linear in _weights_of(folder):
+            found |= {name: tuple(tensor.shape)} | (dict.fromkeys((f"{name}.{p}" for p in parts), ()) if linear else {})
+        return found
+
+    def read(folder: Path) -> Iterator[tuple[str, Any]]:
+        from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
+
+        for name, tensor, linear in _weights_of(folder):
+            if not linear:
+                yield name, torch.ones(tensor.shape) if "norm" in name else 0.02 * torch.randn(tensor.shape)
+                continue
+            times = -(-tensor.numel() // block.quant_state.shape.numel())
+            yield name, block.data.flatten().repeat(times)[: tensor.numel() // 2, None].contiguous()
+            for part, value in parts.items():
+                if part.startswith("quant_state"):
+                    value = pack_dict_to_tensor(unpack_tensor_to_dict(value) | {"shape": tuple(tensor.shape)})
+                elif "absmax" in part:
+                    value = value.repeat(times)[: -(-tensor.numel() // (64 if part == "absmax" else 64 * 256))].clone()
+                yield f"{name}.{part}", value
+
+    with patch.object(weights, "read_weights", read), patch.object(weights, "weight_shapes", shapes_of):
+        yield
+
+
+def _weights_of(folder: Path) -> list[tuple[str, Any, bool]]:
+    """(name, tensor on the meta device, whether it is a linear layer's of the decoder) of each weight of a model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..base import decoder_prefix
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float16)
+    prefix = decoder_prefix(model)
+    return [(n, w, n.startswith(prefix) and w.dim() == 2) for n, w in model.state_dict().items()]
