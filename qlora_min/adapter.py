@@ -15,32 +15,34 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .base import Base, add_lora, load_base
+from .base import Base, add_lora, load_base, load_encoder
 from .lora import LoraSpec, lora_parameters
+from .system import peft_files
 from .system.files import sha256
-from .system.peft_files import ORIGIN, read_adapter_config, read_origin, write_adapter_config
+from .system.peft_files import ORIGIN, WEIGHTS, PerLayer, trained_on
 from .system.text import clipped
 from .system.weights import read_exactly
 
-WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is, and its base: a hub id or a full path. fingerprint: None for adapters of other tools."""
+    """What an adapter is, and its base: a hub id or a full path. Of other tools' adapters fingerprint and quantization
+    are None: their files do not say them."""
 
     lora: LoraSpec
     base_model: str
     revision: str | None = None
     fingerprint: str | None = None
-    quantization: str = "nf4"
+    quantization: str | None = "nf4"
     date: str | None = None  # that its chat template showed in training, if it shows the day's
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterConfig":
         """Read what an adapter is, without its weights; raises as `peft_files.read_adapter_config`."""
-        values = read_adapter_config(folder)
+        values = peft_files.read_adapter_config(folder)
+        values["per_layer"] = PerLayer(**{f.name: values.pop(f.name) for f in fields(PerLayer)})
         spec = LoraSpec(**{f.name: values.pop(f.name) for f in fields(LoraSpec)})
         return cls(spec, **values)
 
@@ -58,7 +60,8 @@ def save_adapter(
     tensors = {f"{PEFT_PREFIX}{n}.weight": p.detach().cpu().contiguous() for n, p in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     values = asdict(config)
-    write_adapter_config(folder, values.pop("lora") | values, sha256(folder / WEIGHTS))
+    values |= values.pop("lora")
+    peft_files.write_adapter_config(folder, values | values["per_layer"], sha256(folder / WEIGHTS))
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -75,7 +78,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     if wrong:
         more = f"; and {len(wrong) - 8:,} more" if len(wrong) > 8 else ""
         raise ValueError(f"adapter '{folder}' does not fit the model: {'; '.join(sorted(wrong)[:8])}{more}")
-    saved = read_origin(folder).get("weights_sha256")
+    saved = peft_files.read_origin(folder).get("weights_sha256")
     if saved is not None and saved != sha256(folder / WEIGHTS):
         raise ValueError(
             f"adapter '{folder}': {WEIGHTS} is not as it was saved (its sha256 differs from the one in {ORIGIN}): "
@@ -102,14 +105,23 @@ def load_adapter(
 
     Args:
         model: where the base is, if not where the adapter's files say.
-        quantization: another than the adapter was trained on.
+        quantization: another than the adapter was trained on, or that if its files don't say it.
 
     Raises:
         ValueError: no adapter, no base, or an adapter for another base.
     """
     config = AdapterConfig.read(folder)
-    revision = None if model else config.revision
-    base = load_base(model or config.base_model, quantization or config.quantization, precision, device, revision)
+    name, revision = (model, None) if model else (config.base_model, config.revision)
+    bits = trained_on(folder, config.quantization, quantization)
+    encoder = load_encoder(name, revision, adapter=folder)
+    base = load_base(name, bits, precision, device, revision, encoder)
+    attach(base, folder, config)
+    base.model.eval()
+    return base
+
+
+def attach(base: Base, folder: Path, config: AdapterConfig) -> list[str]:
+    """Put the adapter of a folder on a base; returns the names of the wrapped modules. Raises as `load_adapter`."""
     if config.fingerprint not in (None, base.fingerprint):
         what = "on another base" if base.name != config.base_model else "before its base changed or was damaged"
         raise ValueError(
@@ -118,9 +130,8 @@ def load_adapter(
             "with --model"
         )
     try:
-        add_lora(base, config.lora)
+        names = add_lora(base, config.lora)
     except ValueError as e:
         raise ValueError(f"adapter '{folder}': {e}") from None
     load_weights(folder, base.model)
-    base.model.eval()
-    return base
+    return names

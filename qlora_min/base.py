@@ -35,6 +35,7 @@ from .system.bits import dequantized, linear_4bit, quantized, stored_4bit
 from .system.device import DTYPES, pick_device
 from .system.files import read_json
 from .system.hub import find_model, read_config, refusing
+from .system.peft_files import has_template
 
 # 8 MiB of cuBLAS workspace per stream. PyTorch's default is 32 MiB on Hopper; measured: no slower.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
@@ -70,19 +71,24 @@ class Base:
         return next(self.model.parameters()).device
 
 
-def load_encoder(name: str, revision: str | None = None, template: str | None = None, **settings: Any) -> ChatEncoder:
+def load_encoder(
+    name: str, revision: str | None = None, template: str | None = None, adapter: Path | None = None, **settings: Any
+) -> ChatEncoder:
     """The encoder of a model, without its weights; arguments and errors as for `load_base`.
 
     Args:
         template: another chat template than the model's: a file, or "chatml". settings: of `ChatEncoder`.
+        adapter: a folder whose tokenizer and chat template, if it has both, go before the model's.
     """
-    folder, _ = find_model(name, revision, weights=False)
+    folder, what = find_model(name, revision, weights=False)[0], f"model '{name}'"
     config = read_config(folder, name)
-    with refusing(f"model '{name}': no usable tokenizer"):
+    if adapter and has_template(adapter):
+        folder, what = adapter, f"adapter '{adapter}'"
+    with refusing(f"{what}: no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if template:
         tokenizer.chat_template = named_template(template, tokenizer)
-    with refusing(f"model '{name}': no usable tokenizer"):
+    with refusing(f"{what}: no usable tokenizer"):
         return ChatEncoder(tokenizer, vocab_size=getattr(config.get_text_config(), "vocab_size", None), **settings)
 
 

@@ -85,11 +85,13 @@ class Config:
     dropout: float = option(0.05, "dropout on the update's input; QLoRA took 0.1 up to 13B, 0.05 above", **FRACTION)
     targets: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "the linear layers that get an update; QLoRA needed all seven to match full fine-tuning (section 4)",
+        "the linear layers that get an update, or all-linear; QLoRA needed all to match full fine-tuning (section 4)",
         check=bool,
         expected="at least one name",
         separator=",",
     )
+    rslora: bool = option(False, "scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)")
+    adapter: str | None = option(None, "go on from an adapter, ours or PEFT's: its rank, alpha, targets and base")
     quantization: str = choice(
         "nf4",
         ("nf4", "fp4", "none"),
@@ -153,7 +155,7 @@ class Config:
         """The adapter to train."""
         from .lora import LoraSpec  # imports torch, which --help does without
 
-        return LoraSpec(self.rank, self.alpha, self.dropout, self.targets)
+        return LoraSpec(self.rank, self.alpha, self.dropout, self.targets, self.rslora)
 
     def as_dict(self) -> dict[str, Any]:
         """Field -> value, ready for JSON."""

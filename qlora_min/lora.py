@@ -18,7 +18,7 @@ by hand. Dropout's masks are hashes of where an element stands, and never stored
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops.dropout import Dropout, Tokens
+from .system.peft_files import PerLayer
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of one input, by name
 
@@ -33,6 +34,9 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # pro
 @dataclass(frozen=True)
 class LoraSpec:
     """What an adapter is: the rank r, alpha, the probability of dropout, and the layers that get an update, by name.
+
+    rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor"). per_layer: what PEFT's
+    adapters may have besides, ranks and alphas of single layers.
 
     Raises:
         ValueError: rank below 1, or dropout outside [0, 1).
@@ -42,6 +46,8 @@ class LoraSpec:
     alpha: float
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
+    rslora: bool = False
+    per_layer: PerLayer = field(default_factory=PerLayer)
 
     def __post_init__(self):
         if self.rank < 1:
@@ -52,7 +58,12 @@ class LoraSpec:
     @property
     def scaling(self) -> float:
         """The factor of B A."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def of(self, name: str) -> "LoraSpec":
+        """The spec of one layer, by its name."""
+        rank, alpha = self.per_layer.rank_and_alpha(name, self.rank, self.alpha)
+        return replace(self, rank=rank, alpha=alpha)
 
 
 class LoRALinear(nn.Module):
@@ -98,8 +109,8 @@ class LoRALinear(nn.Module):
 def inject_lora(model: nn.Module, spec: LoraSpec, within: str = "") -> list[str]:
     """Freeze every parameter of `model`, then put a LoRALinear around each linear layer that `spec.targets` names.
 
-    A target is the last part of a module's name ("q_proj"), or more of its end ("self_attn.q_proj"). What trains
-    follows from the structure: nothing but the new lora_A and lora_B requires a gradient.
+    A target is the last part of a module's name ("q_proj"), more of its end ("self_attn.q_proj"), or "all-linear". What
+    trains follows from the structure: nothing but the new lora_A and lora_B requires a gradient.
 
     Args:
         within: only modules whose name starts with this are candidates (the decoder layers, say, but not the head).
@@ -119,7 +130,7 @@ def inject_lora(model: nn.Module, spec: LoraSpec, within: str = "") -> list[str]
         group = next((g for g in SHARED_INPUT if child in g), child)
         stream = streams.setdefault((parent, group), len(streams))
         linear = model.get_submodule(name)
-        layer = LoRALinear(linear, spec, Dropout(spec.dropout, tokens, stream))
+        layer = LoRALinear(linear, spec.of(name), Dropout(spec.dropout, tokens, stream))
         model.set_submodule(name, layer.train(linear.training))
     return names
 
@@ -129,7 +140,7 @@ def _matching(model: nn.Module, spec: LoraSpec, within: str) -> list[str]:
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already: load the base anew to inject another adapter")
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(within)]
-    found = {t: [n for n in linears if n == t or n.endswith("." + t)] for t in spec.targets}
+    found = {t: [n for n in linears if spec.per_layer.targeted(n, t)] for t in spec.targets}
     unknown = [t for t, names in found.items() if not names]
     if unknown or not spec.targets:
         candidates = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears})) or "none"
@@ -140,10 +151,10 @@ def _matching(model: nn.Module, spec: LoraSpec, within: str) -> list[str]:
     chosen = set().union(*found.values())
     names = [n for n in linears if n in chosen]
     for name in names:
-        layer = model.get_submodule(name)
-        if spec.rank > max(layer.in_features, layer.out_features):
+        layer, rank = model.get_submodule(name), spec.of(name).rank
+        if rank > max(layer.in_features, layer.out_features):
             raise ValueError(
-                f"rank {spec.rank} is above the larger dimension of '{name}' ({layer.out_features} x "
+                f"rank {rank} is above the larger dimension of '{name}' ({layer.out_features} x "
                 f"{layer.in_features}), more than any update has; lower it"
             )
     return names

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qlora_min
 from qlora_min.adapter import PEFT_PREFIX, WEIGHTS, AdapterConfig, load_adapter, load_weights, save_adapter
 from qlora_min.base import Base, add_lora, load_base
 from qlora_min.batches import pack
@@ -19,6 +20,7 @@ from qlora_min.data.rows import Row
 from qlora_min.demo import world
 from qlora_min.fused.select import make_engine
 from qlora_min.lora import LoraSpec, lora_disabled, lora_parameters
+from qlora_min.run.datasets import evaluation_data
 from qlora_min.system.peft_files import ADAPTER, ALLOWED, CONFIG, HARMLESS, ORIGIN
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -130,6 +132,138 @@ def test_peft_into_ours(tmp_path, rank, alpha, targets):
         assert (by_engine(base, name) - wanted).norm() <= 1e-6 * wanted.norm()
     layer = next(m for m in base.model.modules() if hasattr(m, "lora_A"))
     assert (layer.spec.rank, layer.spec.alpha, layer.spec.scaling, layer.dropout.p) == (rank, alpha, alpha / rank, 0.1)
+
+
+SEVERAL = ATTENTION + MLP
+PEFTS_OWN = {  # what PEFT can do besides one rank and alpha everywhere
+    "rslora": {"r": 6, "lora_alpha": 16, "use_rslora": True, "target_modules": list(ATTENTION)},
+    "rank_pattern": {"r": 4, "lora_alpha": 8, "target_modules": list(SEVERAL),
+                     "rank_pattern": {"q_proj": 7, r"layers\.[12]\..*k_proj": 64, "model.layers.3.mlp.up_proj": 2}},
+    "alpha_pattern": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True,
+                      "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 30, "v_proj": 2.5},
+                      "rank_pattern": {"v_proj": 3}},
+    "layers_to_transform": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "patterns of layers": {"target_modules": ["o_proj"], "layers_to_transform": [3], "layers_pattern": ["h", "layers"]},
+    "whole names": {"target_modules": ["model.layers.1.mlp.up_proj", "k_proj"], "layers_to_transform": [2]},
+    "all-linear": {"target_modules": "all-linear"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PEFTS_OWN)
+def test_what_peft_can_do_besides_loads_and_computes_the_same(tmp_path, name):
+    """Both engines, forwards and backwards; and saved by us, PEFT computes it again."""
+    theirs, folder = save_peft(tmp_path / "theirs", lora_dropout=0.0, **PEFTS_OWN[name])
+    base = load_adapter(folder, quantization="none")
+    wanted, stored = logits(theirs), load_file(folder / WEIGHTS)
+    assert {f"{PEFT_PREFIX}{n}.weight" for n in lora_parameters(base.model)} == stored.keys()
+    assert (wanted - logits(plain_model())).abs().max() > 1e-3
+    theirs.get_base_model().set_attn_implementation("eager")
+    theirs.requires_grad_(False)
+    params = {n.replace(".default", ""): p.requires_grad_() for n, p in theirs.named_parameters() if ".lora_" in n}
+    loss = torch.nn.functional.cross_entropy(theirs(IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    loss.backward()
+    rows = [Row(ids.int(), torch.ones(len(ids), dtype=torch.bool), "") for ids in IDS]
+    for engine_name in ("modules", "fused"):
+        assert (by_engine(base, engine_name) - wanted).norm() <= 1e-6 * wanted.norm()
+        engine, *_ = make_engine(base, engine_name, IDS.shape[1])
+        engine.loss_and_gradients(pack(rows), torch.tensor(1 / IDS[:, 1:].numel()), torch.tensor(7, dtype=torch.int32))
+        for key, p in lora_parameters(base.model).items():
+            expected = params[f"{PEFT_PREFIX}{key}.weight"].grad
+            assert (p.grad - expected).norm() <= 1e-4 * expected.norm(), (engine_name, key)
+
+    (tmp_path / "ours").mkdir()
+    config = AdapterConfig.read(folder)
+    save_adapter(tmp_path / "ours", base.model, config, base.encoder.tokenizer)
+    assert AdapterConfig.read(tmp_path / "ours").lora == config.lora
+    again = peft.PeftModel.from_pretrained(plain_model(), tmp_path / "ours").eval()
+    assert (logits(again) - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_what_the_weights_do_not_show_can_not_be_edited(tmp_path):
+    _, folder = save_peft(tmp_path / "theirs", **PEFTS_OWN["alpha_pattern"])
+    base = load_adapter(folder, quantization="none")
+    (tmp_path / "ours").mkdir()
+    for field, value in (("use_rslora", False), ("alpha_pattern", {"v_proj": 2})):
+        save_adapter(tmp_path / "ours", base.model, AdapterConfig.read(folder), base.encoder.tokenizer)
+        edit(tmp_path / "ours" / CONFIG, **{field: value})
+        with pytest.raises(ValueError, match=f"says {field} .*, but the weights were trained with .*; put it back"):
+            AdapterConfig.read(tmp_path / "ours")
+
+
+def test_an_adapter_without_a_task_type(tmp_path):
+    """PEFT writes auto_mapping then; unsloth's adapters have it too."""
+    model = peft.get_peft_model(plain_model(), peft.LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    give_effect([p for n, p in model.named_parameters() if ".lora_" in n])
+    model.save_pretrained(tmp_path)
+    edit(tmp_path / CONFIG, auto_mapping={"base_model_class": "Qwen2ForCausalLM", "parent_library": "evil.py"})
+    assert (logits(load_adapter(tmp_path, quantization="none").model) - logits(model)).abs().max() <= 1e-5
+
+
+def test_weights_in_a_pickle_are_named_with_the_way_out(saved):
+    folder, _ = saved
+    (folder / "adapter_model.bin").write_bytes(b"evil")
+    load_adapter(folder)  # beside safetensors it is of no account
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"its weights are in adapter_model.bin, a pickle, .* never read; save it as"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize(("given", "bits"), [(None, "none"), ("none", "none"), ("nf4", "nf4")])
+def test_without_our_record_the_quantization_is_not_assumed(tmp_path, capsys, given, bits):
+    _, folder = save_peft(tmp_path)
+    assert AdapterConfig.read(folder).quantization is None
+    base = load_adapter(folder, quantization=given)
+    packed = any(p.dtype == torch.uint8 for p in base.model.parameters())
+    assert packed == (bits == "nf4")
+    err = capsys.readouterr().err
+    told = f"note: adapter '{folder}' does not say which weights it was trained on: the base's own are taken"
+    assert err.startswith(told) and err.count("\n") == 1 if given is None else not err
+
+
+def test_the_commands_ask_for_it(tmp_path, script, demo_data):
+    save_peft(tmp_path / "theirs")
+    losses = {}
+    for options in ([], ["--quantization", "none"], ["--quantization", "nf4"]):
+        done = script("eval.py", "--adapter", "theirs", "--dataset", demo_data[1], "--limit", 4, "--json", *options)
+        losses[options[1] if options else None] = json.loads(done.stdout)["with_adapter"]["loss"]
+        assert (done.stderr.count("does not say which weights") == 1) == (not options)
+    assert losses[None] == losses["none"] != losses["nf4"]
+    script("chat.py", "--adapter", "theirs", "--quantization", "nf4", "--prompt", "Which drug?", "--max-new-tokens", 2)
+    assert qlora_min.evaluate(tmp_path / "theirs", demo_data[1], limit=4, quantization="nf4").loss == losses["nf4"]
+
+
+def test_with_our_record_it_is_what_that_says(saved, capsys):
+    folder, _ = saved
+    edit(folder / ORIGIN, quantization="nf4")
+    assert any(p.dtype == torch.uint8 for p in load_adapter(folder).model.parameters())
+    assert not capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its tokenizer and template
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapters_own_tokenizer_and_template_are_used(saved, tmp_path_factory, demo_data):
+    folder, base = saved
+    own = AutoTokenizer.from_pretrained(world.MODEL_DIR)
+    own.chat_template = own.chat_template.replace("<|im_start|>", "<|im_start|>role ")
+    own.save_pretrained(folder)
+    messages = [{"role": "user", "content": "Which drug?"}]
+    loaded = load_adapter(folder)
+    assert loaded.encoder.tokenizer.decode(loaded.encoder.prompt(messages)).startswith("<|im_start|>role user")
+    parts = evaluation_data(folder, None, [str(demo_data[1])], 2)
+    assert "role user" in own.decode(parts[0].rows[0].input_ids.tolist())
+    own.chat_template = None  # a tokenizer without a template is the base's business
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    own.save_pretrained(folder)
+    assert load_adapter(folder).encoder.prompt(messages) == base.encoder.prompt(messages)
+    (folder / "tokenizer.json").write_text("{")
+    edit(folder / "tokenizer_config.json", chat_template="{{ messages }}")
+    with pytest.raises(ValueError, match=f"adapter '{folder}': no usable tokenizer"):
+        load_adapter(folder)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -257,17 +391,12 @@ def test_a_target_that_the_base_does_not_have(saved):
 
 REFUSED = {  # what changes the adapter's function, or where it applies
     "use_dora": True,
-    "use_rslora": True,
     "use_qalora": True,
     "lora_bias": True,
     "fan_in_fan_out": True,
     "bias": "all",
     "modules_to_save": ["lm_head"],
     "exclude_modules": ["v_proj"],
-    "layers_to_transform": [0],
-    "layers_pattern": "layers",
-    "rank_pattern": {"q_proj": 2},
-    "alpha_pattern": {"q_proj": 64},
     "layer_replication": [[0, 2], [1, 2]],
     "trainable_token_indices": [1, 2],
     "target_parameters": ["experts.gate_up_proj"],
@@ -291,13 +420,6 @@ def test_a_field_that_changes_what_is_computed_is_refused_by_name(saved, field):
         AdapterConfig.read(folder)
     with pytest.raises(ValueError, match=field):
         load_adapter(folder)
-
-
-def test_layer_zero_is_a_layer(saved):
-    folder, _ = saved
-    edit(folder / CONFIG, layers_to_transform=0)
-    with pytest.raises(ValueError, match="layers_to_transform"):
-        AdapterConfig.read(folder)
 
 
 def test_lora_only_bias_is_refused_and_several_fields_are_named_together(saved):
@@ -369,7 +491,8 @@ def test_peft_itself_computes_another_function_with_pissa(tmp_path):
     "values, message",
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3', expected 'LORA'"),
-        ({"target_modules": ".*q_proj"}, r"target_modules '\.\*q_proj', expected a list of .*names"),
+        ({"target_modules": ".*q_proj"}, r"target_modules '\.\*q_proj', expected a list of .*names .*or 'all-linear'"),
+        ({"rank_pattern": {"(a*)*b": 4}}, r"rank_pattern .*, expected a mapping of names of layers, or of simple reg"),
         ({"target_modules": []}, r"target_modules \[\], expected a list of .*names"),
         ({"target_modules": None}, "target_modules None, expected a list of .*names"),
         ({"target_modules": [1]}, r"target_modules \[1\], expected a list of .*names"),

@@ -89,6 +89,8 @@ def adapter_options(parser: Parser, required: bool) -> None:
     parser.add_argument("--adapter", required=required, metavar="DIR", help="an adapter saved by train.py or PEFT")
     alone = "" if required else "a plain or merged model; with --adapter, "
     parser.add_argument("--model", metavar="NAME", help=f"{alone}the base, if not the one that the adapter names")
+    bits = "of the base [what the adapter was trained on; none if its files don't say it]"
+    parser.add_argument("--quantization", choices=("nf4", "fp4", "none"), help=bits)
 
 
 def columns_option(parser: Parser) -> None:
@@ -103,13 +105,13 @@ def one_given(args: argparse.Namespace) -> None:
 
 
 def load_given(args: argparse.Namespace, precision: str) -> Any:
-    """The `Base` that the options name: with an adapter, or a model alone, which is not quantised."""
+    """The `Base` that the options name: with an adapter, or a model alone, not quantised unless asked for."""
     from ..adapter import load_adapter
     from ..base import load_base
 
     if args.adapter:
-        return load_adapter(Path(args.adapter), args.model, precision)
-    return load_base(args.model, None, precision)
+        return load_adapter(Path(args.adapter), args.model, precision, quantization=args.quantization)
+    return load_base(args.model, args.quantization, precision)
 
 
 def count_option(parser: Parser, name: str, what: str, default: int | None = None) -> None:

@@ -24,6 +24,7 @@ The results equal those of the modules' own forward under autocast up to roundin
 rounded here. `unsupported` says which models this engine can't compute.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,7 +90,8 @@ class Projections:
         self.weight: Tensor
         starts = [sum(m.out_features for m in linears[:i]) for i in range(len(linears))]
         self.rows = [slice(s, s + m.out_features) for s, m in zip(starts, modules) if isinstance(m, LoRALinear)]
-        self.ranks = [slice(i * m.spec.rank, (i + 1) * m.spec.rank) for i, m in enumerate(self.loras)]
+        ends = itertools.accumulate((m.spec.rank for m in self.loras), initial=0)
+        self.ranks = [slice(a, b) for a, b in itertools.pairwise(ends)]
         self.A = self.dA = None  # (R, in), the As of all layers stacked; set by Decoder
         self.B: list[Tensor] = []  # (out, r) each; set by Decoder
         self.dB: list[Tensor] = []

@@ -19,15 +19,19 @@ class FlatLoRA:
         layers: the LoRA layers of a model, in its order.
 
     Attributes:
-        weights, grads: (n,) fp32. All As, then all Bs, in the model's order; matrices below 4,096 elements come last.
+        weights, grads: (n,) fp32. All As, then all Bs, in the model's order; matrices below 4,096 elements come last,
+            unless ranks differ: the As of projections that share an input are adjacent.
         large, small: lists of parameters for the optimizer, of at least and below 4,096 elements. One flat tensor
-            each, if no block of 8-bit state (256 elements) would then span two matrices; else one for each matrix.
+            each, if all ranks are equal and no block of 8-bit state (256 elements) would then span two matrices; else
+            one for each matrix.
         largest: the number of elements of the largest matrix.
     """
 
     def __init__(self, layers: Collection[nn.Module], device: torch.device):
         params = [m.lora_A for m in layers] + [m.lora_B for m in layers]
-        params.sort(key=lambda w: w.numel() < EIGHT_BITS_FROM)
+        one_rank = len({m.lora_A.shape[0] for m in layers}) <= 1
+        if one_rank:
+            params.sort(key=lambda w: w.numel() < EIGHT_BITS_FROM)
         ends = list(itertools.accumulate((w.numel() for w in params), initial=0))
         self._starts = dict(zip(map(id, params), ends))
         self.weights = torch.empty(ends[-1], dtype=torch.float32, device=device)
@@ -39,7 +43,7 @@ class FlatLoRA:
                 w.data, w.grad = mine, self.view(self.grads, w)
         self.largest = max((w.numel() for w in params), default=0)
         self.large, self.small = ([w for w in params if (w.numel() < EIGHT_BITS_FROM) == low] for low in (False, True))
-        if all(w.numel() % 256 == 0 for w in self.large):
+        if one_rank and all(w.numel() % 256 == 0 for w in self.large):
             bounds = [0, sum(w.numel() for w in self.large), ends[-1]]
             flat = [nn.Parameter(self.weights[a:b]) for a, b in itertools.pairwise(bounds)]
             for w, (a, b) in zip(flat, itertools.pairwise(bounds)):

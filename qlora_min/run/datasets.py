@@ -24,9 +24,18 @@ from .options import config_from
 NO_TOKENS = Row(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.bool), "")
 
 
-def encoder_of(config: Config, revision: str | None = None, date: str | None = None) -> ChatEncoder:
-    """The encoder of a run. revision: of the model. date: that the run's template saw (`ChatEncoder`)."""
-    return load_encoder(config.model, revision, config.chat_template, train_on=config.train_on, date=date)
+def encoder_of(
+    config: Config, revision: str | None = None, date: str | None = None, resumed: Path | None = None
+) -> ChatEncoder:
+    """The encoder of a run. revision: of the model. date: that the run's template saw (`ChatEncoder`). resumed: the
+    directory of a run that goes on; it has a copy of the tokenizer of --adapter."""
+    own = config.adapter and Path(config.adapter)
+    if own and resumed and (resumed / "adapter").is_dir():
+        own = resumed / "adapter"
+    if own:
+        AdapterConfig.read(own)  # checks the folder
+    settings = {"train_on": config.train_on, "date": date}
+    return load_encoder(config.model, revision, config.chat_template, own, **settings)
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,7 @@ def evaluation_data(
     if adapter:
         described = AdapterConfig.read(adapter)
         revision = None if model else described.revision
-        encoder = load_encoder(model or described.base_model, revision, date=described.date)
+        encoder = load_encoder(model or described.base_model, revision, adapter=adapter, date=described.date)
     else:
         encoder = load_encoder(model)
     if datasets:
