@@ -7,8 +7,9 @@ default BA is added to those, and every other linear layer of the decoder gets i
 `onto="original"` BA is added to the 16-bit weights: a model that was never trained; how far it is from the trained one
 is measured.
 
-The sum is computed in fp32 and rounded once, to the file's dtype. The check reads the file back, computes in fp32 and
-compares by norm(difference) / norm(adapter's logits).
+The sum is computed in fp32 and rounded once, to the file's dtype. The check computes logits in fp32. It fails if the
+merge is wrong: the sum must compute what the adapter does, and the file that is read back what the rounded sum does.
+What rounding costs grows with what was learned, and is measured: the file against the adapter.
 """
 
 import gc
@@ -21,22 +22,18 @@ import torch.nn as nn
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from .adapter import load_adapter
-from .base import Base, decoder_prefix
+from .adapter import AdapterConfig, load_adapter
+from .base import decoder_prefix
 from .lora import LoRALinear, lora_layers
+from .ops.probe import Probe, agreement, distance
 from .system.bits import dequantized_weight
 from .system.device import DTYPES
 from .system.files import atomic_folder, write_text
+from .system.peft_files import onto_which
+from .system.serving import own_dtype, save_rounded
 
-BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
-
-# What the check computes logits for: answers of different lengths, so that many positions are compared.
-PROMPTS = (
-    ("Which vitamin deficiency causes scurvy?", "Vitamin C, also called ascorbic acid."),
-    ("Q: A drug slows conduction in the AV node. Which?\n{'A': 'Verapamil', 'B': 'Insulin'},", "A: Verapamil"),
-    ("Name three primary colours and say why they are called so.", "Red, yellow and blue; no mixture gives them."),
-    ("def add(a, b):", "    return a + b"),
-)
+BOUND = 1e-4  # between two ways to compute the same in fp32
+CPU = torch.device("cpu")
 
 
 class MergeError(RuntimeError):
@@ -45,64 +42,81 @@ class MergeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Merged:
-    """What the check measured. Distances: norm(difference) / norm(reference). agreement: fraction of equal top-1."""
+    """What the check measured on its rows. Distances: norm(difference) / norm(reference).
 
+    exact: of the fp32 merge from the adapter. difference, agreement, loss_before, loss_after: the file against the
+    adapter, in logits, equal top-1 tokens and the answers' loss. from_trained: from the adapter on the weights that it
+    was trained on (`bits`); the same as `difference` unless merged onto others.
+    """
+
+    dtype: str
+    onto: str
+    bits: str
+    exact: float
     difference: float
     agreement: float
-    bound: float
-    from_trained: float  # distance from the adapter on the NF4 base: the same as `difference` unless onto the original
+    loss_before: float
+    loss_after: float
+    from_trained: float
 
 
 def merge_adapter(
     adapter: Path,
     output: Path,
-    dtype: str = "fp16",
-    onto: str = "dequantized",
+    dtype: str | None = None,
+    onto: str | None = None,
     model: str | None = None,
     card: Callable[[Merged], str] = repr,
+    quantization: str | None = None,
 ) -> Merged:
     """Merge an adapter into its base, write an ordinary Hugging Face folder to `output`, read it back and compare.
 
     Args:
-        dtype: of the file: fp16, bf16 or fp32.
-        onto: dequantized (the weights that the adapter was trained on) or original.
+        dtype: of the file: fp16, bf16 or fp32; the base's own if not given.
+        onto: dequantized (the weights that the adapter was trained on, the default) or original.
         model: where the base is, if not where the adapter's files say.
         card: what was measured -> the text of the folder's model card.
+        quantization: what the adapter was trained on, if its files don't say it.
 
     Raises:
-        ValueError: bad input, or an output directory that holds something already.
-        MergeError: the difference is above the bound; the output is not kept.
+        ValueError: bad input, an output directory that holds something already, or a merged weight that overflows.
+        MergeError: the merge is wrong; the output is not kept.
     """
-    if dtype not in BOUNDS or onto not in ("dequantized", "original"):
+    if dtype not in (None, *DTYPES) or onto not in (None, "dequantized", "original"):
         raise ValueError(f"dtype {dtype!r}, onto {onto!r}: expected fp16, bf16 or fp32, and dequantized or original")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output-dir {output}: exists and is not an empty directory; choose another")
-    cpu = torch.device("cpu")
-    loaded = load_adapter(adapter, model, "fp32", cpu)
-    rows = _check_rows(loaded)
-    trained = reference = _logits(loaded.model, rows)
-    if onto == "original":
-        loaded = load_adapter(adapter, model, "fp32", cpu, quantization="none")
-        reference = _logits(loaded.model, rows)
+    bits, onto = onto_which(adapter, AdapterConfig.read(adapter).quantization, quantization, onto)
+    loaded = load_adapter(adapter, model, "fp32", CPU, bits)
+    probe = Probe(loaded.encoder.encode)
+    trained = reference = probe.logits(loaded.model)
+    if onto == "original" and bits != "none":
+        loaded = load_adapter(adapter, model, "fp32", CPU, "none")
+        reference = probe.logits(loaded.model)
     fold(loaded.model)
-    loaded.model.to(DTYPES[dtype])
-    loaded.model.config.use_cache = True
+    if any(weight.dtype != torch.float32 for weight in loaded.model.parameters()):
+        raise MergeError("the merge is wrong: a layer is still quantised")
+    exact = _same(probe.logits(loaded.model), reference, "the weights merged in fp32 compute")
+    dtype = dtype or own_dtype(loaded.folder)
     with atomic_folder(output) as new:
-        loaded.model.save_pretrained(new)
-        loaded.encoder.tokenizer.save_pretrained(new)
+        save_rounded(new, loaded.model, dtype, loaded.encoder.tokenizer, loaded.encoder.end_id)
+        rounded = probe.logits(loaded.model.float())
         del loaded
         gc.collect()
         reloaded = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32, trust_remote_code=False).eval()
-        logits = _logits(reloaded, rows)
-        agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
-        merged = Merged(_distance(logits, reference), agreement, BOUNDS[dtype], _distance(logits, trained))
-        if not merged.difference <= merged.bound:  # NaN fails too
-            raise MergeError(
-                f"the merged checkpoint's logits are {merged.difference:.1e} from the adapter's, "
-                f"the bound for {dtype} is {merged.bound:.1e}; {output} was not written"
-            )
+        logits = probe.logits(reloaded)
+        _same(logits, rounded, "the file computes")
+        costs = distance(logits, reference), agreement(logits, reference), probe.loss(reference), probe.loss(logits)
+        merged = Merged(dtype, onto, bits, exact, *costs, distance(logits, trained))
         write_text(new / "README.md", card(merged))
     return merged
+
+
+def _same(logits: Tensor, reference: Tensor, what: str) -> float:
+    """The distance of logits that have to be the same. Raises MergeError if it is above BOUND, or not a number."""
+    if not (found := distance(logits, reference)) <= BOUND:
+        raise MergeError(f"the merge is wrong: {what} logits {found:.1e} of their norm away; rounding is below {BOUND}")
+    return found
 
 
 def decoder_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -130,21 +144,3 @@ def fold(model: nn.Module) -> None:
         if linear.bias is not None:
             plain.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=False)
         model.set_submodule(name, plain)
-
-
-def _check_rows(base: Base) -> list[Tensor]:
-    """The token ids (1, T) of PROMPTS."""
-    return [
-        torch.tensor([base.encoder.encode([{"role": "user", "content": q}, {"role": "assistant", "content": a}])[0]])
-        for q, a in PROMPTS
-    ]
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, rows: list[Tensor]) -> Tensor:
-    """(total tokens, V) logits of rows (1, T), in fp32."""
-    return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float() for ids in rows])
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()

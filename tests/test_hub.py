@@ -149,7 +149,7 @@ def test_the_cards_code_loads_the_adapter(made):
 
 def test_a_merged_checkpoints_card(made, tmp_path):
     run, progress = made
-    card = cards.merged_card(run / "adapter", "dequantized", "fp16")
+    card = cards.merged_card(run / "adapter")
     result = merge_adapter(run / "adapter", tmp_path / "merged", "fp16", card=card)
     card = ModelCard.load(tmp_path / "merged" / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
@@ -171,7 +171,7 @@ def test_an_adapter_that_lies_in_no_run_is_merged_with_a_shorter_card(made, tmp_
     import shutil
 
     shutil.copytree(made[0] / "adapter", tmp_path / "elsewhere" / "adapter")
-    card = cards.merged_card(tmp_path / "elsewhere" / "adapter", "dequantized", "fp32")
+    card = cards.merged_card(tmp_path / "elsewhere" / "adapter")
     merge_adapter(tmp_path / "elsewhere" / "adapter", tmp_path / "merged", "fp32", card=card)
     card = ModelCard.load(tmp_path / "merged" / "README.md")
     assert "merged into its base" in card.content and "## Results" not in card.content

@@ -14,9 +14,9 @@ from .push import checked_repository, hub_options, push_if_asked
 def options(parser: Parser) -> None:
     adapter_options(parser, required=True)
     parser.add_argument("--output-dir", metavar="DIR", help="the folder for the checkpoint")
-    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the checkpoint [fp16]")
+    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of the checkpoint [the base's own]")
     base = "add the update to the weights that it was trained on, or to the original ones [dequantized]"
-    parser.add_argument("--base", choices=("dequantized", "original"), default="dequantized", help=base)
+    parser.add_argument("--base", choices=("dequantized", "original"), help=base)
     parser.add_argument("--compare", action="store_true", help="evaluate every way to merge instead; writes nothing")
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="for --compare [the run's held-out rows]")
     columns_option(parser)
@@ -41,17 +41,20 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
 
     repository = checked_repository(args)
     try:
-        result = merge(args.adapter, args.output_dir, dtype=args.dtype, onto=args.base, base=args.model)
+        how = {"dtype": args.dtype, "onto": args.base, "quantization": args.quantization}
+        r = merge(args.adapter, args.output_dir, base=args.model, **how)
     except MergeError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    print(f"wrote {args.output_dir} ({args.dtype}, {args.base} base)")
-    print(f"read back: logits differ by {result.difference:.1e} of their norm (bound {result.bound:.1e}), "
-          f"top-1 agrees on {result.agreement:.1%}")  # fmt: skip
-    if args.base == "original":
-        print(f"from the adapter as trained, on the 4-bit base: {result.from_trained:.1e}")
+    onto = f"dequantised {r.bits.upper()}" if r.onto == "dequantized" else "original"
+    print(f"wrote {args.output_dir} ({r.dtype}, onto the {onto} weights)")
+    print(f"the merge is right: computed in fp32, logits differ from the adapter's by {r.exact:.1e} of their norm")
+    print(f"what {r.dtype} costs, read back: logits {r.difference:.1e} of their norm, top-1 agrees on "
+          f"{r.agreement:.1%}, loss {r.loss_before:.4f} -> {r.loss_after:.4f}")  # fmt: skip
+    if r.onto == "original" and r.bits != "none":
+        print(f"from the adapter as trained, on the {r.bits.upper()} base: {r.from_trained:.1e}")
     print(f"next: python scripts/chat.py --model {shlex.quote(args.output_dir)}")
-    emit({"output_dir": args.output_dir, "dtype": args.dtype, "base": args.base, **vars(result)})
+    emit({"output_dir": args.output_dir, **vars(r)})
     push_if_asked(Path(args.output_dir), repository, args, emit)
     return 0
 
@@ -66,7 +69,8 @@ def _compare(args: argparse.Namespace, emit: Emit) -> int:
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, columns=args.columns)
     print(table(parts), flush=True)
     rows = Rows.join(part.rows for part in parts)
-    results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()))
+    precision = resolve_precision("auto", pick_device())
+    results = compare_merges(adapter, rows, args.model, precision, args.quantization)
     for name, r in results.items():
         options = "" if r.option_accuracy is None else f"   option accuracy {r.option_accuracy:.1%}"
         print(f"{name:<42} loss {r.loss:.4f}{options}")
@@ -74,7 +78,9 @@ def _compare(args: argparse.Namespace, emit: Emit) -> int:
     return 0
 
 
-def compare_merges(adapter: Path, rows: Sequence[Any], model: str | None, precision: str) -> dict[str, Any]:
+def compare_merges(
+    adapter: Path, rows: Sequence[Any], model: str | None, precision: str, quantization: str | None = None
+) -> dict[str, Any]:
     """Evaluate the base without the adapter, the adapter on its base, and each of the three ways to merge it (two if
     the base is stored in 4 bits).
 
@@ -90,12 +96,13 @@ def compare_merges(adapter: Path, rows: Sequence[Any], model: str | None, precis
     from ..lora import lora_disabled
     from ..merging import decoder_linears, fold
     from ..system.bits import quantize_linear
+    from ..system.peft_files import trained_on
 
-    quantization = AdapterConfig.read(adapter).quantization
+    quantization = trained_on(adapter, AdapterConfig.read(adapter).quantization, quantization)
     if quantization == "none":
         raise ValueError(f"adapter '{adapter}' was trained on an unquantised base: there is one way to merge it")
     bits = quantization.upper()
-    loaded = load_adapter(adapter, model, precision)
+    loaded = load_adapter(adapter, model, precision, quantization=quantization)
     longest, results = max(map(len, rows)), {}
 
     def measure(name: str) -> None:

@@ -30,6 +30,7 @@ from .checkpoint import read_metrics
 from .datasets import evaluation_data
 from .options import parse_values, sampling
 from .resume import resume_config
+from .start import with_adapter
 from .trainer import Trainer
 
 __all__ = ["MergeError", "Model", "Run", "TrainingError", "evaluate", "load", "merge", "train"]
@@ -66,22 +67,22 @@ def train(
     """Fine-tune a model with QLoRA.
 
     Args:
-        model: a hub id or a folder; by default, that of the reference configuration.
+        model: a hub id or a folder; by default, that of `adapter`, or of the reference configuration.
         dataset: hub ids or files, or the rows themselves: dicts, or a `datasets.Dataset`.
         resume: the directory of a run to continue. If its data set was rows in memory, pass the same rows again.
         on_event: called with each event of metrics.jsonl ("train", "eval", "end") as soon as it is added.
-        options: any field of `Config`; eval_dataset takes what dataset does.
+        options: any field of `Config`; adapter goes on from an adapter's folder; eval_dataset takes what dataset does.
 
     Raises:
         ValueError: an option, the model or the data is not usable; nothing has been written.
         TrainingError: training can't continue; the message says what is saved.
         SystemExit: SIGINT (Ctrl-C) or SIGTERM came, and the run was saved: pass its folder as `resume`.
     """
-    convert = {"dataset": _names, "eval_dataset": _names, "model": str, "output_dir": str}
+    convert = {"dataset": _names, "eval_dataset": _names, "model": str, "adapter": str, "output_dir": str}
     given = {k: v for k, v in {**options, "model": model, "dataset": dataset}.items() if v is not None}
     given = {k: convert[k](v) if k in convert else v for k, v in given.items()}
     if resume is None:
-        trainer = Trainer(Config(**parse_values(given, "train")), on_event=on_event)
+        trainer = Trainer(Config(**with_adapter(parse_values(given, "train"))), on_event=on_event)
     else:
         trainer = Trainer(*resume_config(str(resume), given), on_event=on_event)
     trainer.train()
@@ -130,20 +131,23 @@ class Model:
         return answers[0] if one else answers
 
 
-def load(model: str | Path, base: str | Path | None = None, precision: str = "auto") -> Model:
+def load(
+    model: str | Path, base: str | Path | None = None, precision: str = "auto", quantization: str | None = None
+) -> Model:
     """Load a model that generates: from an adapter's folder, from a merged checkpoint, or by its hub id.
 
     Args:
         base: the path or hub id of an adapter's base, if it is not the one in the adapter's files.
         precision: auto, fp16, bf16 or fp32.
+        quantization: of the base: nf4, fp4 or none; by default what the adapter was trained on, or none if unknown.
 
     Raises:
         ValueError: no such adapter or model, or another base than the adapter was trained on.
     """
     precision = resolve_precision(precision, pick_device())
     if _is_adapter(model):
-        return Model(load_adapter(Path(model), base and str(base), precision))
-    return Model(load_base(str(model), None, precision))
+        return Model(load_adapter(Path(model), base and str(base), precision, quantization=quantization))
+    return Model(load_base(str(model), quantization, precision))
 
 
 def _is_adapter(model: str | Path) -> bool:
@@ -159,11 +163,12 @@ def evaluate(
     max_length: int = 512,
     batch_size: int = 8,
     columns: Mapping[str, str] | Sequence[str] = (),
+    quantization: str | None = None,
 ) -> Evaluation:
     """Evaluate an adapter on the rows that its run held out, or an adapter or any other model on a data set.
 
     Args:
-        model, base: as for `load`. dataset: as for `train`.
+        model, base, quantization: as for `load`. dataset: as for `train`.
         limit: use at most the first N rows of each data set. max_length: leave out longer rows of `dataset`, in tokens.
         batch_size: rows at a time. columns: `Config.columns`, for `dataset`.
 
@@ -173,7 +178,7 @@ def evaluate(
     names = None if dataset is None else _names(dataset)
     adapter, name = (Path(model), base and str(base)) if _is_adapter(model) else (None, str(model))
     parts = evaluation_data(adapter, name, names, limit, max_length, columns)
-    loaded = load(model, base).base
+    loaded = load(model, base, quantization=quantization).base
     engine = for_evaluation(loaded, max(int(p.rows.lengths.max()) for p in parts), batch_size * max_length)
     return Evaluation.join([evaluate_rows(engine, part.rows, batch_size) for part in parts])
 
@@ -182,20 +187,21 @@ def merge(
     adapter: str | Path,
     output: str | Path,
     *,
-    dtype: str = "fp16",
-    onto: str = "dequantized",
+    dtype: str | None = None,
+    onto: str | None = None,
     base: str | Path | None = None,
+    quantization: str | None = None,
 ) -> Merged:
     """Merge an adapter into its base. The result, an ordinary checkpoint in `output`, is read back and compared first.
 
     Args:
-        dtype: the checkpoint's: fp16, bf16 or fp32.
-        onto: dequantized, to add the adapter to the weights that it was trained on, or original.
-        base: as for `load`.
+        dtype: the checkpoint's: fp16, bf16 or fp32; by default the base's own.
+        onto: dequantized, to add the adapter to the weights that it was trained on (the default), or original.
+        base: as for `load`. quantization: what the adapter was trained on, if its files don't say it.
 
     Raises:
-        ValueError: as `load`; or `output` is not empty.
+        ValueError: as `load`; or `output` is not empty, or a weight overflows `dtype`.
         MergeError: the checkpoint does not compute what the adapter does; it is not kept.
     """
-    card = merged_card(Path(adapter), onto, dtype)
-    return merge_adapter(Path(adapter), Path(output), dtype, onto, base and str(base), card)
+    card = merged_card(Path(adapter))
+    return merge_adapter(Path(adapter), Path(output), dtype, onto, base and str(base), card, quantization)

@@ -37,7 +37,7 @@ def adapter_card(config: AdapterConfig, record: Record, before: dict | None, bes
     return _card(config, record, front, **results, torch_dtype=DTYPES[record["precision"]], merged=None)
 
 
-def merged_card(adapter: Path, onto: str, dtype: str) -> Callable[[Merged], str]:
+def merged_card(adapter: Path) -> Callable[[Merged], str]:
     """A function that makes the card of a merged checkpoint from the measurements of its check."""
     config, record, end = AdapterConfig.read(adapter), {}, {}
     if is_run(adapter.parent):
@@ -45,7 +45,7 @@ def merged_card(adapter: Path, onto: str, dtype: str) -> Callable[[Merged], str]
         end = next((e for e in reversed(read_metrics(adapter.parent)) if e["event"] == "end"), {})
     front = {"library_name": "transformers", "tags": ["qlora"]}
     results = {"before": end.get("before"), "best": end.get("best"), "best_step": end.get("best_step", 0)}
-    return lambda merged: _card(config, record, front, **results, merged=merged, onto=onto, dtype=dtype)
+    return lambda merged: _card(config, record, front, **results, merged=merged)
 
 
 def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values: Any) -> str:
@@ -60,8 +60,8 @@ def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values
         "pipeline_tag": "text-generation",
         "datasets": list(dict.fromkeys(HUB_NAME.fullmatch(name)["name"] for name in filter(is_hub_id, data))),
     }
-    for key in {"model", "dataset", "eval_dataset"} & options.keys():
-        options[key] = named(options[key]) if key == "model" else [named(name) for name in options[key]]
+    for key in {"model", "adapter", "dataset", "eval_dataset"} & options.keys():
+        options[key] = [named(name) for name in options[key]] if "dataset" in key else named(options[key])
 
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
@@ -70,7 +70,7 @@ def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values
     template = environment.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
     text = template.render(
         config=config, record=record, front=front, options=options, hub_id=hub_id, version=__version__,
-        four_bit=config.quantization != "none", measures=MEASURES, beside=beside, **values,
+        four_bit=config.quantization in ("nf4", "fp4"), measures=MEASURES, beside=beside, **values,
     )  # fmt: skip
     return redacted(text)
 
