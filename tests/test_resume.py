@@ -16,16 +16,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import ROOT, assert_same
+from safetensors.torch import load_file, save_file
+from test_adapter import give_effect
 from test_training import last_checkpoint, make, on_the_cpu, saved_adapter, trained  # noqa: F401
+from transformers import AutoModelForCausalLM
 
 from qlora_min import loop
+from qlora_min.adapter import AdapterConfig, load_adapter
+from qlora_min.demo import world
+from qlora_min.evaluation import evaluate_rows
+from qlora_min.fused.select import make_engine
+from qlora_min.lora import lora_layers
 from qlora_min.optim import TrainingError
 from qlora_min.run import checkpoint, ending, writer
 from qlora_min.run import resume as resuming
 from qlora_min.run.resume import resume_config
+from qlora_min.run.start import with_adapter
 from qlora_min.run.trainer import Trainer
 from qlora_min.system.files import write_json
 
@@ -204,6 +214,124 @@ def test_a_signal_while_nothing_can_be_lost_ends_it_at_once(make, monkeypatch, w
     resumed = resume(stopped.folder, monkeypatch)
     resumed.train()
     assert_same(outcome(resumed.folder), outcome(whole.folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that goes on from an adapter
+# ---------------------------------------------------------------------------------------------------------------------
+
+FROM_PEFT = {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": ["q_proj", "k_proj", "down_proj"],
+             "rank_pattern": {"k_proj": 3}, "layers_to_transform": [0, 3], "lora_dropout": 0.2}  # fmt: skip
+NEW_DATA = {"held": 4, "max_steps": 6, "eval_every": 3, "log_every": 2, "save_every": 1}
+
+
+@pytest.fixture
+def another(tmp_path) -> Path:
+    """An adapter that PEFT made, in which ranks differ."""
+    model = AutoModelForCausalLM.from_pretrained(world.MODEL_DIR, dtype=torch.float32)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **FROM_PEFT))
+    give_effect([p for n, p in model.named_parameters() if ".lora_" in n])
+    model.save_pretrained(tmp_path / "another")
+    return tmp_path / "another"
+
+
+def options_from(adapter: Path, **options) -> dict:
+    """As train.py makes them: what is not given is the adapter's."""
+    given = with_adapter({"adapter": str(adapter), **options})
+    return {"rank": 16, "alpha": 24.0, "dropout": 0.1, **NEW_DATA, **given}
+
+
+def test_a_run_goes_on_from_peft_s_adapter(make, another, capsys):  # noqa: F811
+    """Step 0 is evaluated with it; rank, alpha, targets and dropout are its own; the result is PEFT's format again."""
+    first = load_file(another / "adapter_model.safetensors")
+    trainer = make("on", **options_from(another))
+    assert "goes on in --quantization nf4, the default" in capsys.readouterr().err
+    c = trainer.config
+    assert (c.rank, c.alpha, c.rslora, c.dropout) == (4, 10.0, True, 0.2) and c.model == str(world.MODEL_DIR)
+    assert len(trainer.wrapped) == 2 * 3
+    assert {m.spec.rank for n, m in lora_layers(trainer.base.model).items() if "k_proj" in n} == {3}
+    assert all(torch.equal(p, first[f"base_model.model.{n}.weight"]) for n, p in trained(trainer).items())
+    trainer.train()
+    out = capsys.readouterr().out
+    assert f"goes on     from {another}, sha256" in out and "rank 3 to 4 on 6 layers" in out
+
+    own = load_adapter(another, quantization="nf4")
+    engine = make_engine(own, "fused", 512)[0]
+    assert trainer.progress.before["loss"] == pytest.approx(evaluate_rows(engine, trainer.held_out, 8).loss, rel=1e-5)
+    assert trainer.progress.best["loss"] < trainer.progress.before["loss"]
+    saved = trainer.folder / "adapter"
+    assert AdapterConfig.read(saved).lora == AdapterConfig.read(another).lora
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.MODEL_DIR), saved)
+    assert sum(".lora_A" in n for n, _ in theirs.named_parameters()) == 6
+    card = (saved / "README.md").read_text()
+    assert "| | the adapter it went on from | with the adapter |" in card and str(another.parent) not in card
+    again = make("again", **options_from(saved))  # and on from that: our own record says the quantization
+    assert again.config.quantization == "nf4" and not capsys.readouterr().err
+
+
+def test_another_option_than_the_adapters_is_refused(make, another):  # noqa: F811
+    for name, value in (("rank", 8), ("alpha", 8.0), ("targets", ("q_proj",)), ("rslora", False)):
+        with pytest.raises(ValueError, match=f"--{name}: got .*, but --adapter {another} has .*; leave it out"):
+            make("wrong", **options_from(another, **{name: value}))
+    assert make("right", **options_from(another, rank=4, dropout=0.0)).config.dropout == 0.0
+
+
+def test_another_base_is_refused_from_an_adapter_of_ours(make, tmp_path):  # noqa: F811
+    trainer = make("run", max_steps=1)
+    trainer.train()
+    other = tmp_path / "other"
+    shutil.copytree(world.MODEL_DIR, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({n: t * 1.01 for n, t in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="was trained on another base"):
+        make("on", **options_from(trainer.folder / "adapter", model=str(other)))
+
+
+@pytest.mark.parametrize("killed", [0, 4])
+def test_it_resumes_without_the_adapters_folder_once_there_is_a_checkpoint(make, another, monkeypatch, killed):  # noqa: F811
+    given = options_from(another, precision="fp32")
+    whole = hard(make("whole", **given))
+    whole.train()
+    stopped = hard(make("stopped", **given))
+
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        if killed:
+            step_ended = writer.RunWriter.step_ended
+            m.setattr(writer.RunWriter, "step_ended", lambda self, p, *a, **k: (
+                crash() if p.step > killed else step_ended(self, p, *a, **k)))  # fmt: skip
+        else:
+            m.setattr(loop, "evaluate_rows", crash)
+        stopped.train()
+    assert bool(checkpoint.checkpoint_steps(stopped.folder)) == bool(killed)
+    if killed:
+        shutil.rmtree(another)
+    else:
+        weights = another / "adapter_model.safetensors"
+        good = weights.read_bytes()
+        save_file({n: t * 2 for n, t in load_file(weights).items()}, weights)
+        with pytest.raises(
+            ValueError, match=r"has no checkpoint yet, and '.*' is no longer the file that it began with"
+        ):
+            resume(stopped.folder, monkeypatch)
+        weights.write_bytes(good)
+    resumed = resume(stopped.folder, monkeypatch)
+    assert resumed.progress.step == killed
+    resumed.train()
+    assert_same(outcome(resumed.folder), outcome(whole.folder))
+
+
+def test_a_finished_run_says_how_to_go_on(make, script):  # noqa: F811
+    trainer = make("run", held=2, max_steps=1)
+    trainer.train()
+    refused = script("train.py", "--resume", trainer.folder, expect=2).stderr
+    way = re.search(r"go on from its adapter, in a new run, with: (--adapter \S+ --epochs) N", refused)[1]
+    data = ["--dataset", trainer.config.dataset[0], "--eval-fraction", 0, "--output-dir", "on"]
+    done = script("train.py", *shlex.split(way), 1, *data, "--max-steps", 1)
+    assert f"goes on     from {trainer.folder / 'adapter'}" in done.stdout
+    script("train.py", *shlex.split(way), 1, *data, "--preview", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,7 +133,9 @@ def peft_model(trainer: Trainer) -> tuple[nn.Module, Tokens]:
     c = trainer.config
     base = load_base(c.model, c.quantization, "fp32", CPU).model
     base.is_loaded_in_4bit = True  # what transformers' own loading sets, and what peft asks for
-    config = peft.LoraConfig(r=c.rank, lora_alpha=c.alpha, lora_dropout=c.dropout, target_modules=list(c.targets))
+    config = peft.LoraConfig(
+        r=c.rank, lora_alpha=c.alpha, lora_dropout=c.dropout, use_rslora=c.rslora, target_modules=targets_of(c)
+    )
     model, tokens = peft.get_peft_model(base, config), Tokens()
     named = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert {type(m) for m in named.values()} == {peft.tuners.lora.Linear4bit}
@@ -145,6 +147,10 @@ def peft_model(trainer: Trainer) -> tuple[nn.Module, Tokens]:
         for name, p in peft_weights(model).items():
             p.copy_(trained(trainer)[name])
     return model.train(), tokens
+
+
+def targets_of(c: Config) -> list[str] | str:
+    return "all-linear" if c.targets == ("all-linear",) else list(c.targets)
 
 
 def peft_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -253,6 +259,13 @@ OPTIMIZERS = ["paged_adamw8bit", pytest.param("adamw", marks=pytest.mark.slow)]
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_trains_as_peft_bit_for_bit_in_the_same_order(make, optimizer):
     compare_with_peft(make(**options_of_the_comparison(optimizer), engine="modules"), 0.0)
+
+
+def test_trains_as_peft_with_rslora_on_all_linear_layers(make):
+    options = options_of_the_comparison("adamw") | {"alpha": 6.0, "rslora": True, "targets": ("all-linear",)}
+    trainer = make(**options, engine="fused")
+    assert len(trainer.wrapped) == 4 * 7
+    compare_with_peft(trainer, BOUND["adamw"])
 
 
 @ENGINES

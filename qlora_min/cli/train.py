@@ -28,6 +28,7 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     train --demo                             an embedded model and data: no network, no GPU, a minute
     train --model DIR --dataset FILE.jsonl   your own model and data
     train --resume                           continue the newest unfinished run
+    train --adapter DIR --dataset FILE       go on from an adapter on other data, with its rank, targets and base
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # until training sets its own handler
     given = config_options(args)
@@ -36,6 +37,7 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     from ..optim import TrainingError
     from ..run.plan import describe, estimate
     from ..run.resume import resume_config
+    from ..run.start import with_adapter
     from ..run.trainer import Trainer
     from ..scale.processes import from_main, join, together
 
@@ -45,6 +47,8 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
             join()
             if args.resume is not None:
                 config, folder = from_main(lambda: resume_config(args.resume, given))
+            else:
+                config = Config(**with_adapter(given))
             if not args.dry_run and not args.preview:
                 repository = from_main(lambda: checked_repository(args, config.model))
         if args.preview:

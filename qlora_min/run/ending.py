@@ -88,4 +88,4 @@ def write_samples(trainer: Any, answers: list[list[str]] | None) -> None:
         for row, before, after in zip(trainer.held_out[:SAMPLES], *(answers or sample_answers(trainer)))
     ]
     write_jsonl(trainer.folder / "samples.jsonl", samples)
-    say("sample: expected {reference!r}\n  before {before!r}\n  after  {after!r}".format(**samples[0]))
+    say("sample: expected {reference!r}\n  without the adapter {before!r}\n  with it {after!r}".format(**samples[0]))

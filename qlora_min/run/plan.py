@@ -11,6 +11,7 @@ import torch
 
 from ..batches import Packed, balance, dropout_seed
 from ..fused.graphs import Captured
+from ..lora import lora_layers
 from ..ops import formulas
 from ..optim import PAGED_FROM
 from ..scale.processes import together
@@ -33,11 +34,14 @@ def describe(trainer: Any) -> str:
     weights = ", ".join(f"{w:g} x {Path(name).name}" for name, w in zip(dict.fromkeys(c.dataset), c.mix))
     never = adapter.largest < PAGED_FROM or trainer.device.type == "cpu"
     device, how = _computing(trainer)
+    loras = lora_layers(trainer.base.model).values()
+    ranks = " to ".join(str(r) for r in dict.fromkeys(f({m.spec.rank for m in loras}) for f in (min, max)))
     n_tokens, processes = trainer.feed.n_tokens, trainer.processes.world_size
     lines = {
-        "trained": f"{trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {c.rank} on "
+        "trained": f"{trained:,} parameters, {trained / whole:.2%} of the base's {whole:,}: rank {ranks} on "
         f"{len(trainer.wrapped)} layers",
         "base": f"{c.model}, {c.quantization}, fingerprint {trainer.base.fingerprint[:12]}",
+        "goes on": trainer.start and f"from {c.adapter}, sha256 {trainer.start['sha256'][:12]}",
         "computes": f"{trainer.precision} on {device}",
         "steps": f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch), {schedule.rows_per_step} rows "
         f"({c.batch_size} x {c.grad_accum}) and about {schedule.n_tokens / schedule.steps_per_epoch:,.0f} tokens each",

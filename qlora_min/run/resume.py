@@ -22,6 +22,7 @@ from ..system.console import say
 from . import checkpoint
 from .datasets import data_hash
 from .options import config_from, parse_values
+from .start import load_again
 
 # The parts of config.json that resuming compares, in this order, with the message for a changed value: an error, unless
 # it begins with "note: ".
@@ -51,6 +52,7 @@ def make_record(trainer: Any) -> dict[str, Any]:
         "engine": trainer.config.engine,
         "total_steps": trainer.schedule.total_steps,
         "ranks": trainer.processes.world_size,
+        "adapter": trainer.start,
         "base": {"name": trainer.config.model, "revision": base.revision, "fingerprint": base.fingerprint},
         "files": {p.name: f"{len(p.rows)} rows, sha256 {data_hash(p.rows, [])[:16]}" for p in trainer.data_sets},
         "data": {"rows": len(rows), "held_out": len(held), "sha256": data_hash(rows, held)},
@@ -71,7 +73,11 @@ def unfinished(folder: Path) -> dict[str, Any]:
     """The config.json of a run to continue. Raises ValueError if there is no run, or it is finished."""
     record = checkpoint.read_record(folder)
     if checkpoint.is_finished(folder):
-        raise ValueError(f"--resume {folder}: that run is finished; start a new one without --resume")
+        adapter = shlex.quote(str(folder / "adapter"))
+        raise ValueError(
+            f"--resume {folder}: that run is finished; go on from its adapter, in a new run, with: --adapter {adapter} "
+            "--epochs N"
+        )
     return record
 
 
@@ -149,6 +155,7 @@ def restore(trainer: Any) -> Progress:
     if found is None:
         say(f"no checkpoint in {folder}: starting from the beginning")
         from_main(lambda: writer.metrics.cut(0))
+        load_again(trainer)
         return Progress()
     step, state = found
     expected = writer.state(Progress())

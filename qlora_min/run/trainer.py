@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .. import loop
-from ..base import add_lora, load_base
+from ..base import load_base
 from ..batches import Schedule, balance
 from ..config import Config
 from ..data.rows import Rows
@@ -31,7 +31,8 @@ from ..system import console
 from ..system.console import say
 from ..system.device import available, pick_device, resolve_precision
 from ..system.files import write_json
-from . import checkpoint, forecast, resume
+from ..system.peft_files import named_targets
+from . import checkpoint, forecast, resume, start
 from .boards import BOARDS, shown_on
 from .datasets import Data, encoder_of, read_data, table
 from .ending import finish
@@ -93,7 +94,8 @@ class Trainer:
 
     def _prepare(self, c: Config, resume_from: Path | None, data: Data | None) -> None:
         recorded = from_main(lambda: resume.unfinished(resume_from)) if resume_from else None
-        revision = recorded["base"].get("revision") if recorded else None
+        self.start = recorded.get("adapter") if recorded else from_main(lambda: start.describe(c))
+        revision = (recorded["base"] if recorded else self.start or {}).get("revision")
         self.device = pick_device()
         self.precision = resolve_precision(c.precision, self.device)
         self.folder = from_main(lambda: resume_from or resume.output_directory(c))
@@ -108,9 +110,9 @@ class Trainer:
         self.processes = Processes(lambda: signals.received, c.shard and world_size() > 1)
         if c.shard and not self.processes.sharded:
             say("note: --shard: a single process holds the whole base; start several with torchrun")
-        encoder = encoder_of(c, revision, recorded and recorded.get("date"))
+        encoder = encoder_of(c, revision, recorded and recorded.get("date"), resume_from)
         rows, sizes = self._take_data(c, data or read_data(c, encoder))
-        self._load(c, revision, encoder)
+        self._load(c, revision, encoder, new=recorded is None)
         self.schedule = Schedule(rows, sizes, c, encoder)
         self.config = replace(c, eval_every=self.schedule.eval_every, output_dir=str(self.folder))
         self._choose_how_to_compute()
@@ -138,14 +140,16 @@ class Trainer:
             self.held_out_here = self.held_out[np.array(mine, int)]
         return rows, [len(part.rows) for part in train]
 
-    def _load(self, c: Config, revision: str | None, encoder: Any) -> None:
+    def _load(self, c: Config, revision: str | None, encoder: Any, new: bool) -> None:
         """Load the base and inject LoRA."""
         torch.manual_seed(c.seed)  # initialises A; order, dropout and the split have generators of their own
         how = shard if self.processes.sharded else None
         self.base = load_base(c.model, c.quantization, self.precision, self.device, revision, encoder, how)
         if self.device.type == "cpu" and self.base.model.config.get_text_config().hidden_size <= SMALL:
             torch.set_num_threads(1)
-        self.wrapped = add_lora(self.base, c.lora)
+        lora = start.lora_of(c, self.start)
+        self.wrapped = start.inject(self.base, c, lora, new)
+        self.lora = replace(lora, targets=named_targets(lora.targets, self.wrapped))
 
     def _choose_how_to_compute(self) -> None:
         """Choose the engine, and the largest micro-batches that fit the memory of every process, by measuring."""

@@ -25,6 +25,7 @@ from ..system import console
 from ..system.console import say
 from ..system.device import is_out_of_memory, peak_gib
 from ..system.files import atomic_folder
+from ..system.serving import ending_with
 from . import cards, checkpoint
 from .cards import beside
 from .plan import explain_memory
@@ -49,6 +50,7 @@ class RunWriter(Recorder):
     def __init__(self, trainer: Any):
         self.trainer = weakref.proxy(trainer)  # no cycle: a dropped Trainer releases its lock
         self.folder = trainer.folder
+        self.tokenizer = ending_with(trainer.base.encoder.tokenizer, trainer.base.encoder.end_id)  # as it is saved
         self.metrics = checkpoint.Metrics(self.folder)
         self.boards = trainer.boards
         self.best: dict[str, torch.Tensor] = {}
@@ -201,12 +203,11 @@ class RunWriter(Recorder):
 
     def _write_adapter(self, p: Progress) -> None:
         c, base = self.trainer.config, self.trainer.base
-        local = Path(c.model)
+        local, date = Path(c.model), base.encoder.template.date
         name = str(local.resolve()) if local.is_dir() else c.model  # absolute, to be found from any working directory
-        date = base.encoder.template.date
-        described = AdapterConfig(c.lora, name, base.revision, base.fingerprint, c.quantization, date)
+        described = AdapterConfig(self.trainer.lora, name, base.revision, base.fingerprint, c.quantization, date)
         with atomic_folder(self.folder / "adapter") as folder:
-            save_adapter(folder, base.model, described, base.encoder.tokenizer, self.best)
+            save_adapter(folder, base.model, described, self.tokenizer, self.best)
             card = cards.adapter_card(described, self.trainer.record, p.before, p.best, p.best_step)
             (folder / cards.CARD).write_text(card, encoding="utf-8", errors="replace")
         self.adapter_step = p.best_step
