@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from .adapter import AdapterConfig, load_adapter
 from .base import decoder_prefix
+from .data.templates import saved_tokenizer
 from .lora import LoRALinear, lora_layers
 from .ops.probe import Probe, agreement, distance
 from .system.bits import dequantized_weight
@@ -88,7 +89,7 @@ def merge_adapter(
         raise ValueError(f"--output-dir {output}: exists and is not an empty directory; choose another")
     bits, onto = onto_which(adapter, AdapterConfig.read(adapter).quantization, quantization, onto)
     loaded = load_adapter(adapter, model, "fp32", CPU, bits)
-    probe = Probe(loaded.encoder.encode)
+    probe = Probe(loaded.encoder)
     trained = reference = probe.logits(loaded.model)
     if onto == "original" and bits != "none":
         loaded = load_adapter(adapter, model, "fp32", CPU, "none")
@@ -99,7 +100,7 @@ def merge_adapter(
     exact = _same(probe.logits(loaded.model), reference, "the weights merged in fp32 compute")
     dtype = dtype or own_dtype(loaded.folder)
     with atomic_folder(output) as new:
-        save_rounded(new, loaded.model, dtype, loaded.encoder.tokenizer, loaded.encoder.end_id)
+        save_rounded(new, loaded.model, dtype, saved_tokenizer(loaded.encoder))
         rounded = probe.logits(loaded.model.float())
         del loaded
         gc.collect()

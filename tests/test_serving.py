@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from qlora_min.adapter import WEIGHTS, save_adapter
 from qlora_min.base import load_base
+from qlora_min.chat import ChatEncoder
+from qlora_min.data.templates import saved_tokenizer
 from qlora_min.demo import world
 from qlora_min.generate import generate
 from qlora_min.merging import merge_adapter
 from qlora_min.system.peft_files import CONFIG
-from qlora_min.system.serving import ending_with
 
 QUESTIONS = ("Which vitamin deficiency causes scurvy?", "Name three primary colours.")
 
@@ -84,24 +85,37 @@ def test_answers_end_where_the_folders_are_served(another_eos, script, demo_data
 def test_a_tokenizer_in_use_keeps_its_eos(another_eos):
     tokenizer = AutoTokenizer.from_pretrained(another_eos)
     before, end = tokenizer("a<|im_end|><|endoftext|>")["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")
-    saved = ending_with(tokenizer, end)
+    saved = saved_tokenizer(ChatEncoder(tokenizer))
     assert (tokenizer.eos_token, saved.eos_token_id, saved.pad_token) == ("<|endoftext|>", end, tokenizer.pad_token)
     assert (
         tokenizer("a<|im_end|><|endoftext|>")["input_ids"] == saved("a<|im_end|><|endoftext|>")["input_ids"] == before
     )
-    assert ending_with(saved, end) is saved
+    assert saved_tokenizer(ChatEncoder(saved)) is saved
 
 
 def test_a_template_that_writes_the_eos_token_writes_the_same(another_eos, tmp_path):
     """Phi-3's: its end token after each answer, and its eos token after all."""
     tokenizer = AutoTokenizer.from_pretrained(another_eos)
     tokenizer.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
-    ending_with(tokenizer, tokenizer.convert_tokens_to_ids("<|im_end|>")).save_pretrained(tmp_path / "saved")
+    saved_tokenizer(ChatEncoder(tokenizer)).save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text.endswith("<|endoftext|>") and saved.eos_token == "<|im_end|>"
     assert saved.apply_chat_template(messages, tokenize=False) == text
+
+
+def test_a_template_in_which_our_rows_can_not_be_answers_is_merged_too(another_eos, tmp_path):
+    """R1's: a server's prompt begins a thought, which the answers that the check compares don't have."""
+    config = json.loads((another_eos / "tokenizer_config.json").read_text())
+    template = config["chat_template"].replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    assert template != config["chat_template"]
+    edit(another_eos / "tokenizer_config.json", chat_template=template)
+    base, described = adapted(4, 8.0, ATTENTION, "nf4", str(another_eos))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", base.model, described, base.encoder.tokenizer)
+    merged = merge_adapter(tmp_path / "adapter", tmp_path / "merged", "fp32")
+    assert merged.exact < 1e-5 and merged.loss_before > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

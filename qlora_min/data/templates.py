@@ -5,6 +5,7 @@ messages before it, with `add_generation_prompt=True`. Templates trim texts, mov
 blocks, so neither is put together here from pieces.
 """
 
+import copy
 import datetime
 import json
 import re
@@ -46,6 +47,21 @@ def named_template(name: str, tokenizer: Any) -> str:
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or "not UTF-8 text"
         raise ValueError(f"--chat-template {name}: {why}; expected a file with a Jinja template, or chatml") from None
+
+
+def saved_tokenizer(encoder: Any) -> Any:
+    """The tokenizer of a `ChatEncoder` as it is saved: itself, or a copy whose eos token, at which servers stop, is the
+    end token that was trained. A template that writes `eos_token` elsewhere (Phi-3's, at the very end) keeps writing
+    the old one."""
+    tokenizer = encoder.tokenizer
+    old, new = tokenizer.eos_token, tokenizer.convert_ids_to_tokens(encoder.end_id)
+    if old == new:
+        return tokenizer
+    saved, sample = copy.deepcopy(tokenizer), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    saved.eos_token = new
+    if Template(saved).render(sample) != Template(tokenizer).render(sample):
+        saved.chat_template = f"{{% set eos_token = {json.dumps(old or '')} %}}{saved.get_chat_template()}"
+    return saved
 
 
 class Template:

@@ -1,6 +1,5 @@
 """Whether two models compute the same: their logits, and the loss of the answers, on a few conversations."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +17,19 @@ PROMPTS = (
 
 
 class Probe:
-    """The rows of PROMPTS for one model.
+    """The rows of PROMPTS, as a `ChatEncoder` makes them. Where an answer has to begin otherwise than ours do (with a
+    thought, in some templates), all tokens count as the answer's."""
 
-    Args:
-        encode: messages -> (ids, supervised), as `ChatEncoder.encode`.
-    """
-
-    def __init__(self, encode: Callable[[Sequence[Any]], tuple[Sequence[int], Sequence[bool]]]):
-        messages = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in PROMPTS]
-        rows = [[torch.tensor(part) for part in encode(m)] for m in messages]
+    def __init__(self, encoder: Any):
+        rows = []
+        for question, answer in PROMPTS:
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            try:
+                ids, supervised = encoder.encode(messages)
+            except ValueError:
+                ids = encoder.prompt([*messages, messages[0]])
+                supervised = [False] + [True] * (len(ids) - 1)
+            rows.append((torch.tensor(ids), torch.tensor(supervised)))
         self.rows = [ids for ids, _ in rows]  # (T,) each
         self.targets = torch.cat(self.rows)[1:]
         self.supervised = torch.cat([s for _, s in rows])[1:]  # no row begins with an answer

@@ -17,6 +17,7 @@ import torch
 from ..adapter import AdapterConfig, save_adapter
 from ..batches import Packed
 from ..data.measures import Evaluation
+from ..data.templates import saved_tokenizer
 from ..loop import Progress, Recorder
 from ..lora import lora_parameters
 from ..optim import TrainingError
@@ -25,7 +26,6 @@ from ..system import console
 from ..system.console import say
 from ..system.device import is_out_of_memory, peak_gib
 from ..system.files import atomic_folder
-from ..system.serving import ending_with
 from . import cards, checkpoint
 from .cards import beside
 from .plan import explain_memory
@@ -50,7 +50,7 @@ class RunWriter(Recorder):
     def __init__(self, trainer: Any):
         self.trainer = weakref.proxy(trainer)  # no cycle: a dropped Trainer releases its lock
         self.folder = trainer.folder
-        self.tokenizer = ending_with(trainer.base.encoder.tokenizer, trainer.base.encoder.end_id)  # as it is saved
+        self.tokenizer = saved_tokenizer(trainer.base.encoder)
         self.metrics = checkpoint.Metrics(self.folder)
         self.boards = trainer.boards
         self.best: dict[str, torch.Tensor] = {}
