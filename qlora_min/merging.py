@@ -22,15 +22,15 @@ import torch.nn as nn
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from .adapter import AdapterConfig, load_adapter
+from .adapter import load_adapter
 from .base import decoder_prefix
-from .data.templates import saved_tokenizer
+from .data.templates import tokenizer_to_save
 from .lora import LoRALinear, lora_layers
 from .ops.probe import Probe, agreement, distance
 from .system.bits import dequantized_weight
 from .system.device import DTYPES
 from .system.files import atomic_folder, write_text
-from .system.peft_files import onto_which
+from .system.peft_files import said_to_merge
 from .system.serving import own_dtype, save_rounded
 
 BOUND = 1e-4  # between two ways to compute the same in fp32
@@ -87,9 +87,9 @@ def merge_adapter(
         raise ValueError(f"dtype {dtype!r}, onto {onto!r}: expected fp16, bf16 or fp32, and dequantized or original")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output-dir {output}: exists and is not an empty directory; choose another")
-    bits, onto = onto_which(adapter, AdapterConfig.read(adapter).quantization, quantization, onto)
-    loaded = load_adapter(adapter, model, "fp32", CPU, bits)
-    probe = Probe(loaded.encoder)
+    loaded = load_adapter(adapter, model, "fp32", CPU, said_to_merge(adapter, quantization, onto))
+    bits, probe = loaded.quantization, Probe(loaded.encoder)
+    onto = "original" if onto == "original" or bits == "none" else "dequantized"
     trained = reference = probe.logits(loaded.model)
     if onto == "original" and bits != "none":
         loaded = load_adapter(adapter, model, "fp32", CPU, "none")
@@ -100,7 +100,7 @@ def merge_adapter(
     exact = _same(probe.logits(loaded.model), reference, "the weights merged in fp32 compute")
     dtype = dtype or own_dtype(loaded.folder)
     with atomic_folder(output) as new:
-        save_rounded(new, loaded.model, dtype, saved_tokenizer(loaded.encoder))
+        save_rounded(new, loaded.model, dtype, tokenizer_to_save(loaded.encoder))
         rounded = probe.logits(loaded.model.float())
         del loaded
         gc.collect()

@@ -8,17 +8,20 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_adapter import edit as edit_adapter
+from test_adapter import save_peft
 from test_scripts import one_line_error
 from transformers import AutoModelForCausalLM
 
 import qlora_min
 import qlora_min.run.trainer
-from qlora_min.adapter import AdapterConfig
+from qlora_min.adapter import AdapterConfig, load_adapter
 from qlora_min.base import add_lora, load_base, load_encoder
 from qlora_min.data.rows import Row
 from qlora_min.demo import world
 from qlora_min.fused.select import make_engine
 from qlora_min.lora import LoraSpec, lora_parameters
+from qlora_min.merging import merge_adapter
 from qlora_min.system.bits import dequantized_weight
 from qlora_min.system.device import DTYPES, autocast
 
@@ -254,3 +257,13 @@ def test_another_quantisation_is_refused_by_name_before_weights_are_read(tmp_pat
     for load in (load_base, load_encoder):
         with pytest.raises(ValueError, match=f"weights are quantised by {name}.* give the unquantised model"):
             load(str(folder))
+
+
+def test_an_adapter_without_a_record_is_put_on_what_its_base_is_stored_in(tmp_path, capsys):
+    """As unsloth's are: made on a base in 4 bits, by files that don't say so."""
+    _, adapter = save_peft(tmp_path / "adapter")
+    edit_adapter(adapter / "adapter_config.json", base_model_name_or_path=str(quantized_copy(tmp_path / "base", "fp4")))
+    assert load_adapter(adapter, device=CPU).quantization == "fp4"
+    assert "the base's own are taken" in capsys.readouterr().err
+    merged = merge_adapter(adapter, tmp_path / "merged", "fp32")
+    assert (merged.bits, merged.onto) == ("fp4", "dequantized") and merged.difference < 1e-5

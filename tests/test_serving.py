@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from qlora_min.adapter import WEIGHTS, save_adapter
 from qlora_min.base import load_base
 from qlora_min.chat import ChatEncoder
-from qlora_min.data.templates import saved_tokenizer
+from qlora_min.data.templates import tokenizer_to_save
 from qlora_min.demo import world
 from qlora_min.generate import generate
 from qlora_min.merging import merge_adapter
@@ -85,19 +85,19 @@ def test_answers_end_where_the_folders_are_served(another_eos, script, demo_data
 def test_a_tokenizer_in_use_keeps_its_eos(another_eos):
     tokenizer = AutoTokenizer.from_pretrained(another_eos)
     before, end = tokenizer("a<|im_end|><|endoftext|>")["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")
-    saved = saved_tokenizer(ChatEncoder(tokenizer))
+    saved = tokenizer_to_save(ChatEncoder(tokenizer))
     assert (tokenizer.eos_token, saved.eos_token_id, saved.pad_token) == ("<|endoftext|>", end, tokenizer.pad_token)
     assert (
         tokenizer("a<|im_end|><|endoftext|>")["input_ids"] == saved("a<|im_end|><|endoftext|>")["input_ids"] == before
     )
-    assert saved_tokenizer(ChatEncoder(saved)) is saved
+    assert tokenizer_to_save(ChatEncoder(saved)) is saved
 
 
 def test_a_template_that_writes_the_eos_token_writes_the_same(another_eos, tmp_path):
     """Phi-3's: its end token after each answer, and its eos token after all."""
     tokenizer = AutoTokenizer.from_pretrained(another_eos)
     tokenizer.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
-    saved_tokenizer(ChatEncoder(tokenizer)).save_pretrained(tmp_path / "saved")
+    tokenizer_to_save(ChatEncoder(tokenizer)).save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)

@@ -96,13 +96,12 @@ def compare_merges(
     from ..lora import lora_disabled
     from ..merging import decoder_linears, fold
     from ..system.bits import quantize_linear
-    from ..system.peft_files import trained_on
 
-    quantization = trained_on(adapter, AdapterConfig.read(adapter).quantization, quantization)
-    if quantization == "none":
+    quantization = quantization or AdapterConfig.read(adapter).quantization
+    loaded = quantization != "none" and load_adapter(adapter, model, precision, quantization=quantization)
+    if not loaded or loaded.quantization == "none":
         raise ValueError(f"adapter '{adapter}' was trained on an unquantised base: there is one way to merge it")
-    bits = quantization.upper()
-    loaded = load_adapter(adapter, model, precision, quantization=quantization)
+    quantization, bits = loaded.quantization, loaded.quantization.upper()
     longest, results = max(map(len, rows)), {}
 
     def measure(name: str) -> None:

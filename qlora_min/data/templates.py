@@ -49,7 +49,7 @@ def named_template(name: str, tokenizer: Any) -> str:
         raise ValueError(f"--chat-template {name}: {why}; expected a file with a Jinja template, or chatml") from None
 
 
-def saved_tokenizer(encoder: Any) -> Any:
+def tokenizer_to_save(encoder: Any) -> Any:
     """The tokenizer of a `ChatEncoder` as it is saved: itself, or a copy whose eos token, at which servers stop, is the
     end token that was trained. A template that writes `eos_token` elsewhere (Phi-3's, at the very end) keeps writing
     the old one."""

@@ -17,7 +17,7 @@ import torch
 from ..adapter import AdapterConfig, save_adapter
 from ..batches import Packed
 from ..data.measures import Evaluation
-from ..data.templates import saved_tokenizer
+from ..data.templates import tokenizer_to_save
 from ..loop import Progress, Recorder
 from ..lora import lora_parameters
 from ..optim import TrainingError
@@ -50,7 +50,7 @@ class RunWriter(Recorder):
     def __init__(self, trainer: Any):
         self.trainer = weakref.proxy(trainer)  # no cycle: a dropped Trainer releases its lock
         self.folder = trainer.folder
-        self.tokenizer = saved_tokenizer(trainer.base.encoder)
+        self.tokenizer = tokenizer_to_save(trainer.base.encoder)
         self.metrics = checkpoint.Metrics(self.folder)
         self.boards = trainer.boards
         self.best: dict[str, torch.Tensor] = {}

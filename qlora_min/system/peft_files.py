@@ -166,28 +166,24 @@ def named_targets(targets: tuple[str, ...], layers: Iterable[str]) -> tuple[str,
     return tuple(sorted({name.rpartition(".")[2] for name in layers})) if "all-linear" in targets else targets
 
 
-def trained_on(folder: Path, recorded: str | None, given: str | None = None) -> str:
-    """The quantization of the base for an adapter: the given one, or what its files say. If they don't say it, it is
-    none, as in PEFT, which takes a base as it is stored; a note says so."""
+def trained_on(folder: Path, recorded: str | None, given: str | None = None) -> str | None:
+    """The quantization of the base for an adapter: the given one, or what its files say. If they don't, None: the base
+    is taken as it is stored, as PEFT does, and a note says so."""
     if not (recorded or given):
         say(
             f"note: adapter '{folder}' does not say which weights it was trained on: the base's own are taken, as PEFT "
             "does; --quantization nf4 (or fp4) if it was trained on 4 bits",
             sys.stderr,
         )
-    return given or recorded or "none"
+    return given or recorded
 
 
-def onto_which(folder: Path, recorded: str | None, given: str | None, onto: str | None) -> tuple[str, str]:
-    """(what an adapter was trained on, the weights to merge it onto: "dequantized" or "original").
-
-    Where its files don't say what it was trained on, --quantization or --base does.
-    """
+def said_to_merge(folder: Path, given: str | None, onto: str | None) -> str | None:
+    """What an adapter was trained on by its files; where they don't say it, by --quantization, or --base (`onto`)."""
+    recorded = read_adapter_config(folder)["quantization"]
     if given and recorded not in (None, given):
         raise ValueError(f"--quantization {given}: adapter '{folder}' was trained on {recorded}; leave it out")
-    asked = given or {"dequantized": "nf4", "original": "none"}.get(onto or "")
-    bits = trained_on(folder, recorded, None if recorded else asked)
-    return bits, "original" if onto == "original" or bits == "none" else "dequantized"
+    return given or recorded or {"dequantized": "nf4", "original": "none"}.get(onto or "")
 
 
 def write_adapter_config(folder: Path, values: Mapping[str, Any], weights_sha256: str) -> None:

@@ -1,7 +1,7 @@
 """A model as it is written for others to serve: in the dtype asked for, and so that answers end.
 
 Servers stop at the eos tokens of generation_config.json, of config.json or of the tokenizer, whichever they read, so
-each of them names the end token that was trained (the tokenizer by `data.templates.saved_tokenizer`).
+each of them names the end token that was trained (the tokenizer by `data.templates.tokenizer_to_save`).
 """
 
 from pathlib import Path
