@@ -1,5 +1,6 @@
 """Models of known shapes with random weights, to measure speed and memory."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,9 @@ def random_nf4() -> Iterator[None]:
     from ..system import weights
     from ..system.bits import quantized
 
-    block = quantized(0.02 * torch.randn(256, 64), "nf4", torch.float16)  # its 256 scales have one scale in fp32
+    generator = torch.Generator().manual_seed(0)  # the same in all processes
+    some, few = (0.02 * torch.randn(*shape, generator=generator) for shape in ((256, 64), (997,)))
+    block = quantized(some, "nf4", torch.float16)  # its 256 scales have one scale in fp32
     parts = block.quant_state.as_dict(packed=True)
 
     def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -62,17 +65,23 @@ def random_nf4() -> Iterator[None]:
     def read(folder: Path) -> Iterator[tuple[str, Any]]:
         from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
+        @functools.cache  # layers are alike
+        def repeated(part: str, count: int) -> torch.Tensor:
+            value = parts[part] if part else block.data.flatten()
+            return value.repeat(-(-count // len(value)))[:count].contiguous()
+
         for name, tensor, linear in _weights_of(folder):
+            n = tensor.numel()
             if not linear:
-                yield name, torch.ones(tensor.shape) if "norm" in name else 0.02 * torch.randn(tensor.shape)
+                values = (torch.ones(1) if "norm" in name else few).half()
+                yield name, values.repeat(-(-n // len(values)))[:n].view(tensor.shape)
                 continue
-            times = -(-tensor.numel() // block.quant_state.shape.numel())
-            yield name, block.data.flatten().repeat(times)[: tensor.numel() // 2, None].contiguous()
+            yield name, repeated("", n // 2)[:, None]
             for part, value in parts.items():
                 if part.startswith("quant_state"):
                     value = pack_dict_to_tensor(unpack_tensor_to_dict(value) | {"shape": tuple(tensor.shape)})
                 elif "absmax" in part:
-                    value = value.repeat(times)[: -(-tensor.numel() // (64 if part == "absmax" else 64 * 256))].clone()
+                    value = repeated(part, -(-n // (64 if part == "absmax" else 64 * 256)))
                 yield f"{name}.{part}", value
 
     with patch.object(weights, "read_weights", read), patch.object(weights, "weight_shapes", shapes_of):

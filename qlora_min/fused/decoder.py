@@ -262,7 +262,7 @@ class Decoder(Engine):
         """
         from ..ops.kernels import Dequantizer
 
-        def make(layer: Layer) -> Dequantizer | None:
+        def make(layer: Layer) -> "Dequantizer | None":
             linears = [m for p in layer.projections for m in p.linears]
             states = [(m.weight.data, m.weight.quant_state) for m in linears if doubly_quantized(m)]
             return Dequantizer(states) if len(states) == len(linears) else None
