@@ -372,7 +372,7 @@ def test_chatml_by_name(tmp_path):
         named_template("alpaca", plain)
 
 
-def test_a_base_without_a_template(tmp_path, make):  # noqa: F811
+def test_a_base_without_a_template(tmp_path, make, script):  # noqa: F811
     base = Path(shutil.copytree(world.MODEL_DIR, tmp_path / "base", ignore=lambda *_: ["chat_template.jinja"]))
     settings = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": None}))
@@ -381,3 +381,5 @@ def test_a_base_without_a_template(tmp_path, make):  # noqa: F811
     trainer = make("run", 6, 4, model=str(base), chat_template="chatml", max_steps=1)
     trainer.train()
     assert trainer.folder.joinpath("adapter", "chat_template.jinja").read_text() == templates.CHATML
+    script("merge.py", "--adapter", trainer.folder / "adapter", "--output-dir", tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == templates.CHATML
