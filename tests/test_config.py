@@ -1,6 +1,7 @@
 """Options: their defaults, where they come from, what is refused and in which words."""
 
 import dataclasses
+import itertools
 import json
 import runpy
 import sys
@@ -8,10 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-from qlora_min.cli.main import run_script
+import qlora_min
+from qlora_min.cli.main import COMMANDS, make_parser, run_script
 from qlora_min.cli.options import Parser, add_options, config_options, demo_options, given_options
-from qlora_min.config import FIELDS, Config
-from qlora_min.run.options import REMOVED, config_from, read_toml
+from qlora_min.config import FIELDS, Config, flag
+from qlora_min.run.options import REMOVED, WORDS, config_from, nearest, read_toml
 
 DEFAULTS = {  # the table of the reference configuration, by hand
     "model": "Qwen/Qwen2-0.5B-Instruct",
@@ -302,28 +304,63 @@ def test_conversions_that_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong, nearest",
+    "wrong, meant",
     [
-        ("learning-rat", "learning-rate"),
-        ("learning_rates", "learning-rate"),
-        ("batchsize", "batch-size"),
+        ("learning-rat", "learning_rate"),
+        ("learning_rates", "learning_rate"),
+        ("batchsize", "batch_size"),
         ("ranks", "rank"),
-        ("lora-alpha", "alpha"),
         ("data-set", "dataset"),
+        ("lr", "learning_rate"),
+        ("lora-alpha", "alpha"),
+        ("r", "rank"),
+        ("num_train_epochs", "epochs"),
+        ("per_device_train_batch_size", "batch_size"),
+        ("gradient-accumulation-steps", "grad_accum"),
+        ("max_seq_length", "max_length"),
+        ("target_modules", "targets"),
+        ("optim", "optimizer"),
+        ("train_file", "dataset"),
+        ("model_name_or_path", "model"),
     ],
 )
-def test_an_unknown_name_suggests_the_nearest(tmp_path, capsys, wrong, nearest):
+def test_an_unknown_name_suggests_what_means_the_same_or_the_nearest(tmp_path, capsys, wrong, meant):
     path = tmp_path / "c.toml"
     path.write_text(f"{wrong} = 1")
-    with pytest.raises(ValueError, match=f"^{path}: unknown option '{wrong}', did you mean {nearest}\\?$"):
+    with pytest.raises(ValueError, match=f"^{path}: unknown option '{wrong}', did you mean {meant}\\?$"):
         read_toml(path)
     for given in ([f"--{wrong}", "1"], [f"--{wrong}=1"]):
         with pytest.raises(SystemExit) as end:
             parse(*given)
         assert end.value.code == 2
         assert capsys.readouterr().err == (
-            f"error: unknown option '--{wrong}', did you mean --{nearest}? (see --help)\n"
+            f"error: unknown option '--{wrong}', did you mean {flag(meant)}? (see --help)\n"
         )
+    with pytest.raises(ValueError, match=f"^train: unknown option '{wrong}', did you mean {meant}\\?$"):
+        qlora_min.train(**{wrong: 1})
+
+
+def test_a_word_may_mean_an_option_with_a_value(tmp_path, capsys):
+    (tmp_path / "c.toml").write_text("load_in_4bit = true")
+    with pytest.raises(ValueError, match=r"did you mean quantization = \"nf4\"\?$"):
+        read_toml(tmp_path / "c.toml")
+    with pytest.raises(SystemExit):
+        parse("--bf16")
+    assert "'--bf16', did you mean --precision bf16?" in capsys.readouterr().err
+
+
+def test_the_words_of_others_are_not_our_own_and_lead_to_options():
+    options = {name: {s for a in make_parser(name)._actions for s in a.option_strings} for name in COMMANDS}
+    for meant, words in WORDS.items():
+        option, _, value = meant.partition(" ")
+        having = [some for some in options.values() if flag(option) in some]
+        assert having, meant
+        for word, some in itertools.product(words.split(), having):
+            if flag(word) not in some:
+                assert nearest(word, sorted(some)) == f", did you mean {flag(option)} {value}".rstrip() + "?"
+        assert not {*words.split()} & {*FIELDS} - {"max_length"}
+    assert nearest("--max_tokens", sorted(options["chat"])) == ", did you mean --max-new-tokens?"
+    assert nearest("--temprature", sorted(options["chat"])) == ", did you mean --temperature?"
 
 
 @pytest.mark.parametrize("value", ["off", "auto", "on"])
