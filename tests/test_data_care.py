@@ -420,7 +420,7 @@ def test_the_data_command(script, write_rows):
     held = write_rows([question([*words[:40], "secretword", *words[41:]])], "held.jsonl")
     options = ["--model", world.MODEL_DIR, "--dataset", train, "--eval-dataset", held]
     done = script("data.py", *options, "--preview", 1, "--max-length", 4096)
-    line = rf"     1  training questions almost like a held-out one: .*\n +{train}:21  {held}:1  0\.8\d"
+    line = rf"     1  training questions held out too, or almost like one: .*\n +{train}:21  {held}:1  0\.8\d"
     assert re.search(line, done.stdout)
     assert f"--- {train}:1: " in done.stdout and "⟦B: text b<|im_end|>⟧" in done.stdout
     result = script("data.py", *options, "--json", "--max-length", 4096)
@@ -439,9 +439,122 @@ def test_without_rensa_all_the_rest_is_looked_at(script, write_rows, monkeypatch
     rest = script(*options).stdout
     *same, last = rest.splitlines()
     assert last.startswith("near-duplicates were not looked for") and last.endswith("pip install 'qlora_min[care]'")
-    assert same == [line for line in whole.splitlines() if "almost like" not in line]
-    assert json.loads(script(*options, "--json").stdout) == {**found, "alike": None, "leaks": None}
+    assert same == [line for line in whole.splitlines() if "almost like another" not in line]
+    assert json.loads(script(*options, "--json").stdout) == {**found, "alike": None}
     assert found["repeated"] == found["conflicts"] == 1
+
+
+def test_a_question_that_is_held_out_too_is_a_leak_and_stops_nothing(script, write_rows, monkeypatch):
+    """However short it is, and without rensa; training still refuses it."""
+    train = write_rows([{"prompt": p, "completion": "So."} for p in ("Why?", "how", "Why?", "When?")], "train.jsonl")
+    held = write_rows([{"prompt": " WHY? ", "completion": "No."}], "held.jsonl")
+    options = ["--model", world.MODEL_DIR, "--dataset", train, "--eval-dataset", held]
+    for missing in (False, True):
+        if missing:
+            monkeypatch.setitem(sys.modules, "rensa", None)
+        found = json.loads(script("data.py", *options, "--json").stdout)
+        assert (found["leaks"], found["leak_pairs"]) == (1, [[f"{train}:1", f"{held}:1", 1.0]])
+        assert found["rows"] == {"training": 4, "held out": 1} and found["repeated"] == 1
+    assert f"{train}:1: the same question is in {held}:1" in script("train.py", *options, expect=2).stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py --output --drop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_cleaned_and_the_report_then_finds_none(script, write_rows, tmp_path):
+    one, two, three = vignette(1), vignette(2), vignette(3)
+    rows = [
+        question(one),
+        question(one, right="C"),  # contradicts row 1
+        question(one, right="C"),  # repeats row 2, and contradicts row 1
+        question(one),  # repeats row 1
+        question(changed(one, 30)),  # alike
+        question(changed(one, 30), A="another"),  # the same question as row 5
+        question(changed(two, 30)),  # leaks
+        question(changed(two, 30), A="another"),  # the same question
+        question(two, right="D"),  # is held out
+        question(three),
+        question(vignette(4, 2000)),  # too long
+    ]
+    train, held = write_rows(rows, "train.jsonl"), write_rows([question(two)], "held.jsonl")
+    data = ["--model", world.MODEL_DIR, "--max-length", 1024, "--eval-dataset", held]
+    kept = {
+        "repeated": [1, 2, 5, 6, 7, 8, 9, 10],
+        "contradicting": [1, 4, 5, 6, 7, 8, 9, 10],
+        "alike": [1, 2, 3, 4, 7, 8, 9, 10],
+        "leaking": [1, 2, 3, 4, 5, 6, 10],
+        "repeated,contradicting,alike,leaking": [1, 10],
+    }
+    for n, (drop, left) in enumerate(kept.items()):
+        done = script("data.py", *data, "--dataset", train, "--output", f"{n}.jsonl", "--drop", drop)
+        written = [json.loads(line) for line in (tmp_path / f"{n}.jsonl").read_text().splitlines()]
+        whole = [list(layouts.to_example(rows[i - 1], "").messages) for i in left]
+        assert written == [{"messages": messages} for messages in whole]
+    assert done.stdout.splitlines()[-1] == (
+        "4.jsonl: 2 rows; left out: 2 repeated, 1 contradicting, 2 alike, 3 leaking, 1 too long"
+    )
+    found = json.loads(script("data.py", *data, "--dataset", "4.jsonl", "--json").stdout)
+    assert [found[kind] for kind in ("repeated", "conflicts", "alike", "leaks")] == [0] * 4
+    script("train.py", *data, "--dataset", "4.jsonl", "--preview", 1)  # takes the rows: none is held out too
+
+
+def test_cleaned_rows_are_encoded_as_before(script, write_rows, tmp_path):
+    """Of every layout, with systems and answers that carry no loss; unicode, line breaks, options."""
+    turns = [("user", "Hi\u2028\n"), ("assistant", "a"), ("user", "q"), ("assistant", "<|im_end|>é b")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    rows = [
+        {"instruction": "Say.", "input": " x ", "output": "y\n", "system": "Be kind.", "id": 3},
+        {"prompt": "p", "completion": "c", "history": [["a", "b"]]},
+        {"messages": [chat[0], chat[1] | {"weight": 0}, *chat[2:]]},
+        {"messages": [*chat[:2], {"role": "user", "content": "q2", "weight": 0}, chat[3]]},
+        {"prompt": chat[:3], "completion": chat[3:]},
+        {"conversations": [{"from": "human", "value": "2?"}, {"from": "gpt", "value": [{"text": "ja"}]}]},
+        question(vignette(5)),
+    ]
+    script("data.py", "--model", world.MODEL_DIR, "--dataset", write_rows(rows), "--output", "clean.jsonl",
+           "--max-length", 4096)  # fmt: skip
+    before, after = (list(readers.read(str(tmp_path / name))) for name in ("rows.jsonl", "clean.jsonl"))
+    assert len(before) == len(after) == len(rows)
+    assert [e.as_json() for e in before] == [e.as_json() for e in after]
+    for a, b in zip(*(encoder().encode_examples(examples) for examples in (before, after))):
+        assert a.input_ids.tolist() == b.input_ids.tolist() and a.supervised.tolist() == b.supervised.tolist()
+
+
+def test_tools_and_calls_are_written_as_they_are_read():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [None, 2.5]}}}
+    messages = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "1+2?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0},
+        {"role": "tool", "content": "3", "name": "add", "tool_call_id": "7"},
+        {"role": "assistant", "content": "3", "reasoning_content": "1+2"},
+    ]
+    example = layouts.to_example({"messages": messages, "tools": json.dumps([call])}, "f:1")
+    assert example.as_row() == {"messages": messages, "tools": (call,)}
+    assert layouts.to_example(json.loads(json.dumps(example.as_row())), "f:1") == example
+
+
+def test_what_cannot_be_cleaned_is_said_before_anything_is_read(script, write_rows, tmp_path, monkeypatch):
+    rows = write_rows([{"prompt": "p", "completion": "c"}])
+    (tmp_path / "there.jsonl").write_text("mine")
+    options = ["data.py", "--model", world.MODEL_DIR, "--dataset", rows]
+    for words, said in (
+        (["--output", "there.jsonl"], "--output there.jsonl: it exists, and no file is overwritten"),
+        (["--output", "no/such.jsonl"], "expected FILE.jsonl in a folder that exists"),
+        (["--output", "clean.csv"], "expected FILE.jsonl"),
+        (["--drop", "alike"], "--drop: it changes no file; name a new one with --output FILE.jsonl"),
+        (["--output", "c.jsonl", "--drop", "dupes"], "expected some of repeated,contradicting,alike,leaking"),
+        (["--output", "c.jsonl", "--drop", "leaking"], "name the data that rows may leak from with --eval-dataset"),
+        (["--output", "c.jsonl", "--drop", "leaking", "--eval-dataset", rows], "no row is left; nothing is written"),
+    ):
+        done = script(*options, *words, expect=2)
+        assert said in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    done = script(*options, "--output", "c.jsonl", "--drop", "alike", expect=2)
+    assert "needs rensa" in done.stderr and "qlora_min[care]" in done.stderr
+    assert (tmp_path / "there.jsonl").read_text() == "mine" and not list(tmp_path.glob("*c.jsonl*"))
 
 
 @pytest.mark.real

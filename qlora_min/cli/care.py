@@ -4,7 +4,8 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -35,10 +36,14 @@ class Care:
     conflict_pairs: Sequence[Pair]
     alike: int | None = None  # training questions that are near-duplicates of an earlier one; None without rensa
     alike_pairs: Sequence[Pair] = ()
-    leaks: int | None = None  # training questions that are near-duplicates of a held-out one; None without rensa
+    leaks: int = 0  # training questions that are held out too, or with rensa: near-duplicates of a held-out one
     leak_pairs: Sequence[Pair] = ()
+    # What --drop leaves out -> (n,) bool of the training rows: all rows with a question that is alike or leaks, and all
+    # that contradict the first with their question and options.
+    drops: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
-    as_dict = asdict
+    def as_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "drops"}
 
     def __str__(self) -> str:
         """The text that `qlora-min data` prints."""
@@ -64,7 +69,11 @@ class Care:
             ("training rows that repeat another: question, options and answer", self.repeated, self.repeated_pairs),
             ("training rows that contradict another: question and options", self.conflicts, self.conflict_pairs),
             (f"training questions almost like another: {alike}", self.alike, self.alike_pairs),
-            (f"training questions almost like a held-out one: {alike}", self.leaks, self.leak_pairs),
+            (
+                f"training questions held out too, or almost like one: {alike}",
+                self.leaks,
+                self.leak_pairs,
+            ),
         ):
             if count is not None:
                 lines.append(f"{count:>6,}  {what}")
@@ -76,9 +85,9 @@ class Care:
 
 
 def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
-    """Report on encoded rows that have kept their texts: `run.datasets.read_data(config, encoder, texts=True)`.
+    """Report on encoded rows that have kept their texts: `run.datasets.read_data(config, encoder, report=True)`.
 
-    Held-out rows are compared with training rows, but not with each other.
+    Held-out rows are compared with training rows, but not with each other. A question that is held out too is a leak.
     """
     rows, apart = (Rows.join(part.rows for part in side) for side in (train, held))
     sides = {"training": rows} | ({"held out": apart} if len(apart) else {})
@@ -86,21 +95,10 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
     letters = {side: dict(sorted(Counter(letter for letter, _ in found).items())) for side, found in choices.items()}
     options = {side: dict(sorted(Counter(n for _, n in found).items())) for side, found in choices.items()}
 
-    pairs, can_shuffle = {"repeated": [], "conflicts": []}, 0
-    seen: dict[tuple, int] = {}  # (question,), (question, options), (question, options, answer) -> the first row
-    for i, row in enumerate(console.bar(len(rows), "answers", "row", iterable=rows)):
-        example = row.example
-        can_shuffle += bool(example.choice and permute_options(example, range(len(example.choice.letters))))
-        key = (example.question_hash, *_options_and_answer(example))
-        if key in seen:
-            pairs["repeated"].append((row.location, rows[seen[key]].location, 1.0))
-        elif key[:2] in seen:
-            pairs["conflicts"].append((row.location, rows[seen[key[:2]]].location, 1.0))
-        for n in (1, 2, 3):
-            seen.setdefault(key[:n], i)
-    with suppress(ImportError):
-        asked = np.array([i for key, i in seen.items() if len(key) == 1], int)  # the first row with each question
-        pairs["alike"], pairs["leaks"] = near_duplicates(rows[asked], apart)
+    can_shuffle = sum(
+        bool(e.choice and permute_options(e, range(len(e.choice.letters)))) for e in (row.example for row in rows)
+    )
+    pairs, drops = _compare(rows, apart)
     found = {what: len(some) for what, some in pairs.items()}
     found |= {f"{what.removesuffix('s')}_pairs": some[:SHOWN] for what, some in pairs.items()}
 
@@ -109,7 +107,39 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
     width = next(w for k in itertools.count() for w in (10**k, 2 * 10**k, 5 * 10**k) if high // w - low // w < BINS)
     edges = [width * i for i in range(low // width, high // width + 2)]
     lengths = {side: np.histogram(part.lengths, edges)[0].tolist() for side, part in sides.items()}
-    return Care({side: len(r) for side, r in sides.items()}, lengths, edges, letters, options, can_shuffle, **found)
+    counts = {side: len(r) for side, r in sides.items()}
+    return Care(counts, lengths, edges, letters, options, can_shuffle, **found, drops=drops)
+
+
+def _compare(rows: Rows, apart: Rows) -> tuple[dict[str, list[Pair]], dict[str, np.ndarray]]:
+    """The pairs of each kind, and `Care.drops`. Without rensa, leaks are the questions that are held out."""
+    pairs: dict[str, list[Pair]] = {"repeated": [], "conflicts": []}
+    questions, (repeated, contradicting) = np.zeros(len(rows), np.uint64), np.zeros((2, len(rows)), bool)
+    seen: dict[tuple, int] = {}  # (question,), (question, options), (question, options, answer) -> the first row
+    for i, row in enumerate(console.bar(len(rows), "answers", "row", iterable=rows)):
+        key = (row.example.question_hash, *_options_and_answer(row.example))
+        if key in seen:
+            pairs["repeated"].append((row.location, rows[seen[key]].location, 1.0))
+        elif key[:2] in seen:
+            pairs["conflicts"].append((row.location, rows[seen[key[:2]]].location, 1.0))
+        questions[i], repeated[i] = key[0], key in seen
+        contradicting[i] = seen.get(key[:2], i) != seen.get(key, i)
+        for n in (1, 2, 3):
+            seen.setdefault(key[:n], i)
+
+    asked = {key[0]: i for key, i in seen.items() if len(key) == 1}  # question -> the first row with it
+    held = {row.example.question_hash: row.location for row in reversed(apart)}
+    pairs["leaks"] = [(rows[i].location, held[question], 1.0) for question, i in asked.items() if question in held]
+    with suppress(ImportError):
+        others = np.array([i for question, i in asked.items() if question not in held], int)
+        pairs["alike"], almost = near_duplicates(rows[others], apart)
+        pairs["leaks"] += almost
+    place = {rows[i].location: question for question, i in asked.items()}
+    alike, leaking = (
+        np.isin(questions, np.array([place[first] for first, _, _ in pairs.get(kind, ())], np.uint64))
+        for kind in ("alike", "leaks")
+    )
+    return pairs, {"repeated": repeated, "contradicting": contradicting, "alike": alike, "leaking": leaking}
 
 
 def _options_and_answer(example: Example) -> tuple[frozenset[str] | None, str]:

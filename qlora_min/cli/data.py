@@ -2,17 +2,33 @@
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..system.console import colours, say
-from .options import Emit, Parser, add_options, config_options, count_option, demo_options, groups, json_option
+from ..system.files import write_jsonl
+from .options import Emit, Parser, add_options, config_options, count_option, demo_options, groups, json_option, needed
+
+DROPS = ("repeated", "contradicting", "alike", "leaking")  # `care.Care.drops`
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    """An argparse type: kinds of rows, separated by commas."""
+    kinds = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not kinds or not set(kinds) <= {*DROPS}:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected some of {','.join(DROPS)}")
+    return kinds
 
 
 def options(parser: Parser) -> None:
     demo_options(parser, "report on the data of the embedded demo")
     count_option(parser, "--preview", "also print N rows as the model sees them")
+    written = "write the rows of --dataset that are left, as messages, to a new file; no fraction of them is held out"
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help=written)
+    parser.add_argument("--drop", type=_kinds, default=(), metavar="A,B,...", help=f"without those {', '.join(DROPS)}")
     json_option(parser)
     add_options(parser, [*groups()["model and data"], "seed"])
 
@@ -22,17 +38,39 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
 
     data --dataset FILE.jsonl --eval-dataset OTHER.jsonl   the options are those with which train selects data
     data --demo --preview 3                                also prints rows as the model sees them
+    data --dataset FILE.jsonl --output CLEAN.jsonl --drop repeated,contradicting,alike
     """
     config = Config(**config_options(args))
-    emit(look_at(config, args.preview or 0, colours()).as_dict())
+    if args.output:
+        config = _check_output(config, args.output, args.drop)
+    elif args.drop:
+        raise ValueError("--drop: it changes no file; name a new one with --output FILE.jsonl")
+    emit(look_at(config, args.preview or 0, colours(), args.output, args.drop).as_dict())
 
 
-def look_at(config: Config, previews: int = 0, colour: bool = True) -> Any:
-    """Read the data of a configuration and print the report of `qlora-min data`. Writes nothing.
+def _check_output(config: Config, output: Path, drop: Sequence[str]) -> Config:
+    """The options with which rows are cleaned. Raises ValueError if that is impossible, before anything is read."""
+    if output.suffix != ".jsonl" or not output.parent.is_dir():
+        raise ValueError(f"--output {output}: expected FILE.jsonl in a folder that exists")
+    if output.exists():
+        raise ValueError(f"--output {output}: it exists, and no file is overwritten; name a new one")
+    if "leaking" in drop and not config.eval_dataset:
+        raise ValueError("--drop leaking: name the data that rows may leak from with --eval-dataset")
+    if {"alike", "leaking"} & set(drop):
+        with needed("--drop alike or leaking", "care"):
+            import rensa  # noqa: F401
+    return config if config.eval_dataset else replace(config, eval_fraction=0.0)
+
+
+def look_at(
+    config: Config, previews: int = 0, colour: bool = True, output: Path | None = None, drop: Sequence[str] = ()
+) -> Any:
+    """Read the data of a configuration and print the report of `qlora-min data`. Overwrites nothing.
 
     Args:
         previews: training rows to print as the model sees them.
         colour: mark supervised tokens by colour, or else by brackets.
+        output: a new file for the training rows without those in `drop`, some of DROPS.
 
     Returns:
         The report, a `care.Care`.
@@ -44,12 +82,38 @@ def look_at(config: Config, previews: int = 0, colour: bool = True) -> Any:
     from .care import look
 
     encoder = encoder_of(config)
-    train, held = read_data(config, encoder, texts=True)
+    train, held = read_data(config, encoder, report=True)
     say(table([*train, *held]) + "\n")
     found = look(train, held)
     say(str(found))
     show_rows(config, encoder, train, previews, colour)
+    if output:
+        _write(output, train, {kind: found.drops[kind] for kind in drop})
     return found
+
+
+def _write(output: Path, train: Sequence[Any], drops: Mapping[str, Any]) -> None:
+    """Write the rows that no array (n,) of `drops` marks, and say how many were left out, and why."""
+    import numpy as np
+
+    from ..data.rows import Rows
+
+    rows, left_out = Rows.join(part.rows for part in train), {}
+    kept = np.ones(len(rows), bool)
+    for kind, marked in drops.items():
+        left_out[kind] = int((kept & marked).sum())
+        kept &= ~marked
+    left_out |= {"too long": sum(part.too_long for part in train), "bad": sum(part.bad for part in train)}
+    if not kept.any():
+        raise ValueError(f"--output {output}: no row is left; nothing is written")
+    output.touch(exist_ok=False)  # another process may have written it since
+    try:
+        write_jsonl(output, (row.example.as_row() for row in rows[kept]))
+    except BaseException:
+        output.unlink()
+        raise
+    why = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items() if count)
+    say(f"\n{output}: {kept.sum():,} rows; left out: {why or 'none'}")
 
 
 def show_rows(config: Config, encoder: Any, train: Sequence[Any], count: int, colour: bool = True) -> None:

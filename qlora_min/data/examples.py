@@ -36,6 +36,11 @@ class Example:
         messages, tools, unlearned = map(tuple, json.loads(text))
         return cls(messages, location, tools, unlearned)
 
+    def as_row(self) -> dict[str, Any]:
+        """The example as a row that `layouts.to_example` reads as the same again."""
+        messages = [m | {"weight": 0} if i in self.unlearned else m for i, m in enumerate(self.messages)]
+        return {"messages": messages} | ({"tools": self.tools} if self.tools else {})
+
     @functools.cached_property
     def choice(self) -> "MultipleChoice | None":
         return multiple_choice(self.messages)

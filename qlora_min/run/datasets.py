@@ -150,17 +150,18 @@ def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
 Data = tuple[list[Encoded], list[Encoded]]  # training and held out, a list of data sets each
 
 
-def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data:
+def read_data(config: Config, encoder: ChatEncoder, report: bool = False) -> Data:
     """The encoded (training, held-out) data sets. Without --eval-dataset a fraction of --dataset is held out.
 
     Args:
-        texts: keep the messages of the rows, as with --shuffle-options.
+        report: for `qlora-min data`: keep the messages of the rows, as with --shuffle-options, and keep training rows
+            whose question stands in --eval-dataset.
 
     Raises:
         ValueError: a data set can't be read, or all of its rows are too long.
         BadData: bad rows, including those whose question is also held out; with --skip-bad-rows they are left out.
     """
-    bad, texts = BadRows(config.skip_bad_rows), texts or config.shuffle_options
+    bad, texts = BadRows(config.skip_bad_rows), report or config.shuffle_options
     sources = (config.dataset, config.limit), (config.eval_dataset, config.eval_limit)
     # All data sets are opened first: a missing file is an error at once. A repeated name is read once.
     opened = [{name: read(name, limit, bad, config.columns) for name in names} for names, limit in sources]
@@ -169,7 +170,7 @@ def read_data(config: Config, encoder: ChatEncoder, texts: bool = False) -> Data
         for side in opened
     )
     usable = all(part.fits.any() for part in (*train, *held))
-    for i, part in itertools.product(range(len(train)), held):
+    for i, part in itertools.product(range(len(train)), () if report else held):
         train[i] = leave_out_shared(train[i], part, bad)
     usable &= any(part.rows for part in train)
     bad.check(", or leave bad rows out with --skip-bad-rows" * usable)

@@ -73,8 +73,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: a reader sees all of it, or the old content. A lone surrogate is written as "?"."""
+    _write_parts(path, [text])
+
+
+def _write_parts(path: Path, parts: Iterable[str]) -> None:
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8", errors="replace")
+    with new.open("w", encoding="utf-8", errors="replace") as f:
+        f.writelines(parts)
     _fsync(new)
     new.replace(path)
     _fsync(path.parent)
@@ -87,7 +92,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, values: Iterable[Any]) -> None:
     """Write one JSON value per line, atomically like `write_text`."""
-    write_text(path, "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values))
+    _write_parts(path, (json.dumps(v, ensure_ascii=False) + "\n" for v in values))
 
 
 def sha256(path: Path) -> str:
