@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from qlora_min.cli.main import COMMANDS, make_parser
+from qlora_min.data.layouts import Columns, to_example
 from qlora_min.demo import world
 
 README = ROOT / "README.md"
@@ -55,6 +56,13 @@ def test_every_command_is_one(words):
             assert (ROOT / word).exists(), word
     known = {"python", "python3", ".", "pip", "pytest", "git", "cd", "qlora-min", "eval", "torchrun", "time", "env"}
     assert words[0] in known, words
+
+
+def test_the_rows_of_the_readme_are_rows():
+    rows = [json.loads(line) for line in TEXTS[README].splitlines() if line.startswith("{")]
+    columns = Columns()
+    answers = {to_example(row, "README", columns).messages[-1]["content"] for row in rows}
+    assert len(rows) == 5 and answers == {"Vitamin C"} and not columns.unused
 
 
 def test_the_names_in_the_course_exist():

@@ -209,7 +209,7 @@ def test_config_file_and_command_line(script, tmp_path, demo_data):
     options = json.loads((tmp_path / "out" / "config.json").read_text())["options"]
     assert (options["rank"], options["max_steps"], options["limit"]) == (8, 2, 40)
     (tmp_path / "bad.toml").write_text("learning-rat = 1\n")
-    one_line_error(script("train.py", "--config", "bad.toml", expect=2), "bad.toml", "learning-rat", "learning-rate")
+    one_line_error(script("train.py", "--config", "bad.toml", expect=2), "bad.toml", "learning-rat", "learning_rate")
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------
@@ -463,6 +463,24 @@ def test_a_home_that_cannot_be_written(script, monkeypatch, tmp_path):
     folder.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="not this user's alone"):
         world.config_options()
+
+
+def test_the_demo_with_own_data_is_its_model_alone(script, tmp_path, write_rows):
+    """No question about its drugs is evaluated on, a fraction is held out, and rows may be long."""
+    rows = [{"prompt": f"{i} " + "far away " * 30, "completion": str(i)} for i in range(20)]
+    options = ["--demo", "--dataset", write_rows(rows, "mine.jsonl"), "--eval-fraction", 0.25]
+    done = script("train.py", *options, "--output-dir", "out")
+    assert re.search(r"mine.jsonl +15 +15 +0 +0 .*\n.*mine.jsonl \(held out\) +5 +5 +0 +0 ", done.stdout)
+    written = json.loads((tmp_path / "out/config.json").read_text())["options"]
+    assert (written["eval_dataset"], written["max_length"], written["eval_limit"]) == ([], 512, None)
+    assert written["model"] == str(world.MODEL_DIR) and written["learning_rate"] == world.OPTIONS["learning_rate"]
+    note = "note        15 rows, 3 epochs and 32 rows a step make 3 steps (1 of warm-up), too few to learn much"
+    assert note + ": more rows, more --epochs, or a smaller --batch-size or --grad-accum" in done.stdout
+    assert note in script("train.py", *options, "--dry-run", "--max-steps", 2).stdout
+    for enough in (["--epochs", 50], ["--batch-size", 1, "--epochs", 4]):
+        assert "too few" not in script("train.py", *options, "--dry-run", *enough).stdout
+    held = script("data.py", *options).stdout
+    assert "mine.jsonl (held out)" in held and "train.jsonl" not in held
 
 
 # ---- ways to print ------------------------------------------------------------------------------------------------

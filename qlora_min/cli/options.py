@@ -142,12 +142,15 @@ def demo_options(parser: Parser, what: str) -> None:
 
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Values for Config: of the command line, else of the file, else of the demo, whose data go to the user's cache."""
+    """Values for Config: of the command line, else of the file, else of the demo, whose data go to the user's cache.
+
+    With a --dataset the demo is its model and that one's settings only.
+    """
     from ..demo import world
     from ..run.options import read_toml
 
     options = {**(read_toml(args.config) if args.config else {}), **given_options(args)}
-    demo = world.config_options() if args.demo else {}
+    demo = world.config_options("dataset" in options) if args.demo else {}
     if "warmup_steps" in options:  # instead of the demo's fraction
         demo.pop("warmup_ratio", None)
     return {**demo, **options}

@@ -11,7 +11,7 @@ from .push import checked_repository, hub_options, push_if_asked
 
 
 def options(parser: Parser) -> None:
-    demo_options(parser, "train the embedded demo: no network, no GPU, a minute")
+    demo_options(parser, "train the embedded demo: no network, no GPU, a minute; with --dataset, its model on that")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="continue a run [the newest unfinished]")
     count_option(parser, "--preview", "print N rows as the model sees them, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, forecast memory and time, and exit")
@@ -26,6 +26,7 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
 
     train                                    the reference configuration: Qwen2-0.5B-Instruct on MedQA
     train --demo                             an embedded model and data: no network, no GPU, a minute
+    train --dataset FILE.jsonl --preview 3   rows of your own data, as the model sees them
     train --model DIR --dataset FILE.jsonl   your own model and data
     train --resume                           continue the newest unfinished run
     train --adapter DIR --dataset FILE       go on from an adapter on other data, with its rank, targets and base

@@ -27,17 +27,15 @@ LETTERS = "ABCD"
 INSTRUCTION = "Please answer with one of the option in the bracket"  # medical_meadow_medqa's own words
 QUESTIONS = ("Which drug treats {}?", "What is {} treated with?", "A patient has {}. Which drug should be given?")
 TRAIN_ROWS, EVAL_ROWS, HELD_OUT = 6400, 500, 32
-# Values of Config that differ from its defaults, which are meant for a 0.5 B model.
+# Values of Config that differ from its defaults, which are meant for a 0.5 B model: for this model, and for these data.
 OPTIONS: dict[str, object] = {
-    "max_length": 64,
-    "epochs": 1,
     "batch_size": 32,
     "grad_accum": 1,
     "learning_rate": 4e-3,
     "warmup_ratio": 0.05,
     "gradient_checkpointing": "off",
-    "eval_limit": 250,
 }
+DATA_OPTIONS: dict[str, object] = {"max_length": 64, "epochs": 1, "eval_limit": 250}
 
 
 def invent(count: int, endings: tuple[str, ...], seed: int) -> list[str]:
@@ -115,10 +113,13 @@ def write_data(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def config_options() -> dict[str, object]:
-    """Values for Config: the model, the data (which are written to the user's cache), and OPTIONS."""
+def config_options(own_data: bool = False) -> dict[str, object]:
+    """Values for Config: the model and OPTIONS; unless the user has data of their own, also the demo's (which are
+    written to the user's cache) and DATA_OPTIONS."""
+    if own_data:
+        return {"model": str(MODEL_DIR), **OPTIONS}
     try:
         train, held = write_data(cache_folder())
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         train, held = write_data(temporary_folder())
-    return {"model": str(MODEL_DIR), "dataset": (str(train),), "eval_dataset": (str(held),), **OPTIONS}
+    return {"model": str(MODEL_DIR), "dataset": (str(train),), "eval_dataset": (str(held),), **OPTIONS, **DATA_OPTIONS}

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ..scale.processes import together
 from ..system.bits import bnb
 from ..system.device import GIB, synchronize, taken, total_bytes
 from . import forecast
+
+FEW_STEPS = 50  # of the optimizer; on the demo 12 teach no answers, 39 two thirds, 150 all (README, "Your own data")
 
 
 def parameter_count(model: torch.nn.Module) -> int:
@@ -61,8 +64,22 @@ def describe(trainer: Any) -> str:
         and f"{processes} processes divide each step's rows; the busiest has {imbalance(schedule, processes):.1%} more "
         "tokens than the mean",
         "writes to": trainer.folder,
+        "note": too_little(schedule, trainer.stepper.lr_factor),
     }
     return "\n".join(f"{label:<12}{text}" for label, text in lines.items() if text)
+
+
+def too_little(schedule: Any, lr_factor: Callable[[int], float]) -> str:
+    """What to do where the data make fewer than 50 optimizer steps, of which lr_factor(step) is the schedule; or ""."""
+    c, steps = schedule.config, math.ceil(schedule.config.epochs * schedule.steps_per_epoch)
+    if steps >= FEW_STEPS:
+        return ""
+    warm_up = sum(lr_factor(step) < lr_factor(step + 1) for step in range(schedule.total_steps))
+    return (
+        f"{schedule.n_rows:,} rows, {c.epochs:g} epochs and {schedule.rows_per_step} rows a step make {steps} steps "
+        f"({warm_up} of warm-up), too few to learn much: more rows, more --epochs, or a smaller --batch-size or "
+        "--grad-accum"
+    )
 
 
 def _computing(trainer: Any) -> tuple[str, str]:
