@@ -146,7 +146,7 @@ def _matching(model: nn.Module, spec: LoraSpec, within: str) -> list[str]:
         candidates = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears})) or "none"
         raise ValueError(
             f"targets: {', '.join(map(repr, unknown[:8])) or 'none given'} matches no linear layer of the model's "
-            f"decoder layers; expected names among: {candidates}"
+            f"decoder layers; expected all-linear, or names among: {candidates}"
         )
     chosen = set().union(*found.values())
     names = [n for n in linears if n in chosen]

@@ -659,7 +659,7 @@ def test_fused_projections_say_what_to_pass(tmp_path):
         add_lora(base, LoraSpec(4, 8.0, 0.0, ATTENTION))
     assert str(error.value) == (
         "targets: 'q_proj', 'k_proj', 'v_proj' matches no linear layer of the model's decoder layers; "
-        "expected names among: down_proj, gate_up_proj, o_proj, qkv_proj"
+        "expected all-linear, or names among: down_proj, gate_up_proj, o_proj, qkv_proj"
     )
     assert len(add_lora(base, LoraSpec(4, 8.0, 0.0, ("qkv_proj", "o_proj")))) == 4
 
