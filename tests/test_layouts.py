@@ -107,6 +107,12 @@ LAYOUTS = {  # name -> (row, messages, which carry no loss)
         ],
         (),
     ),
+    "tools as ShareGPT has them": ({"conversations": SHAREGPT, "tools": json.dumps([TOOL["function"]])}, PLAIN, ()),
+    "tools of OpenAI's newer interface": ({"messages": PLAIN, "tools": [TOOL["function"] | {"type": "function"}]},
+                                          PLAIN, ()),
+    "functions, of its older one": ({"messages": PLAIN, "functions": [TOOL["function"]]}, PLAIN, ()),
+    "a developer's message": ({"messages": [{"role": "developer", "content": "s"}, *PLAIN]},
+                              [{"role": "system", "content": "s"}, *PLAIN], ()),
     "reasoning": (
         {"messages": [PLAIN[0], PLAIN[1] | {"reasoning_content": "hm"}]},
         [PLAIN[0], PLAIN[1] | {"reasoning_content": "hm"}],
@@ -119,7 +125,8 @@ LAYOUTS = {  # name -> (row, messages, which carry no loss)
 def test_a_layout(name):
     row, messages, unlearned = LAYOUTS[name]
     example = to_example(row, "here:1")
-    assert example == Example(tuple(messages), "here:1", (TOOL,) if "tools" in row else (), unlearned)
+    tools = (TOOL,) if {"tools", "functions"} & row.keys() else ()
+    assert example == Example(tuple(messages), "here:1", tools, unlearned)
     assert Example.from_json(example.as_json(), "here:1") == example
     assert example.question  # of messages without content too
 
@@ -134,6 +141,9 @@ REFUSED = {  # name -> (row, the message behind its place)
                     "--columns prompt=prompt completion=chosen"),
     "text": ({"text": "q a", "id": 1}, ": plain text (continued pre-training) is not supported, only questions and "
              "answers; expected instruction/input/output, prompt/completion, or messages"),
+    "columns that could be about the row": ({"source": "q", "target": "a"},
+                                            ":question: missing, expected text; a row has instruction/input/output, "
+                                            "prompt/completion, or messages; this one has 'source', 'target'"),
     "two prompts": ({"question": "q", "query": "q", "answer": "a"},
                     ": columns 'question', 'query' could each be the prompt (all columns: 'question', 'query', "
                     "'answer'); say which with --columns prompt=NAME"),

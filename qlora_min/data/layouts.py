@@ -29,7 +29,8 @@ LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"prompt": ("input", "inputs"), "input": ("context",), "completion": ANSWER},
     {"prompt": ("context",), "completion": ANSWER},
 )
-OPTIONAL = {"system": ("system", "system_prompt", "system_message"), "history": ("history",), "tools": ("tools",)}
+OPTIONAL = {"system": ("system", "system_prompt", "system_message"), "history": ("history",),
+            "tools": ("tools", "functions")}  # fmt: skip
 FIELDS = ("messages", "prompt", "input", "completion", *OPTIONAL)
 FIELDS_OF_A_ROW = ", ".join(FIELDS)
 EXPECTED = "instruction/input/output, prompt/completion, or messages"
@@ -37,9 +38,9 @@ EXPECTED = "instruction/input/output, prompt/completion, or messages"
 ABOUT = {"id", "idx", "index", "uuid", "source", "category", "type", "topic", "split", "lang", "language", "url",
          "date", "title", "score", "license", "model"}  # fmt: skip
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "tool": "tool", "function": "tool",
-         "observation": "tool", "function_call": "assistant"}  # fmt: skip
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "tool": "tool",
+         "function": "tool", "observation": "tool", "function_call": "assistant"}  # fmt: skip
 ROLE_NAMES = {"role", "from"}
 KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # of a message, beside role and content
 REFUSED = {  # fields of a message that would change what is learned -> what to write instead
@@ -166,7 +167,8 @@ class Columns:
             for layout in LAYOUTS:
                 lacking = {f for f, known in layout.items() if not columns.keys() & set(known)} - {"input"}
                 if lacking and len(lacking) < len(layout.keys() - {"input"}):
-                    return f":{layout[lacking.pop()][0]}: missing, expected text; a row has {EXPECTED}"
+                    has = f"; this one has {listed(names)}" if columns.keys() & ABOUT else ""
+                    return f":{layout[lacking.pop()][0]}: missing, expected text; a row has {EXPECTED}{has}"
         guess = {f: c or (rest.pop(0) if rest else "NAME") for f, c in have.items()}
         if guess["completion"] == "NAME" and not have["prompt"] and guess["prompt"] != "NAME":
             guess = {"messages": guess["prompt"]}
@@ -202,7 +204,7 @@ def to_example(row: Any, location: str, columns: Columns | None = None) -> Examp
     tools = _objects(row.get(names.get("tools")), f"{location}:{names.get('tools')}")
     _check_answers(messages, f"{location}:{names.get('messages') or names['completion']}")
     unlearned = [i for i, m in enumerate(messages) if m.pop("weight", 1) == 0 and m["role"] == "assistant"]
-    return Example(tuple(messages), location, tuple(tools), tuple(unlearned))
+    return Example(tuple(messages), location, tuple(map(_function, tools)), tuple(unlearned))
 
 
 def _asked(row: dict, names: Mapping[str, Any], location: str, columns: Columns) -> list[Message]:
@@ -366,10 +368,19 @@ def _message(m: Any, location: str, columns: Columns) -> Message:
     return message
 
 
+def _function(value: dict[str, Any]) -> dict[str, Any]:
+    """A tool or a call as templates expect it, {"type": "function", "function": ...}. ShareGPT's is what stands inside;
+    that of OpenAI's newer interface has the type among the rest."""
+    if "name" not in value or "function" in value or value.get("type", "function") not in ("function", "function_call"):
+        return value
+    return {"type": "function", "function": {k: v for k, v in value.items() if k != "type"}}
+
+
 def _call(call: dict, location: str, role: str) -> dict[str, Any]:
     """One of an assistant's tool calls, {"type": "function", "function": {"name": ..., "arguments": ...}}."""
-    wrapped = call if "function" in call else {"type": "function", "function": call}
-    if role != "assistant" or not isinstance(wrapped["function"], dict) or "name" not in wrapped["function"]:
+    wrapped = _function(call)
+    function = wrapped.get("function")
+    if role != "assistant" or not isinstance(function, dict) or "name" not in function:
         raise BadRow(f"{location}.tool_calls: expected an assistant's calls of functions with name and arguments")
     return wrapped
 
