@@ -34,7 +34,8 @@ from qlora_min.run.options import read_toml
 SHORT = {"rows": 6, "held": 2, "batch_size": 1, "grad_accum": 1, "eval_every": 6, "epochs": 1.0}
 IDS = torch.arange(5, 29).view(2, 12)
 RECORD = {
-    "options": Config(model="a/base", dataset=("o/data", "/home/me/private/rows.jsonl")).as_dict(),
+    "options": Config(model="a/base", dataset=("o/data", "/home/me/private/rows.jsonl"),
+                      chat_template="/home/me/private/own.jinja").as_dict(),
     "precision": "bf16",
     "files": {"o/data": "90 rows, sha256 1", "/home/me/private/rows.jsonl": "9 rows, sha256 2",
               "/home/me/private/rows.jsonl (held out)": "1 rows, sha256 3", "o/data (held out)": "9 rows, sha256 4"},

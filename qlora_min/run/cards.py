@@ -60,7 +60,7 @@ def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values
         "pipeline_tag": "text-generation",
         "datasets": list(dict.fromkeys(HUB_NAME.fullmatch(name)["name"] for name in filter(is_hub_id, data))),
     }
-    for key in {"model", "adapter", "dataset", "eval_dataset"} & options.keys():
+    for key in {"model", "adapter", "chat_template", "dataset", "eval_dataset"} & options.keys():
         options[key] = [named(name) for name in options[key]] if "dataset" in key else named(options[key])
 
     environment = Environment(
