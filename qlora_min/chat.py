@@ -139,10 +139,8 @@ class ChatEncoder:
             self.template.notes[f"answers carry no loss: {NOT_A_PROMPT}"] += len(wanted)
         choices = self._choices(example, segments, ids, len(ids) - len(encoded[-1])) if learned else None
         end = len(supervised) - supervised[::-1].index(True)  # nothing is learned from what follows
-        ids, supervised = (
-            np.array(self._checked(ids[:end]), np.int32),
-            np.array(supervised[:end], bool),
-        )  # faster than from a list
+        ids, supervised = np.array(self._checked(ids[:end]), np.int32), np.array(supervised[:end], bool)
+        # from_numpy, since tensors are made from lists slowly
         return Row(torch.from_numpy(ids), torch.from_numpy(supervised), example.location, choices)
 
     def _choices(

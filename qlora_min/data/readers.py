@@ -389,9 +389,8 @@ def _csv_fields(path: Path, separator: str, blanks: bool) -> Iterator[tuple[list
     def lines() -> Iterator[str]:
         for number, text, error in _lines(path):
             errors.extend([error] if error else [])
-            yield (
-                "\n" if number == 1 and _SEPARATOR_LINE.fullmatch(text) else text
-            )  # also of a line with an error: its quotes count
+            named = number == 1 and _SEPARATOR_LINE.fullmatch(text)
+            yield "\n" if named else text  # also of a line with an error: its quotes count
 
     reader = csv.reader(lines(), delimiter=separator, skipinitialspace=blanks, strict=True)
     while True:

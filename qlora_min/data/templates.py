@@ -77,9 +77,7 @@ class Template:
 
     def __init__(self, tokenizer: Any, date: str | None = None):
         self.tokenizer, self.notes, self.date = tokenizer, Counter(), None
-        tokens = sorted(
-            (t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True
-        )
+        tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         names = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "$^"
         self.control = re.compile(names)
         self._spelled = re.compile(f"(?={names})(.)", re.DOTALL)  # the first character of each, overlapping ones too
