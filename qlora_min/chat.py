@@ -22,7 +22,7 @@ import torch
 
 from .data.examples import BadRow, Example, Message
 from .data.rows import Row
-from .data.templates import NOT_A_PROMPT, Segment, Template
+from .data.templates import NO_END, NOT_A_PROMPT, Segment, Template
 
 ANSWER = "\ue000"
 PROBE = ({"role": "user", "content": "x"}, {"role": "assistant", "content": ANSWER})
@@ -135,8 +135,9 @@ class ChatEncoder:
             raise ValueError("a text turns into a control token of the tokenizer even when cut")
         if True not in supervised:
             raise ValueError("no answer carries a loss" + (f": {NOT_A_PROMPT}" if wanted else ""))
-        if wanted:
-            self.template.notes[f"answers carry no loss: {NOT_A_PROMPT}"] += len(wanted)
+        begun = {i for _, i in segments}
+        for i in wanted:
+            self.template.notes[f"answers carry no loss: {NO_END if i in begun else NOT_A_PROMPT}"] += 1
         choices = self._choices(example, segments, ids, len(ids) - len(encoded[-1])) if learned else None
         end = len(supervised) - supervised[::-1].index(True)  # nothing is learned from what follows
         ids, supervised = np.array(self._checked(ids[:end]), np.int32), np.array(supervised[:end], bool)
@@ -172,7 +173,8 @@ class ChatEncoder:
         return row.input_ids.tolist(), row.supervised.tolist()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation that waits for its answer -> ids, as a server makes them: what precedes it in `encode`."""
+        """A conversation that waits for its answer -> ids: what precedes it in `encode`. They are those that a server
+        makes, unless a token of the server's spans the beginning of an earlier answer."""
         segments = self.template.segments(Example(tuple(messages), "messages"), ask=True)
         return self._checked(list(itertools.chain.from_iterable(self._encode_segments([segments])[0])))
 

@@ -24,6 +24,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 NOT_A_PROMPT = "the text that a server would give as their prompt is not how the row's text begins"
+NO_END = "no end token follows them, as one follows the last answer"
 # A macro that hides transformers' function of the same name gives a template the date. The line break behind it
 # is removed by `trim_blocks`, so the template still begins a line.
 _DATES = "{%- macro strftime_now(format) %}{{ qlora_min_dates[format] }}{% endmacro %}\n"
