@@ -406,6 +406,22 @@ def test_atomic_folder_appears_whole(tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["b"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_saved_files_have_the_mode_of_the_umask(tmp_path, umask, mode):
+    """safetensors itself makes files that only their owner can read."""
+    former = os.umask(umask)
+    try:
+        with files.atomic_folder(tmp_path / "out") as new:
+            (new / "inner").mkdir()
+            (new / "inner" / "config.json").write_text("{}")
+            save_file({"a": torch.zeros(1)}, new / "model.safetensors")
+    finally:
+        os.umask(former)
+    saved = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert [p.stat().st_mode & 0o777 for p in saved] == [mode, mode]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("former", [True, False])
 def test_atomic_folder_leaves_nothing_behind_after_an_error(tmp_path, former, error):

@@ -160,6 +160,30 @@ def test_no_place_of_this_machine_is_told_and_nothing_is_fetched(adapter):
         assert part in text, part
 
 
+def test_numbers_in_the_heat_are_readable_and_more_is_stronger(adapter):
+    """In light and dark: the ink's contrast is at least WCAG's 4.5, and grows the heat's distance from the card."""
+    made = page.evaluation(adapter, Comparison(["one"], [[result(3.0, 5)], [result(0.5, 15)]], []), "fp32")
+    assert "Darker" not in made
+
+    def luminance(colour: list[float]) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(a: list[float], b: list[float]) -> float:
+        low, high = sorted((luminance(a), luminance(b)))
+        return (high + 0.05) / (low + 0.05)
+
+    for palette in re.findall(r":root \{(.*?)\}", made, re.DOTALL):
+        found = dict(re.findall(r"--(\w+): #([0-9a-f]{3,6})", palette))
+        colours = {k: [int(c, 16) / 255 for c in re.findall("..", v if len(v) == 6 else "".join(c * 2 for c in v))]
+                   for k, v in found.items()}  # fmt: skip
+        for heat in (colours["grey"], colours["orange"]):
+            mixed = [[f * h + (1 - f) * c for h, c in zip(heat, colours["card"])] for f in (0, 0.25, 0.5, 0.75, 1)]
+            assert all(contrast(colours["ink"], m) >= 4.5 for m in mixed)
+            apart = [contrast(m, colours["card"]) for m in mixed]
+            assert apart == sorted(apart) and apart[-1] > 2
+
+
 def test_accuracy_is_shown_beside_the_majority(adapter):
     made = page.evaluation(adapter, Comparison(["one"], [[result(3.0, 5)], [result(0.5, 15)]], []), "fp32")
     assert "always A" in "".join(check(made).text)
@@ -189,6 +213,8 @@ def test_a_missing_matplotlib_is_said_before_any_work(script, monkeypatch):
 
 def test_a_place_that_cannot_be_written(tmp_path):
     page.check(str(tmp_path / "r.html"))
-    for bad in (tmp_path, tmp_path / "nowhere" / "r.html"):
-        with pytest.raises(ValueError, match=f"^--html {re.escape(str(bad))}: can't be written; expected"):
+    (tmp_path / "r.html").write_text("saved")
+    for bad, why in ((tmp_path / "nowhere" / "r.html", "can't be written; expected"), (tmp_path, "exists"),
+                     (tmp_path / "r.html", "exists, and is never overwritten")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^--html {re.escape(str(bad))}: {why}"):
             page.check(str(bad))

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def test_the_rows_of_the_readme_are_rows():
     columns = Columns()
     answers = {to_example(row, "README", columns).messages[-1]["content"] for row in rows}
     assert len(rows) == 5 and answers == {"Vitamin C"} and not columns.unused
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git clone")
+def test_what_the_commands_write_is_ignored_by_git():
+    names = {"--output-dir", "--output", "--html", "--gguf", "--outfile"}
+    written = {words[i + 1] for words in commands() for i, word in enumerate(words[:-1]) if word in names}
+    assert written >= {"merged", "ranks.png", "report.html"}
+    done = subprocess.run(["git", "check-ignore", *written], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == written
 
 
 def test_the_names_in_the_course_exist():

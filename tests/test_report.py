@@ -306,6 +306,23 @@ def test_runs_beside_each_other(tmp_path, capsys, monkeypatch):
     assert [r["best_loss"] for r in rows] == [0.5, 0.7]
 
 
+def test_losses_over_more_than_a_decade_are_drawn_on_a_log_scale(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self.axes[0]))
+
+    def scale(*losses: float | None, runs: int = 1) -> str:
+        events = [{"event": "train", "step": i, "loss": v, "lr": 1e-4} for i, v in enumerate(losses)]
+        assert curves.draw_curves({f"{i}": events for i in range(runs)}, tmp_path / "c.png") is None
+        return drawn[-1].get_yscale()
+
+    assert scale(6.4, 0.1, 0.0019) == "log" and {"5", "0.002"} <= {t.get_text() for t in drawn[-1].get_yticklabels()}
+    assert scale(1.8, None, 0.24) == "linear" and drawn[-1].get_ylim()[0] == 0
+    assert scale(1.8, 0.24, runs=2) == "log"  # or their differences would be hidden
+    assert scale() == scale(None, 0.0) == scale(None, runs=2) == "linear"
+
+
 def test_a_label_is_what_differs(tmp_path):
     def labels(*options: dict) -> list[str]:
         records = [{"options": {"rank": 16, "learning_rate": 2e-4, "targets": ["q", "v"], **o}} for o in options]
@@ -358,7 +375,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for words, message in (
         (("r2", "r4"), "error: --output comparison.png: exists, and is never overwritten; choose another\n"),
         (("r2", "r2", "--output", "x.png"), "error: r2, r2: a run is named twice; name each once\n"),
-        (("r2", "--output", "no/x.png"), "error: [Errno 2] No such file or directory: "),
+        (("r2", "--output", "no/x.png"), "error: --output no/x.png: can't be written; expected"),
         (("r2/metrics.jsonl", "--output", "x.png"), "error: 'r2/metrics.jsonl' holds no run"),
         (("--otput", "x.png", "r2"), "error: unknown option '--otput', did you mean --output?"),
     ):

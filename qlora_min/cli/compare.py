@@ -7,7 +7,7 @@ from typing import Any
 
 from ..run.curves import Events, draw_curves, evaluations
 from ..system.console import aligned
-from .options import Emit, Parser, json_option
+from .options import Emit, Parser, json_option, new_file
 
 LABEL = 60  # the longest label, in characters
 FORMS = {"best_loss": "{:.4f}", "best_step": "{:,}", "option_accuracy": "{:.1%}", "tokens_per_second": "{:,.0f}",
@@ -84,8 +84,7 @@ def compare_runs(runs: Sequence[Path], output: Path) -> list[dict[str, Any]]:
     """
     from ..run.checkpoint import read_metrics, read_record
 
-    if output.exists():
-        raise ValueError(f"--output {output}: exists, and is never overwritten; choose another")
+    new_file("--output", output)
     records, events = [read_record(run) for run in runs], [read_metrics(run) for run in runs]
     if len({str(run.resolve()) for run in runs}) < len(runs):
         raise ValueError(f"{', '.join(map(str, runs))}: a run is named twice; name each once")

@@ -30,7 +30,7 @@ def options(parser: Parser) -> None:
     answers = "also generate answers to the first N rows of each data set, to compare with the references"
     count_option(parser, "--generate", answers)
     count_option(parser, "--max-new-tokens", "cut these answers after N tokens", 64)
-    parser.add_argument("--html", metavar="FILE", help="write a report: curves, tables, answers side by side")
+    parser.add_argument("--html", metavar="FILE", help="write a report: curves, tables, answers; never overwritten")
     precision_option(parser)
     json_option(parser)
 

@@ -1,6 +1,7 @@
 """Command-line options: those of a training run, made from the fields of `Config`, and those that commands share."""
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +135,20 @@ def needed(what: str, extra: str) -> Iterator[None]:
         yield
     except ImportError as e:
         raise ValueError(f"{what} needs {e.name} ({e}): pip install 'qlora_min[{extra}]'") from None
+
+
+def new_file(option: str, path: str | Path) -> Path:
+    """The file that an option names. Call it before the work of which the file holds the result.
+
+    Raises:
+        ValueError: it exists, or can't be written there.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{option} {path}: exists, and is never overwritten; choose another")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option} {path}: can't be written; expected a file in a folder that exists")
+    return path
 
 
 def demo_options(parser: Parser, what: str) -> None:

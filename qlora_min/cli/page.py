@@ -8,7 +8,6 @@ page's Content-Security-Policy lets it load or execute nothing. Files appear by 
 import io
 import itertools
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from ..data.measures import Evaluation
 from ..run import checkpoint
 from ..run.cards import beside, named
 from ..run.curves import draw_curves
-from .options import needed
+from .options import needed, new_file
 from .scores import Answer, Choices, between
 from .tables import Comparison, by_letter
 
@@ -49,9 +48,7 @@ ENVIRONMENT.filters["pieces"] = re.compile(r"(<\|[^|]{1,40}\|>)").split  # at co
 
 def check(path: str) -> None:
     """Raise ValueError if a report can't be made or written. Called before the evaluation, which may take hours."""
-    folder = Path(path).parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--html {path}: can't be written; expected a file in a folder that exists")
+    new_file("--html", path)
     with needed("--html", "plot"):
         import matplotlib  # noqa: F401
 

@@ -23,11 +23,14 @@ UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 
 
 def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # which flushes no folders, and files only if they are open for writing
+        return
+    fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(fd)
     except OSError as e:
-        if e.errno not in UNSUPPORTED or not path.is_dir():  # only flushing a folder may be unsupported
+        if e.errno not in UNSUPPORTED or not folder:  # only flushing a folder may be unsupported
             raise
     finally:
         os.close(fd)
@@ -50,6 +53,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield new
         for file in sorted(new.rglob("*")):
+            if file.is_file():
+                file.chmod(new.stat().st_mode & 0o666)  # what the umask leaves: safetensors makes files of 0600
             _fsync(file)
         _fsync(new)
         if path.exists():
