@@ -1,22 +1,25 @@
-"""Experiments: train and evaluate variants of a configuration that differ in one option; print a Markdown table.
+"""Change one option at a time: train and evaluate the variants of a configuration, and print a Markdown table.
 
-python scripts/experiments.py --model DIR --dataset train.jsonl --eval-dataset validation.jsonl medmcqa.jsonl \
-    --output-dir runs/experiments
+examples:
+  experiments.py --demo --only rank quantization
+  experiments.py --model DIR --dataset train.jsonl --eval-dataset validation.jsonl medmcqa.jsonl
+  experiments.py --only base --bases A B --dataset train.jsonl --eval-dataset validation.jsonl
 
-The options of train.py set the common configuration. Each variant is an ordinary training run, in a folder of
---output-dir named after the options that it changes. Finished runs are not repeated, so a script that was stopped
-continues where it was. Each data set of --eval-dataset has a column: option accuracy of the best adapter, with its 95%
-interval, to be read beside chance and the accuracy of always choosing one letter.
+The options of train.py set the common configuration. Each variant is an ordinary run, in a folder of --output-dir named
+after the options that it changes. Finished runs are not repeated: a script that was stopped continues where it was.
+Each data set of --eval-dataset has a column: option accuracy of the best adapter, with its 95% interval, to be read
+beside chance and the accuracy of always choosing one letter.
 """
 
+import argparse
 import gc
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_min.cli.main import run_script
-from qlora_min.cli.options import Parser, add_options, given_options
+from qlora_min.cli.main import run_parsed
+from qlora_min.cli.options import Emit, Parser, add_options, config_options, demo_options, json_option
 from qlora_min.cli.scores import between
 from qlora_min.config import Config
 
@@ -36,22 +39,29 @@ TOKENS = 8192  # in a batch of the evaluation
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, help="these experiments [all]")
+    what, _, more = __doc__.partition("\n\n")
+    parser = Parser(usage="%(prog)s [options]", description=what, epilog=more)
+    demo_options(parser, "the demo's model, data and settings: half a minute a run")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME",
+                        help=f"some of these experiments: {', '.join(EXPERIMENTS)} [all]")  # fmt: skip
     parser.add_argument("--bases", nargs="+", default=(), metavar="NAME", help="models for the experiment 'base'")
+    json_option(parser)
     add_options(parser)
-    args = parser.parse_args()
-    common = Config(**given_options(args))
-    if not common.output_dir or not common.eval_dataset:
-        raise ValueError("--output-dir DIR and --eval-dataset NAME ... are needed (see --help)")
+    run_parsed(parser.parse_args(), command)
+
+
+def command(args: argparse.Namespace, emit: Emit) -> None:
+    common = Config(**{"output_dir": "runs/experiments"} | config_options(args))
+    if not common.eval_dataset:
+        raise ValueError("--eval-dataset NAME ... is needed (see --help)")
     experiments = EXPERIMENTS | {"base": [{"model": name} for name in args.bases]}
-    results = [
-        (f"{name} {_short(next(iter(change.values())))}", run(common, change))
-        for name in args.only or experiments
-        for change in experiments[name]
-    ]
-    if not results:
+    chosen = [(name, change) for name in args.only or experiments for change in experiments[name]]
+    if not chosen:
         raise ValueError("--only base: needs --bases NAME ...")
+    results = []
+    for name, change in chosen:
+        results.append((f"{name} {_short(next(iter(change.values())))}", run(common, change)))
+        emit({"experiment": results[-1][0], **results[-1][1]})
     print("\n" + markdown(results))
 
 
@@ -114,4 +124,4 @@ def markdown(results: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

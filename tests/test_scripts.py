@@ -562,6 +562,14 @@ def test_the_console_command(monkeypatch, capsys):
     assert "expected one of" in run("completion", "sh")[2]
 
 
+def test_experiments_has_the_manners_of_a_command(script):
+    out = script("experiments.py", "--help").stdout
+    assert out.startswith("usage: experiments.py [options]\n\nChange one option at a time") and "--demo" in out
+    one_line_error(script("experiments.py", "--rnak", 3, expect=2), "unknown option '--rnak', did you mean --rank?")
+    one_line_error(script("experiments.py", expect=2), "--eval-dataset NAME ... is needed")
+    one_line_error(script("experiments.py", "--demo", "--only", "base", expect=2), "--only base: needs --bases")
+
+
 @pytest.mark.slow
 def test_experiments(script, tmp_path):
     """Each change is a run of its own; what is done is not done again, and the common run serves all experiments."""
@@ -579,6 +587,11 @@ def test_experiments(script, tmp_path):
     assert re.search(r"^eval: chance 25\.0%, always [A-D] \d\d\.\d%$", out, re.MULTILINE)
     for rank in (4, 8, 16, 32, 64):
         assert f"| rank {rank} | {4 * rank * (4 * 64 + 2 * 32 + 2 * 64):,} |" in out
+    lines = script("experiments.py", *options, "--json").stdout.splitlines()
+    assert [json.loads(line)["experiment"] for line in lines][:2] == ["rank 4", "rank 8"] and len(lines) == 8
+    demo = ["--demo", "--max-steps", 2, "--eval-limit", 20, "--only", "shuffled options"]
+    assert "| shuffled options on |" in script("experiments.py", *demo).stdout
+    assert {p.name for p in (tmp_path / "runs/experiments").iterdir()} == {"common", "shuffle_options=on"}
     again = script("experiments.py", *options).stdout
     assert again.count("| rank 16 |") == 1 and "step 0" not in again
     assert [line for line in again.splitlines() if line.startswith("|")] == [
