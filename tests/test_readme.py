@@ -13,8 +13,10 @@ import pytest
 from conftest import ROOT
 
 from qlora_min.cli.main import COMMANDS, make_parser
+from qlora_min.config import Config
 from qlora_min.data.layouts import Columns, to_example
 from qlora_min.demo import world
+from qlora_min.run.options import read_toml
 
 README = ROOT / "README.md"
 COURSE = ROOT / "qlora_min" / "README.md"
@@ -70,9 +72,16 @@ def test_the_rows_of_the_readme_are_rows():
 def test_what_the_commands_write_is_ignored_by_git():
     names = {"--output-dir", "--output", "--html", "--gguf", "--outfile"}
     written = {words[i + 1] for words in commands() for i, word in enumerate(words[:-1]) if word in names}
-    assert written >= {"merged", "ranks.png", "report.html"}
+    assert written >= {"merged", "merged.gguf", "runs.png", "report.html"}
     done = subprocess.run(["git", "check-ignore", *written], cwd=ROOT, capture_output=True, text=True, check=False)
     assert set(done.stdout.split()) == written
+
+
+def test_option_files_are_ones(tmp_path):
+    (block,) = re.findall(r"^```toml\n(.*?)^```", "\n".join(TEXTS.values()), re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.toml").write_text(block)
+    config = Config(**read_toml(tmp_path / "mine.toml"))
+    assert config.rank == 32 and len(config.targets) == 7 and len(config.columns) == 2
 
 
 def test_the_names_in_the_course_exist():
