@@ -134,10 +134,10 @@ def train(index: int, count: int, port: int, folder: Path, arguments: list[str],
     qlora_min.run.ending.SAMPLE_TOKENS = 4
     qlora_min.run.curves.draw_curves = lambda *args: None  # matplotlib takes seconds
     change(index)
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [str(ROOT / "scripts" / "train.py"), *arguments]
     os.chdir(folder)
     try:
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as e:
         code = e.code
     sys.stdout.flush(), sys.stderr.flush()
@@ -449,7 +449,8 @@ def test_a_signal_to_one_process_stops_all_and_they_go_on_bit_for_bit(run, engin
     stopped = run(2, "stopped", **options, change=change, expect=143)
     assert checkpoint.checkpoint_steps(stopped.run)[-1] == 6  # the step in which all learned of it
     assert stopped.out[0].endswith("saved step 6\n")
-    assert stopped.err[0].count("stopped by SIGTERM; continue with: torchrun --nproc-per-node 2 scripts/train.py") == 1
+    how = f"stopped by SIGTERM; continue with: torchrun --nproc-per-node 2 {ROOT}/scripts/train.py --resume "
+    assert stopped.err[0].count(how) == 1
     assert stopped.err[1] == ""
     resumed = run(2, "stopped", resume=True)
     assert "note:" not in resumed.out[0] and "continues at step 6" in resumed.out[0]

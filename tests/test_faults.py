@@ -143,7 +143,7 @@ def test_a_disk_that_stays_away_ends_the_run_after_ten_tries(make, no_waiting, c
         away.__exit__()
     assert "10 times in a row" in str(end.value) and os.strerror(error) in str(end.value)
     assert str(trainer.folder / "checkpoints" / "step-4") in str(end.value)
-    assert str(end.value).endswith(f"once it can be, continue with: python scripts/train.py --resume {trainer.folder}")
+    assert str(end.value).endswith(f"once it can be, continue with: qlora-min train --resume {trainer.folder}")
     assert sum(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines()) == 9
     assert last_checkpoint(trainer.folder)["progress"]["step"] == 4
     resumed = Trainer(*resume_config(str(trainer.folder), {}))

@@ -525,7 +525,7 @@ def test_a_signal_to_the_script(tmp_path, script, number):
     assert 14 <= step < 40
     command = re.search(r"continue with: (.*)\n", err)[1]
     name, *options = shlex.split(command)[1:]
-    assert name == "scripts/train.py" and options == ["--resume", "my run"]
+    assert name == str(ROOT / "scripts" / "train.py") and options == ["--resume", "my run"]
     one = script("train.py", *options, *DEMO, "--rank", 4, expect=2)
     assert "--rank was 16 when the run began, now 4" in one.stderr
     script("train.py", *options, *DEMO)

@@ -10,6 +10,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 from ..run.options import nearest
+from ..system import started
 from ..system.console import is_first_process, show_everything
 from ..system.text import redacted
 from . import bench, chat, compare, data, evaluate, merge, train
@@ -30,6 +32,7 @@ COMMANDS = {"train": train, "data": data, "eval": evaluate, "merge": merge, "cha
 def described(name: str) -> tuple[str, str]:
     """(what a command does, its examples)."""
     what, _, examples = inspect.getdoc(COMMANDS[name].command).partition("\n\n")
+    examples = re.sub(rf"^{name}\b", lambda _: started.command(name), examples, flags=re.MULTILINE)
     return what, textwrap.indent(examples, "  ")
 
 

@@ -1,12 +1,12 @@
 """qlora-min merge"""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..system import started
 from . import gguf
 from .options import Emit, Parser, adapter_options, columns_option, count_option, json_option
 from .push import checked_repository, hub_options, push_if_asked
@@ -58,7 +58,7 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
           f"{r.agreement:.1%}, loss {r.loss_before:.4f} -> {r.loss_after:.4f}")  # fmt: skip
     if r.onto == "original" and r.bits != "none":
         print(f"from the adapter as trained, on the {r.bits.upper()} base: {r.from_trained:.1e}")
-    print(f"next: python scripts/chat.py --model {shlex.quote(args.output_dir)}")
+    print(f"next: {started.command('chat', '--model', args.output_dir)}")
     emit({"output_dir": args.output_dir, **vars(r)})
     if args.gguf:
         _write_gguf(Path(args.output_dir), Path(args.gguf), r.dtype, emit)

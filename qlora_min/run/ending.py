@@ -1,6 +1,5 @@
 """The end of a run: restores the best adapter, writes samples and curves, and prints results and what to do next."""
 
-import shlex
 from typing import Any
 
 from ..adapter import put_weights
@@ -10,6 +9,7 @@ from ..scale.processes import from_main, gather
 from ..system.console import say
 from ..system.device import peak_gib
 from ..system.files import write_jsonl
+from ..system.started import command
 from . import checkpoint, curves
 from .cards import MEASURES
 
@@ -48,12 +48,15 @@ def _write_end(trainer: Any, peak: float, answers: list[list[str]] | None) -> No
             for label, key, form in MEASURES
             if p.best[key] is not None
         ]
-    adapter = shlex.quote(str(trainer.folder / "adapter"))
+    if p.best and not p.best_step:
+        untrained = "the one that it began with" if trainer.start else "which changes nothing"
+        lines.append(
+            f"note: no evaluation was better than that of step 0, so the adapter kept is step 0's, {untrained}"
+        )
     lines += [
         f"adapter, metrics{', samples' if trainer.held_out else ''} and curves: {trainer.folder}",
         *([note] if note else []),
-        f"next: python scripts/eval.py --adapter {adapter}{'' if trainer.held_out else ' --dataset FILE'}",
-        f"      python scripts/chat.py --adapter {adapter} --compare",
+        "next: " + "\n      ".join(_next(trainer)),
     ]
     trainer.writer.metrics.write(
         "end", step=p.step, best_step=p.best_step, before=p.before, best=p.best, skipped=skipped, tokens=p.tokens,
@@ -62,6 +65,15 @@ def _write_end(trainer: Any, peak: float, answers: list[list[str]] | None) -> No
     )  # fmt: skip
     trainer.writer.write(trainer.writer.metrics.flush, insist=True)
     say("\n".join(lines))
+
+
+def _next(trainer: Any) -> list[str]:
+    """What to do with the adapter."""
+    adapter = trainer.folder / "adapter"
+    if trainer.in_memory:
+        return [f"qlora_min.evaluate({str(adapter)!r})", f'qlora_min.load({str(adapter)!r}).generate("...")']
+    data = () if trainer.held_out else ("--dataset", "FILE")
+    return [command("eval", "--adapter", adapter, *data), command("chat", "--adapter", adapter, "--compare")]
 
 
 def sample_answers(trainer: Any) -> list[list[str]]:

@@ -6,7 +6,6 @@ finish    the best adapter back in the model, samples, curves, and what to do ne
 """
 
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +19,7 @@ from .. import loop
 from ..base import load_base
 from ..batches import Schedule, balance
 from ..config import Config
+from ..data.readers import GIVEN
 from ..data.rows import Rows
 from ..fused.select import captured, make_engine
 from ..loop import Progress
@@ -32,6 +32,7 @@ from ..system.console import say
 from ..system.device import available, pick_device, resolve_precision
 from ..system.files import write_json
 from ..system.peft_files import named_targets
+from ..system.started import command
 from . import checkpoint, forecast, resume, start
 from .boards import BOARDS, shown_on
 from .datasets import Data, encoder_of, read_data, table
@@ -102,8 +103,11 @@ class Trainer:
         reported = {*c.report, *(["tensorboard"] if c.tensorboard else [])}
         self.boards = [BOARDS[name](self.folder, name) for name in sorted(reported)]
         here = os.environ.get("LOCAL_WORLD_SIZE", world_size())
-        launcher = "python" if world_size() == 1 else f"torchrun --nproc-per-node {here}"
-        self.command = f"{launcher} scripts/train.py --resume {shlex.quote(str(self.folder))}"
+        self.in_memory = [n for n in ("dataset", "eval_dataset") if GIVEN.keys() & {*getattr(c, n)}]
+        self.command = command("train", "--resume", self.folder, processes=1 if world_size() == 1 else int(here))
+        if self.in_memory:
+            rows = "".join(f", {name}=..." for name in self.in_memory)
+            self.command = f"qlora_min.train(resume={str(self.folder)!r}{rows})"
         self.advice = f"continue with: {self.command}"
         self.signals = Signals(self.advice, index=process_index() if world_size() > 1 else None)
         signals = self.signals
