@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from qlora_min.demo import world
+from qlora_min.system import console
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
+console.TOLD_SECONDS = 3600  # a busy machine adds no lines to stderr
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -808,9 +808,9 @@ def test_a_full_disk():
 
 
 def test_a_bar_goes_by_bytes_and_leaves_nothing(tmp_path, monkeypatch):
-    bars, real = [], readers.console.tqdm
+    bars, real = [], readers.console.Bar
     monkeypatch.setattr(
-        readers.console, "tqdm", lambda **kwargs: bars.append(real(**kwargs | {"disable": False})) or bars[-1]
+        readers.console, "Bar", lambda **kwargs: bars.append(real(**kwargs | {"disable": False})) or bars[-1]
     )
     path = tmp_path / "rows.jsonl"
     path.write_text((json.dumps(GOOD) + "\n") * 50)

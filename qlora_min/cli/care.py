@@ -49,8 +49,9 @@ class Care:
         """The text that `qlora-min data` prints."""
         lines = ["tokens       " + "".join(f"{side:>10}" for side in self.lengths)]
         most = max(1, *self.lengths["training"])
+        longest = max(1, min(40, console.width() - 15 - 10 * len(self.lengths)))
         for (low, high), *counts in zip(itertools.pairwise(self.edges), *self.lengths.values()):
-            bar = "█" * round(40 * counts[0] / most) or "▏" * (counts[0] > 0)
+            bar = "█" * round(longest * counts[0] / most) or "▏" * (counts[0] > 0)
             lines.append(f"{f'{low:,}-{high - 1:,}':<13}{''.join(f'{n:>10,}' for n in counts)}  {bar}".rstrip())
         lines.append("")
         for side, letters in self.letters.items():
@@ -81,7 +82,7 @@ class Care:
                 lines += [f"        ... and {count - len(pairs):,} more"] * (count > len(pairs))
         if self.alike is None:
             lines.append("near-duplicates were not looked for: this needs rensa, pip install 'qlora_min[care]'")
-        return "\n".join(lines)
+        return "\n".join(console.wrapped(line, 8) for line in lines)
 
 
 def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:

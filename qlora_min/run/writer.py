@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..adapter import AdapterConfig, save_adapter
-from ..batches import Packed
+from ..batches import Packed, Schedule
 from ..data.measures import Evaluation
 from ..data.templates import tokenizer_to_save
 from ..loop import Progress, Recorder
@@ -28,7 +28,7 @@ from ..system.device import is_out_of_memory, peak_gib
 from ..system.files import atomic_folder
 from . import cards, checkpoint
 from .cards import beside
-from .plan import explain_memory
+from .plan import explain_memory, format_seconds
 from .signals import Stop
 
 SAVE_TRIES = 10  # that many failures in a row end the run
@@ -52,13 +52,12 @@ class RunWriter(Recorder):
         self.folder = trainer.folder
         self.tokenizer = tokenizer_to_save(trainer.base.encoder)
         self.metrics = checkpoint.Metrics(self.folder)
-        self.boards = trainer.boards
         self.best: dict[str, torch.Tensor] = {}
         self.saved: tuple[int, int] | None = None
         self.adapter_step: int | None = None
         self.saved_at = time.monotonic()
         self.failures, self.retry_at = 0, 0.0
-        self.bar = console.bar(0, None, "step", show=False)
+        self.boards, self.bar = trainer.boards, console.bar(0, None, "step", show=False)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the loop reports
@@ -107,7 +106,8 @@ class RunWriter(Recorder):
             )  # fmt: skip
             if trainer.processes.index == 0 and not self.failures:  # otherwise, the next save writes it
                 self.write(self.metrics.flush)
-            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tok/s, {peak:.2f} GiB")
+            now = f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tok/s"
+            self.bar.tell(f"{now}, {peak:.2f} GiB", lambda: f"{_reached(trainer.schedule, p)}, {now}")
             p.loss_sum, p.supervised, p.window_tokens, p.window_seconds = 0.0, 0, 0, 0.0
         self.bar.update()
 
@@ -235,3 +235,9 @@ class RunWriter(Recorder):
             f"  {self.last_good()}; if other programs held the memory, continue with: {self.trainer.command}\n"
             "  --resume keeps a run's options: with others, start a new run"
         )
+
+
+def _reached(schedule: Schedule, p: Progress) -> str:
+    """Where a run stands, and how long it will still train, evaluations apart."""
+    left = format_seconds(p.seconds / p.step * (schedule.total_steps - p.step))
+    return f"step {p.step:,}/{schedule.total_steps:,}, about {left} left, epoch {p.step / schedule.steps_per_epoch:.2f}"
