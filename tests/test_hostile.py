@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_scripts import one_line_error
 
@@ -297,7 +298,7 @@ def test_training_out_of_memory_says_what_to_change(script, tmp_path, monkeypatc
     found = f"{1 + 63 / 50:.2f} -> {1 + 63 / 100:.2f} GiB, same results, more time"
     assert f"    --gradient-checkpointing on: {found}" in lines  # the demo has it off
     assert "last good checkpoint: runs/a b/checkpoints/step-2;" in lines[-2]
-    assert lines[-2].endswith("continue with: python scripts/train.py --resume 'runs/a b'")
+    assert lines[-2].endswith(f" {ROOT}/scripts/train.py --resume 'runs/a b'")
     done = script("train.py", "--resume", "runs/a b")  # which is true
     assert "done: 8 steps" in done.stdout
     script("train.py", *options, "--output-dir", "runs/undisturbed")
@@ -380,7 +381,8 @@ def test_the_line_goes_through_two_sizes(monkeypatch, name, bits8):
     assert f.adapter == trained * (10 if bits8 else 16)  # A and B, gradients, two moments
     frozen = {p.data_ptr(): p.nbytes for p in engine.base.model.parameters() if not p.requires_grad}
     assert sum(frozen.values()) <= f.base <= 1.05 * sum(frozen.values())  # and tables of angles
-    assert f.total(77) == int(f.base + f.adapter + 5000 + 30 * 77)
+    assert f.total(77) == int(f.program + f.base + f.adapter + 5000 + 30 * 77)
+    assert device.GIB / 10 < f.program < f.total(77) <= device.peak_bytes(engine.device) + 2**24  # torch and the like
     with pytest.raises(MemoryError, match="not even 2 tokens fit into the memory"):
         measured(1, 400)
 

@@ -2,6 +2,7 @@
 
 At the peak, in the backward pass, these are on the device:
 
+    program       on a CPU, where a process's resident memory is what can be measured: all that is none of the others
     base          the frozen weights as stored, one layer's dequantised weights, cuBLAS's workspaces
     adapter       A and B, their gradients and AdamW's two moments (8 bits, or fp32)
     tokens        forward and backward of a micro-batch: nearly linear in its number of tokens
@@ -36,19 +37,20 @@ class Footprint:
     adapter: int
     fixed: float
     per_token: float
+    program: int = 0  # on a CPU, the process without all these
 
     def total(self, tokens: int) -> int:
         """The peak in bytes with micro-batches of `tokens` tokens."""
-        return int(self.base + self.adapter + max(0.0, self.fixed + self.per_token * tokens))
+        return int(self.program + self.base + self.adapter + max(0.0, self.fixed + self.per_token * tokens))
 
     def describe(self, tokens: int) -> str:
         """The peak and its parts, for a message."""
         total = self.total(tokens)
         unit, name, digits = (GIB, "GiB", 2) if total >= 0.1 * GIB else (2**20, "MiB", 1)
-        base, adapter, rest = (
-            f"{n / unit:.{digits}f}" for n in (self.base, self.adapter, total - self.base - self.adapter)
-        )
-        return f"{total / unit:.{digits}f} {name} (base {base}, adapter {adapter}, {tokens:,} tokens {rest})"
+        parts = {"program": self.program, "base": self.base, "adapter": self.adapter}
+        parts[f"{tokens:,} tokens"] = total - sum(parts.values())
+        shown = ", ".join(f"{k} {n / unit:.{digits}f}" for k, n in parts.items() if n or k != "program")
+        return f"{total / unit:.{digits}f} {name} ({shown})"
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,14 @@ def measure(engine: Engine, work: Workload, tokens: int) -> Footprint:
     slope = max(0.0, (most - least) / (large - small))
     engine.adapter.grads.zero_()
     trained = engine.adapter.weights.numel()
-    workspaces = 2 * WORKSPACE if engine.device.type == "cuda" else 0
+    base = stored_bytes(engine.base.model) - 4 * trained + sum(t.nbytes for t in engine.buffers)
+    on_cpu = engine.device.type == "cpu"
     return Footprint(
-        base=stored_bytes(engine.base.model) - 4 * trained + sum(t.nbytes for t in engine.buffers) + workspaces,
+        base=base + (0 if on_cpu else 2 * WORKSPACE),
         adapter=trained * (4 + 4 + (2 if work.bits8 else 8)),
         fixed=most - slope * large,
         per_token=slope,
+        program=max(0, restart_peak(engine.device) - base - 8 * trained) if on_cpu else 0,
     )
 
 

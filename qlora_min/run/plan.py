@@ -17,6 +17,7 @@ from ..ops import formulas
 from ..optim import PAGED_FROM
 from ..scale.processes import together
 from ..system.bits import bnb
+from ..system.console import wrapped
 from ..system.device import GIB, synchronize, taken, total_bytes
 from . import forecast
 
@@ -53,7 +54,7 @@ def describe(trainer: Any) -> str:
         + (" (the longest row)" if n_tokens == trainer.work.max_seqlen else "")
         + f"; gradient checkpointing {c.gradient_checkpointing}",
         "memory": f"{trainer.footprint.describe(n_tokens)} forecast peak"
-        + (", beyond the program's own" if trainer.device.type == "cpu" else ""),
+        + (" of the whole process" if trainer.device.type == "cpu" else ""),
         "an epoch": c.mix and f"{schedule.n_rows:,} rows: {weights}",
         "options": c.shuffle_options and "of multiple-choice rows in another order each epoch",
         "optimizer": c.optimizer == "paged_adamw8bit"
@@ -66,7 +67,7 @@ def describe(trainer: Any) -> str:
         "writes to": trainer.folder,
         "note": too_little(schedule, trainer.stepper.lr_factor),
     }
-    return "\n".join(f"{label:<12}{text}" for label, text in lines.items() if text)
+    return "\n".join(wrapped(f"{label:<12}{text}", 12) for label, text in lines.items() if text)
 
 
 def too_little(schedule: Any, lr_factor: Callable[[int], float]) -> str:
@@ -129,11 +130,12 @@ def estimate(trainer: Any) -> dict[str, Any]:
     tokens = schedule.n_tokens * schedule.total_steps / schedule.steps_per_epoch
     evaluations = 1 + math.ceil(schedule.total_steps / schedule.eval_every) if trainer.held_out else 0
     held = int(trainer.held_out.lengths.sum()) * evaluations * per_token / 3  # a forward is a third of a step
-    print(
+    line = (
         f"time        about {format_seconds(tokens * per_token)} of training for {tokens:,.0f} tokens at "
         f"{1 / per_token:,.0f} a second, and {format_seconds(held)} for {evaluations} evaluations; measured on one "
         f"micro-batch of {batch.n_tokens:,} tokens"
     )
+    print(wrapped(line, 12))
     return {"steps": schedule.total_steps, "rows": len(schedule.rows), "held_out": len(trainer.held_out),
             "tokens": round(tokens), "seconds": tokens * per_token, "evaluation_seconds": held,
             "memory_gib": trainer.footprint.total(feed.n_tokens) / GIB}  # fmt: skip
