@@ -1,13 +1,20 @@
 """qlora-min chat"""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import nullcontext
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from ..run.options import sampling
 from ..system.console import typed
 from .options import Emit, Parser, adapter_options, count_option, json_option, load_given, one_given, precision_option
+
+QUOTES = '"""'  # around a question of several lines
+MARK = "QUESTION"  # in the place of a question, to find what a template puts around it
 
 
 def options(parser: Parser) -> None:
@@ -29,7 +36,7 @@ def options(parser: Parser) -> None:
 def command(args: argparse.Namespace, emit: Emit) -> None:
     """Chat with a model: a base with an adapter, or a merged checkpoint.
 
-    chat --adapter runs/NAME/adapter                        a conversation; an empty line or Ctrl-D ends it
+    chat --adapter runs/NAME/adapter                        a conversation; "exit" or Ctrl-D ends it
     chat --adapter runs/NAME/adapter --prompt "..."         one answer
     chat --adapter runs/NAME/adapter --compare              each answer without and with the adapter
     chat --model merged                                     without an adapter
@@ -38,6 +45,8 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     if args.compare and not args.adapter:
         raise ValueError("--compare needs an --adapter (see --help)")
     how = sampling(args.temperature, args.top_p)
+    if sys.stderr.isatty() and not args.json:
+        print(f"loading {args.adapter or args.model} ...", file=sys.stderr)
 
     import torch
 
@@ -50,8 +59,14 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     histories = [list(start) for _ in sides]  # each side sees its own earlier answers
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    for question in [args.prompt] if args.prompt else _questions():
+    questions = [(args.prompt, False)] if args.prompt else _questions()
+    if not args.prompt and sys.stdin.isatty() and sys.stdout.isatty():
+        known = args.adapter and not args.system
+        questions = _conversation(held_out(Path(args.adapter), base) if known else ())
+    for question, anew in questions:
         for (label, context), history in zip(sides, histories):
+            if anew:
+                history[:] = start
             if args.compare:
                 print(f"--- {label}")
             history.append({"role": "user", "content": question})
@@ -71,9 +86,63 @@ def _answer(base: Any, messages: list[dict[str, str]], max_new_tokens: int, how:
     return generate(base, [base.encoder.prompt(messages)], max_new_tokens, streamer=streamer, **how)[0]
 
 
-def _questions() -> Iterator[str]:
-    """Read questions from the terminal, until an empty line or the end of input."""
+def _questions() -> Iterator[tuple[str, bool]]:
+    """Read questions, a line each, until an empty line or the end of input."""
     try:
-        yield from iter(lambda: typed(input("you> ")).strip(), "")
+        for question in iter(lambda: typed(input("you> ")).strip(), ""):
+            yield question, False
     except (EOFError, KeyboardInterrupt):
         print()
+
+
+def _conversation(offered: Sequence[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
+    """Read questions from a terminal: (question, whether it begins a new conversation).
+
+    Args:
+        offered: (question, expected answer); Enter asks the next one, in a new conversation.
+    """
+    with suppress(ImportError):  # missing on Windows
+        import readline  # noqa: F401, with which input() edits lines and remembers earlier ones
+    print('Several lines: end each but the last with \\, or begin and end with """. To leave: exit, or Ctrl-D.')
+    rest, shown = list(offered), None
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if rest and rest[0] is not shown:
+                shown = rest[0]
+                print(f"\nEnter asks this held-out question, whose answer is {shown[1]!r}:")
+                print(textwrap.indent(shown[0], "  "))
+            question = _typed_lines()
+            if question in ("exit", "quit") or not (question or rest):
+                return
+            yield (question, False) if question else (rest.pop(0)[0], True)
+    print()
+
+
+def _typed_lines() -> str:
+    """What is typed in one line; in several, each but the last ends with a backslash, or triple quotes enclose them."""
+    text = typed(input("you> ")).strip()
+    if text.startswith(QUOTES):
+        while len(text) < 2 * len(QUOTES) or not text.endswith(QUOTES):
+            text += "\n" + typed(input("...> ")).rstrip()
+        return text[len(QUOTES) : -len(QUOTES)].strip()
+    while text.endswith("\\"):
+        text = text[:-1] + "\n" + typed(input("...> ")).rstrip()
+    return text.strip()
+
+
+def held_out(adapter: Path, base: Any) -> list[tuple[str, str]]:
+    """(question, expected answer) of the held-out rows in the samples.jsonl of an adapter's run.
+
+    Only rows that are one question to this base's template, without a system prompt or earlier turns.
+    """
+    decode, special = base.encoder.tokenizer.decode, base.encoder.tokenizer.all_special_tokens
+    start, found, end = decode(base.encoder.prompt([{"role": "user", "content": MARK}])).partition(MARK)
+    offered = []
+    with suppress(OSError, ValueError, TypeError, RecursionError):  # no run's adapter, or its file is damaged
+        for line in (adapter.parent / "samples.jsonl").read_bytes().splitlines():
+            sample = dict(json.loads(line))
+            prompt, answer = (str(sample.get(key, "")) for key in ("prompt", "reference"))
+            question = prompt.removeprefix(start).removesuffix(end)
+            if found and prompt == start + question + end and not any(token in question for token in special):
+                offered.append((question, answer))
+    return offered
