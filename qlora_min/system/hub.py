@@ -99,7 +99,7 @@ def hub_answer(error: BaseException, name: str, kind: str = "model") -> str:
 def _refusal(error: BaseException, name: str, kind: str) -> Any:
     """The hub's answer (an HfHubHTTPError) that led to an error, or None."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, HfHubHTTPError):
@@ -109,7 +109,7 @@ def _refusal(error: BaseException, name: str, kind: str) -> Any:
             HfApi().auth_check(name, repo_type=kind)
         except HfHubHTTPError as e:
             return e
-        except (OSError, ValueError):
+        except (HTTPError, OSError, ValueError):
             return None
     return seen
 
