@@ -188,7 +188,7 @@ def test_the_examples_of_help_can_be_typed(monkeypatch):
     ):
         monkeypatch.setattr(sys, "argv", [start])
         examples = main.described("train")[1].splitlines()
-        assert len(examples) == 5 and all(re.match(f"  {form} ", line + " ") for line in examples)
+        assert len(examples) == 6 and all(re.match(f"  {form} ", line + " ") for line in examples)
 
 
 def test_the_commands_of_a_run_run_where_the_user_is(script, process):

@@ -194,5 +194,5 @@ def ways_to_save(
     return [
         f"{flag}: {now / GIB:.2f} -> {after / GIB:.2f} GiB, {effect}"
         for after, flag, effect in sorted(ways)
-        if after < 0.98 * now
+        if now - after > 0.02 * (now - footprint.program)
     ]
