@@ -23,10 +23,10 @@ UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 
 
 def _fsync(path: Path) -> None:
-    folder = path.is_dir()
-    if folder and os.name == "nt":  # which flushes no folders, and files only if they are open for writing
+    folder, windows = path.is_dir(), os.name == "nt"
+    if folder and windows:  # which flushes no folders, and files only if they are open for writing
         return
-    fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as e:
@@ -52,9 +52,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        mode = new.stat().st_mode & 0o666  # what the umask leaves: safetensors makes files of 0600
         for file in sorted(new.rglob("*")):
             if file.is_file():
-                file.chmod(new.stat().st_mode & 0o666)  # what the umask leaves: safetensors makes files of 0600
+                file.chmod(mode)
             _fsync(file)
         _fsync(new)
         if path.exists():
@@ -84,7 +85,8 @@ def write_text(path: Path, text: str) -> None:
 def _write_parts(path: Path, parts: Iterable[str]) -> None:
     new = path.with_name(f".{path.name}.new")
     with new.open("w", encoding="utf-8", errors="replace") as f:
-        f.writelines(parts)
+        for part in parts:
+            f.write(part)
     _fsync(new)
     new.replace(path)
     _fsync(path.parent)
