@@ -1,6 +1,7 @@
 """qlora-min train"""
 
 import argparse
+import os
 import signal
 import sys
 
@@ -31,7 +32,8 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     train --resume                           continue the newest unfinished run
     train --adapter DIR --dataset FILE       go on from an adapter on other data, with its rank, targets and base
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # until training sets its own handler
+    # Until training sets its own handler. No SystemExit: raised while garbage is collected, it would be lost.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     given = config_options(args)
     config = Config(**given)
 
