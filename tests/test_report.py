@@ -61,9 +61,8 @@ def test_without_the_option_there_is_none(make):  # noqa: F811
     assert not (trainer.folder / "tensorboard").exists()
 
 
-def test_what_a_resumed_run_forgets_tensorboard_forgets(make):  # noqa: F811
-    """Lines after the checkpoint are cut from metrics.jsonl; the first process has already shown them."""
-    trainer = make(**SHORT, tensorboard=True)
+def train_until_killed(trainer: Trainer) -> None:
+    """Train; in the sixth step the process is killed."""
     take = trainer.stepper.step
 
     def killed():
@@ -74,6 +73,12 @@ def test_what_a_resumed_run_forgets_tensorboard_forgets(make):  # noqa: F811
     trainer.stepper.step = killed
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+
+
+def test_what_a_resumed_run_forgets_tensorboard_forgets(make):  # noqa: F811
+    """Lines after the checkpoint are cut from metrics.jsonl; the first process has already shown them."""
+    trainer = make(**SHORT, tensorboard=True)
+    train_until_killed(trainer)
     assert [s for s, _ in scalars(trainer.folder)["train/loss"]] == [1, 2, 3, 4, 5]
     with (trainer.folder / "metrics.jsonl").open("r+b") as f:
         f.write(b"x")  # a damaged line, here the first evaluation, ends nothing
@@ -188,16 +193,7 @@ def test_wandb_says_what_metrics_say(make, wandb, monkeypatch):  # noqa: F811
 
 def test_a_resumed_run_continues_the_run_on_wandb(make, wandb):  # noqa: F811
     trainer = make(**SHORT, report=("wandb",))
-    take = trainer.stepper.step
-
-    def killed():
-        if trainer.progress.step == 5:
-            raise KeyboardInterrupt
-        return take()
-
-    trainer.stepper.step = killed
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    train_until_killed(trainer)
     assert wandb.ended == 1 and [s for s, _ in wandb.shown()["train/loss"]] == [1, 2, 3, 4]
     again = Trainer(trainer.config, trainer.folder)
     assert again.progress.step == 3

@@ -62,18 +62,18 @@ def modelfile(merged: Path, path: Path) -> str:
     Ollama can't read the file's template. This one writes the same prompts of users' and assistants' messages; the text
     that the model's own begins with, where no system message is given, is always there.
     """
-    from transformers import AutoTokenizer
+    from ..base import load_encoder
 
-    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
+    template = load_encoder(str(merged)).template
     marks = ("QUESTION", "ANSWER", "NEXT")
     messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant", "user"), marks)]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if tokenizer.bos_token_id in tokenizer("")["input_ids"]:  # llama.cpp adds it too
-        text = text.removeprefix(tokenizer.bos_token)
+    text = template.render(messages, ask=True)
+    if template.adds_bos:  # llama.cpp adds it too
+        text = text.removeprefix(template.tokenizer.bos_token)
     before, _, between, asked = re.split("|".join(marks), text)
     user = f"{{{{ if $i }}}}{between}{{{{ else }}}}{before}{{{{ end }}}}{{{{ $m.Content }}}}{asked}"
-    template = (
+    of_ollama = (
         f'{{{{ range $i, $m := .Messages }}}}{{{{ if eq $m.Role "user" }}}}{user}'
         '{{ else if eq $m.Role "assistant" }}{{ $m.Content }}{{ end }}{{ end }}'
     )
-    return f'FROM {path.resolve()}\nTEMPLATE """{template}"""\nPARAMETER stop "{tokenizer.eos_token}"'
+    return f'FROM {path.resolve()}\nTEMPLATE """{of_ollama}"""\nPARAMETER stop "{template.tokenizer.eos_token}"'

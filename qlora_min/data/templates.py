@@ -88,6 +88,11 @@ class Template:
             day = datetime.date.fromisoformat(date) if date else datetime.date.today()
             self.date, self._dates = day.isoformat(), {form: day.strftime(form) for _, form in asked}
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer by itself puts a bos token before a text."""
+        return self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
+
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), ask: bool = False) -> str:
         """The text of a conversation. ask: with the beginning of the next answer (`add_generation_prompt`).
 
@@ -130,6 +135,8 @@ class Template:
         try:
             text = self.render(messages, tools, ask)
         except ValueError:  # a template may expect the arguments of calls as the JSON text that they were
+            if not any("tool_calls" in m for m in messages):
+                raise
             messages, tools, mark = self._prepared(example, objects=False)
             text = self.render(messages, tools, ask)
         if not ask:
