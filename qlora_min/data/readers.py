@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa  # comes with datasets
 
 from ..system import console
+from ..system.text import first_line
 from .examples import BadRow, BadRows, Example
 from .layouts import EXPECTED, NAMES, Columns, parse_columns, to_example
 
@@ -469,7 +470,7 @@ def _read_saved(source: str, folder: Path, split: str, columns: Columns) -> Raw:
     try:
         data = datasets.load_from_disk(folder)
     except (OSError, ValueError, KeyError, pa.ArrowException) as e:
-        raise ValueError(f"data set '{source}': can't be loaded ({_first_line(e)})") from None
+        raise ValueError(f"data set '{source}': can't be loaded ({first_line(e)})") from None
     if isinstance(data, datasets.DatasetDict):
         if (split or "train") not in data:
             raise ValueError(f"data set '{source}': {_one_of('split', list(data), f'{folder}::')}")
@@ -506,15 +507,11 @@ def _why_not_loaded(error: Exception, hub: Mapping[str, str | None]) -> str:
         return _one_of("split", there, f"{start}:{hub['config'] or ''}:")
     if there and "config" in str(error).lower():
         return _one_of("configuration", there, f"{start}:")
-    return f"can't be loaded ({_first_line(error)})"
+    return f"can't be loaded ({first_line(error)})"
 
 
 def _one_of(what: str, names: Sequence[str], start: str) -> str:
     return f"name its {what}, one of {', '.join(names)}: for example {start}{names[0]}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_table(source: str, data: Any, columns: Columns) -> Raw:

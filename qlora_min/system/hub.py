@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from .files import check_links, read_json
-from .text import clipped, refuse_secrets, shown
+from .text import clipped, first_line, refuse_secrets, shown
 from .weights import weight_shapes
 
 # The files of a model to download: no code and no pickles; the weights last.
@@ -177,5 +177,4 @@ def refusing(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        first = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise ValueError(f"{what} ({clipped(first)})") from None
+        raise ValueError(f"{what} ({clipped(first_line(e))})") from None

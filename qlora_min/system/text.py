@@ -21,6 +21,11 @@ def clipped(text: object, limit: int = 160) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 _SECRETS = re.compile(r"(?<=://)\S*@|[^\s/]+:[^\s/]+@|\bhf_[A-Za-z0-9]{20,}")  # user:password@, hub tokens
 
 
