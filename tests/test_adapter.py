@@ -143,7 +143,7 @@ PEFTS_OWN = {  # what PEFT can do besides one rank and alpha everywhere
                       "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 30, "v_proj": 2.5},
                       "rank_pattern": {"v_proj": 3}},
     "layers_to_transform": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
-    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
     "patterns of layers": {"target_modules": ["o_proj"], "layers_to_transform": [3], "layers_pattern": ["h", "layers"]},
     "whole names": {"target_modules": ["model.layers.1.mlp.up_proj", "k_proj"], "layers_to_transform": [2]},
     "all-linear": {"target_modules": "all-linear"},

@@ -52,7 +52,7 @@ COLUMNS = {  # key of a figure -> (label, format)
 def shared_options(parser: Parser) -> None:
     """Add the options that all benchmarks share, those of scripts/ included."""
     parser.add_argument("--model", metavar="DIR", help="a model folder [a shape with random weights]")
-    parser.add_argument("--shape", choices=SHAPES, default="0.5b", help="the shape, without --model [0.5b]")
+    parser.add_argument("--shape", choices=[*SHAPES], default="0.5b", help="the shape, without --model [0.5b]")
     parser.add_argument("--lengths", metavar="FILE", help="JSON list of [tokens, supervised] of rows [48 of MedQA's]")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU if there is one [auto]")
     count_option(parser, "--warm-up", "steps that are not timed [40, and 1 on a CPU]")

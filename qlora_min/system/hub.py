@@ -49,16 +49,19 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
     return folder, folder.name
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str], offline: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except HFValidationError:
         raise ValueError(f"model '{name}': no local folder, and no valid hub id") from None
     except (HTTPError, OSError) as e:
-        why = hub_answer(e, name) or (
+        why = hub_answer(e, name)
+        if not why and not offline:  # some versions ask the hub for a commit's list of files that an older cache lacks
+            return _download(name, revision, patterns, offline=True)
+        why = why or (
             "no local folder of this name, and the Hugging Face hub can't be reached; "
             "give a local model folder with --model DIR, or try --demo, which needs no network"
         )
