@@ -195,7 +195,8 @@ def test_a_file_cut_in_a_character(tmp_path):
 def test_where_in_the_line_json_ends(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'  {"prompt": "p",}')
-    assert message_of(path).endswith("a comma before a closing bracket; remove it (at character 18); correct it")
+    at = 17 if sys.version_info >= (3, 13) else 18  # of the comma, or of the bracket
+    assert message_of(path).endswith(f"a comma before a closing bracket; remove it (at character {at}); correct it")
 
 
 def test_a_line_of_ten_million_bytes_is_still_read(tmp_path):
