@@ -11,6 +11,8 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads")  # fmt: skip
 SHAPES = {  # name -> (family, SIZES, differences from Qwen2-0.5B)
     "0.5b": ("qwen2", (151936, 896, 4864, 24, 14, 2), {}),
+    "1.5b": ("qwen2", (151936, 1536, 8960, 28, 12, 2), {}),
+    "3b": ("qwen2", (151936, 2048, 11008, 36, 16, 2), {}),
     "7b": ("qwen2", (152064, 3584, 18944, 28, 28, 4), {"tie_word_embeddings": False}),
     "32b": ("qwen2", (152064, 5120, 27648, 64, 40, 8), {"tie_word_embeddings": False}),
     "qwen3-0.6b": ("qwen3", (151936, 1024, 3072, 28, 16, 8), {"head_dim": 128}),
@@ -18,7 +20,7 @@ SHAPES = {  # name -> (family, SIZES, differences from Qwen2-0.5B)
     "gemma3-270m": ("gemma3_text", (262144, 640, 2048, 18, 4, 1),
                     {"head_dim": 256, "sliding_window": 512, "query_pre_attn_scalar": 256}),
 }  # fmt: skip
-LARGE = ("7b", "32b")  # whose weights are not written to disk
+LARGE = ("1.5b", "3b", "7b", "32b")  # whose weights are not written to disk
 
 
 def random_base(folder: str, shape: str) -> str:
