@@ -1,14 +1,21 @@
-"""Leaving home: model cards that the hub can read, and a push that is private, refused in one line, and never lossy.
+"""Models and data from the hub, model cards, and a push that is private, refused in one line, and never lossy.
 
-No test pushes anywhere: a server on this machine stands for the hub, and records what huggingface_hub sends to it.
+No test reaches the hub: a server on this machine stands for it (hub.py).
 """
 
-import base64
+import contextlib
+import fcntl
 import json
+import os
+import pty
 import re
+import resource
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import signal
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,6 +24,8 @@ import huggingface_hub
 import peft
 import pytest
 import torch
+from conftest import ROOT
+from hub import Hub
 from huggingface_hub import ModelCard
 from test_hostile import TOKEN, assert_nothing_leaks, one_line_error
 from test_training import make, on_the_cpu  # noqa: F401
@@ -30,6 +39,7 @@ from qlora_min.lora import LoraSpec
 from qlora_min.merging import merge_adapter
 from qlora_min.run import cards
 from qlora_min.run.options import read_toml
+from qlora_min.system import hub as hub_module
 
 SHORT = {"rows": 6, "held": 2, "batch_size": 1, "grad_accum": 1, "eval_every": 6, "epochs": 1.0}
 IDS = torch.arange(5, 29).view(2, 12)
@@ -179,109 +189,241 @@ def test_an_adapter_that_lies_in_no_run_is_merged_with_a_shorter_card(made, tmp_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A server that stands for the hub
+# Downloading, in a process of its own: HF_ENDPOINT names the server, HF_HOME an empty folder
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-class Hub(ThreadingHTTPServer):
-    """What a push asks for: who am I, a repository's state, making one, and a commit. Records what it is sent."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.role, self.fails = "write", ""
-        self.repos: dict[str, bool] = {}  # name -> private
-        self.files: dict[str, dict[str, bytes]] = {}  # name -> path -> content
-        self.asked: list[str] = []
-        self.tokens: set[str] = set()
-        self.models: dict[str, Path] = {}  # name -> folder to download
-        self.refusal: tuple[int, dict[str, str]] | None = None  # status and headers of every answer
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+MODEL, DATA = "models/Qwen/Qwen2-0.5B-Instruct", "datasets/medalpaca/medical_meadow_medqa"
+SHORT_RUN = ["--max-steps", 1, "--eval-limit", 1]
+SLOW = pytest.mark.slow
 
 
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+def qwen2() -> dict[str, bytes]:
+    """The demo's model in the files that Qwen2-0.5B-Instruct has on the hub."""
+    files = {p.name: p.read_bytes() for p in world.MODEL_DIR.iterdir()}
+    tokens = json.loads(files["tokenizer.json"])["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in tokens["merges"]]
+    files["vocab.json"] = json.dumps(tokens["vocab"]).encode()
+    files["merges.txt"] = "\n".join(["#version: 0.2", *merges]).encode()
+    card = b"---\nlicense: apache-2.0\nlanguage:\n- en\npipeline_tag: text-generation\n---\n# Qwen2-0.5B-Instruct\n"
+    return files | {"README.md": card, ".gitattributes": b"*.safetensors filter=lfs diff=lfs\n", "LICENSE": b"Apache\n"}
 
-    def answer(self, value: dict, status: int = 200, **headers: str) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), text)
-        self.end_headers()
-        self.wfile.write(body)
 
-    def do_GET(self):
-        self.handle_one()
+def rows(count: int) -> bytes:
+    """medical_meadow_medqa.json: a list of objects with input, instruction and output."""
+    options = ["fever", "rest", "water", "salt", "none"]
+    listed = ", ".join(f"'{letter}': '{option}'" for letter, option in zip("ABCDE", options))
+    made = [{"input": f"Q:A {n}-year-old man is ill. What helps?? \n{{{listed}}},",
+             "instruction": "Please answer with one of the option in the bracket",
+             "output": f"{'ABCDE'[n % 5]}: {options[n % 5]}"} for n in range(count)]  # fmt: skip
+    return json.dumps(made, indent=1).encode()
 
-    def do_POST(self):
-        self.handle_one()
 
-    def do_HEAD(self):
-        self.handle_one()
+def medqa(count: int = 40) -> dict[str, bytes]:
+    card = b"---\nlicense: cc\ntask_categories:\n- question-answering\nlanguage:\n- en\n---\n# MedQA\n"
+    return {"medical_meadow_medqa.json": rows(count), "README.md": card, ".gitattributes": b"*.parquet filter=lfs\n"}
 
-    def model(self, name: str, rest: str) -> None:
-        """What snapshot_download asks for: the commit, its files, and the head and content of each."""
-        files = {p.name: p.read_bytes() for p in self.server.models[name].iterdir()}
-        if rest.startswith("tree/"):
-            listed = [{"type": "file", "path": f, "size": len(b), "oid": "1" * 40} for f, b in files.items()]
-            return self.answer(listed)
-        if not rest.startswith("resolve/"):
-            return self.answer({"id": name, "sha": "0" * 40, "siblings": []})
-        body = files[rest.rpartition("/")[2]]
-        self.send_response(200)
-        for key, value in {"ETag": f'"{len(body)}"', "X-Repo-Commit": "0" * 40, "Content-Length": len(body)}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
 
-    def handle_one(self):
-        server, path = self.server, self.path.partition("?")[0]
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        server.asked.append(f"{self.command} {path}")
-        server.tokens.add(self.headers.get("Authorization", ""))
-        if server.refusal:
-            status, headers = server.refusal
-            return self.answer({"error": "no"}, status, **headers)
-        owner, _, rest = path.removeprefix("/api/models").strip("/").partition("/")
-        if (name := f"{owner}/{rest.partition('/')[0]}") in server.models:
-            return self.model(name, rest.partition("/")[2])
-        if server.fails and server.fails in path:
-            return self.answer({"error": "Forbidden: over quota"}, 403)
-        if path == "/api/whoami-v2":
-            return self.answer(
-                {"name": "me", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": server.role}}}
-            )
-        if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization', 'me')}/{asked['name']}"
-            if name in server.repos:
-                return self.answer({"url": f"{server.url}/{name}", "error": "exists"}, 409)
-            server.repos[name], server.files[name] = (
-                "private" in (asked.get("visibility"), asked.get("private") and "private"),
-                {},
-            )
-            return self.answer({"url": f"{server.url}/{name}"})
-        if path == "/api/validate-yaml":
-            ModelCard(json.loads(body)["content"])
-            return self.answer({"errors": [], "warnings": []})
-        owner, name, *rest = path.removeprefix("/api/models/").split("/")
-        name = f"{owner}/{name}"
-        if name not in server.repos:
-            return self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
-        if rest[:1] == ["preupload"]:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            return self.answer({"files": files})
-        if rest[:1] == ["commit"]:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    server.files[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer({"commitUrl": f"{server.url}/{name}/commit/1", "commitOid": "1", "success": True})
-        siblings = [{"rfilename": f} for f in [".gitattributes", *server.files[name]]]
-        return self.answer({"id": name, "private": server.repos[name], "siblings": siblings, "sha": "0" * 40})
+@pytest.fixture
+def hub():
+    """The server, with the two repositories of the reference configuration."""
+    server = Hub()
+    server.add(MODEL, qwen2())
+    server.add(DATA, medqa())
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def train(hub, tmp_path, process):
+    """train(*options, **environment) -> the finished `python scripts/train.py`."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    clean |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+
+    def run(*options: object, expect: int = 0, script: str = "train.py", limit: int | None = None, **environment: str):
+        def limited() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        more = {"preexec_fn": limited} if limit else {}
+        return process(script, *options, expect=expect, env=clean | environment, **more)
+
+    run.environment = clean
+    return run
+
+
+def record_of(tmp_path: Path) -> dict:
+    return json.loads(max(tmp_path.glob("runs/*/config.json"), key=lambda p: p.stat().st_mtime).read_text())
+
+
+def test_the_reference_configuration_downloads_records_and_goes_on_without_the_hub(hub, train, tmp_path):
+    """`python scripts/train.py`, nothing else; then from the cache."""
+    done = train(HF_TOKEN=TOKEN)
+    record = record_of(tmp_path)
+    assert "step 9: held-out loss" in done.stdout and "examples" not in done.stderr  # no terminal: no bars
+    assert record["base"]["revision"] == hub.refs[MODEL]["main"]
+    assert record["commits"] == {"medalpaca/medical_meadow_medqa": hub.refs[DATA]["main"]}
+    assert record["files"].keys() == {f"medalpaca/medical_meadow_medqa{end}" for end in ("", " (held out)")}
+    assert_nothing_leaks(done, tmp_path)
+    assert hub.tokens - {""} == {f"Bearer {TOKEN}"} and hub.large_tokens == {""}  # the token goes to the hub alone
+    assert not any(name in asked for asked in hub.asked for name in ("LICENSE", ".gitattributes"))
+    hub.asked.clear()
+    train("--max-steps", 1, HF_HUB_OFFLINE="1")
+    assert hub.asked == [] and record_of(tmp_path) | {"id": 0} != record | {"id": 0}
+    for part in ("base", "commits", "files", "data"):
+        assert record_of(tmp_path)[part] == record[part]
+
+
+@SLOW
+def test_a_hub_that_is_gone_is_not_needed_for_what_is_cached(hub, train, tmp_path):
+    train("--dry-run")
+    hub.close()
+    assert "held-out loss" in train(*SHORT_RUN).stdout
+    one_line_error(train("--model", "a/other", expect=2), "'a/other'", "hub can't be reached")
+
+
+@SLOW
+def test_a_run_keeps_the_commits_of_its_data(hub, train, tmp_path):
+    """Resumed and evaluated, it reads the rows it was trained on, whatever has been added on the hub."""
+    options = ["--epochs", 1, "--output-dir", "runs/a"]
+    train(*options)
+    record, first = record_of(tmp_path), hub.refs[DATA]["main"]
+    shutil.rmtree(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.json").write_text(json.dumps(record))
+    hub.add(DATA, medqa(60))
+    train("--resume", "runs/a")
+    train("--adapter", "runs/a/adapter", script="eval.py")
+    train(*SHORT_RUN)
+    assert record["commits"].popitem()[1] == first != record_of(tmp_path)["commits"].popitem()[1]
+
+
+@SLOW
+def test_a_restricted_model_needs_its_token(hub, train, tmp_path):
+    hub.gated = {MODEL: TOKEN, DATA: TOKEN}
+    where = f"accept the licence at {hub.url}/Qwen/Qwen2-0.5B-Instruct, then log in"
+    one_line_error(train(expect=2), "Qwen/Qwen2-0.5B-Instruct", where)
+    one_line_error(train(expect=2, HF_TOKEN="hf_another"), "Qwen/Qwen2-0.5B-Instruct", where)
+    one_line_error(
+        train("--model", world.MODEL_DIR, expect=2), f"accept the licence at {hub.url}/datasets/medalpaca/medical"
+    )
+    assert_nothing_leaks(train(*SHORT_RUN, HF_TOKEN=TOKEN), tmp_path)
+    assert_nothing_leaks(train(*SHORT_RUN, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1"), tmp_path)
+
+
+@SLOW
+def test_a_renamed_model_and_data_set_are_found_by_their_old_names(hub, train, tmp_path):
+    hub.renamed = {"models/old/qwen": MODEL, "datasets/old/medqa": DATA}
+    names = ["--model", "old/qwen", "--dataset", "old/medqa"]
+    train(*names, *SHORT_RUN)
+    record = record_of(tmp_path)
+    assert record["base"]["revision"] == hub.refs[MODEL]["main"]
+    assert record["commits"] == {"old/medqa": hub.refs[DATA]["main"]}
+    train(*names, *SHORT_RUN, HF_HUB_OFFLINE="1")
+
+
+@SLOW
+def test_a_download_that_is_cut_goes_on(hub, train):
+    """By huggingface_hub, from the last 10 MiB that it has written."""
+    hub.add(MODEL, qwen2() | {"spare.model": bytes(24 * 2**20)})
+    hub.cut = {"spare.model": 15 * 2**20, "model.safetensors": 4000, "medical_meadow_medqa.json": 4000}
+    train(*SHORT_RUN)
+    assert hub.cut == {} and hub.ranges == [f"bytes={10 * 2**20}-"]
+
+
+@SLOW
+def test_ctrl_c_ends_a_download_and_the_next_start_goes_on(hub, train, tmp_path):
+    """On a terminal, with a bar of the model's bytes and one of the data's."""
+    hub.slow = 0.3
+    args = [sys.executable, ROOT / "scripts" / "train.py", *map(str, SHORT_RUN)]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    child = subprocess.Popen(args, env=train.environment, cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL)
+    os.close(theirs)
+    shown, sent = b"", False
+    with contextlib.suppress(OSError):  # the terminal's end
+        while part := os.read(ours, 2**16):
+            shown += part
+            if not sent and b"409k" in shown:
+                child.send_signal(signal.SIGINT)
+                sent = True
+    assert child.wait() == 130 and shown.rstrip().endswith(b"interrupted") and b"Traceback" not in shown
+    assert re.search(rb"Qwen/Qwen2-0.5B-Instruct: +0%[^\r]*0.00/409k", shown)
+    assert re.search(rb"medical_meadow_medqa.json: 100%", shown)
+    hub.slow = 0
+    train(*SHORT_RUN)
+
+
+@SLOW
+def test_a_hub_that_is_gone_in_the_middle_is_one_line(hub, train):
+    hub.slow, hub.cut, hub.ends = 0.1, {"model.safetensors": 200_000}, True
+    done = train(*SHORT_RUN, expect=2)
+    one_line_error(done, "Qwen/Qwen2-0.5B-Instruct", "hub can't be reached")
+
+
+@SLOW
+@pytest.mark.parametrize(
+    "limit, words", [(300_000, "model 'Qwen/"), (30_000, "model 'Qwen/"), (45_000, "data set 'med")]
+)
+def test_a_full_disk_is_named_and_not_the_hub(hub, train, tmp_path, limit, words):
+    """As a limit on the size of a file: of the weights, of the tokenizer, of the data."""
+    hub.add(DATA, medqa(400))
+    one_line_error(train(expect=2, limit=limit), words, f"the cache {tmp_path / 'hf'}", "File too large", "HF_HOME")
+
+
+@SLOW
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+@pytest.mark.parametrize("status, headers", [(503, {}), (429, {"ratelimit": '"api";r=0;t=1'})])
+def test_a_busy_hub_is_asked_again(hub, train, kind, status, headers):
+    hub.refusal, hub.refusals, hub.refuses = (status, headers), 3, "Qwen" if kind == "model" else "medalpaca"
+    done = train(*SHORT_RUN)
+    assert hub.refusals == 0
+    assert done.stderr.count(f"answers HTTP {status}; asking again in ") == (3 if kind == "model" else 0)
+
+
+@SLOW
+def test_configurations_splits_and_revisions_of_a_data_set(hub, train, tmp_path):
+    """NAME[@REVISION][:CONFIG[:SPLIT]]; what is not there is listed, or refused, never exchanged."""
+    configs = b"""---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train.json
+  - split: test
+    path: main/test.json
+- config_name: other
+  data_files: other/train.json
+---
+"""
+    files = {"README.md": configs, "main/test.json": rows(12), "other/train.json": rows(14)}
+    first = hub.add("datasets/some/data", files | {"main/train.json": rows(20)}, "v1")
+    second = hub.add("datasets/some/data", files | {"main/train.json": rows(30)})
+    options = ["--dry-run", "--eval-fraction", 0, "--dataset"]
+
+    def count(name: str, **environment: str) -> int:
+        out = train(*options, name, **environment).stdout
+        return int(re.search(rf"^{re.escape(name)} +(\d+)", out, re.MULTILINE)[1])
+
+    def error(name: str, *words: str, **environment: str) -> None:
+        done = train(*options, name, expect=2, **environment)
+        assert done.stderr.splitlines()[-1].startswith(f"error: data set '{name}': ")
+        assert all(word in done.stderr for word in words), done.stderr
+
+    error("some/data", "name its configuration, one of main, other: for example some/data:main")
+    error("some/data:mian", "name its configuration, one of main, other")
+    error("some/data:main:dev", "name its split, one of train, test: for example some/data:main:train")
+    assert count("some/data:main:test") == 12 and count("some/data:other") == 14
+    assert count(f"some/data@{first}:main") == 20 and count("some/data@v1:main") == 20
+    assert count("some/data@v1:main", HF_HUB_OFFLINE="1") == 20
+    error("some/data:main", "revision main can't be had", first, HF_HUB_OFFLINE="1")  # datasets' newest is the other
+    error(f"some/data@{second}:main", second, first, HF_HUB_OFFLINE="1")
+    assert count("some/data:main") == 30
+    error("some/data@v2:main", "revision")  # datasets 4.0 would take a cached one
+    error("some/data:mian", "one of main, other", HF_HUB_OFFLINE="1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the hub answers, and pushing, in this process
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -294,8 +436,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda real=huggingface_hub.HfApi: real(endpoint=server.url))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
-    server.shutdown()
-    server.server_close()
+    server.close()
     huggingface_hub.close_session()
 
 
@@ -303,18 +444,19 @@ def fake(monkeypatch):
 def cache(fake, monkeypatch, tmp_path):
     """Downloads come from the server, to an empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub_module, "WAITS", ())
     template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     return tmp_path / "cache"
 
 
 def test_a_model_is_downloaded_its_weights_last(fake, cache):
-    fake.models["some/model"] = world.MODEL_DIR
+    commit = fake.add("models/some/model", world.MODEL_DIR)
     load_encoder("some/model")
     assert not any("safetensors" in asked for asked in fake.asked)
     base = load_base("some/model", device=torch.device("cpu"))
     assert base.fingerprint == load_base(str(world.MODEL_DIR), device=torch.device("cpu")).fingerprint
-    assert "GET /some/model/resolve/" + "0" * 40 + "/model.safetensors" in fake.asked
+    assert f"GET /large/{commit}/model.safetensors" in fake.asked
 
 
 @pytest.mark.parametrize(
@@ -325,7 +467,7 @@ def test_another_quantisation_is_refused_before_any_weight_is_downloaded(fake, c
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     method = {"load_in_8bit": True} if "8bit" in name else {"quant_method": "awq"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
-    fake.models[name] = tmp_path / "model"
+    fake.add(f"models/{name}", tmp_path / "model")
     done = script("train.py", "--demo", "--model", name, expect=2)
     one_line_error(done, name, "quantised by " + ("bitsandbytes int8" if "8bit" in name else "awq"), f"model{other}")
     assert not any("safetensors" in asked for asked in fake.asked)

@@ -21,6 +21,7 @@ import shutil
 import stat
 import string
 import tempfile
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ HUB_NAME = re.compile(
 SEPARATORS = ",;\t|"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GIVEN: dict[str, list[Any]] = {}  # rows that were given from Python, by the name that `give` made
+COMMITS: dict[str, str] = {}  # of data sets on the hub, by source: those that were read, or are to be read (`pin`)
 Raw = Iterator[tuple[Any, str]]  # (row, or a BadRow for one that can't be read; its location)
 
 
@@ -51,6 +53,12 @@ def give(rows: Iterable[Any]) -> str:
     name = "rows-" + hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
     GIVEN[name] = rows
     return name
+
+
+def pin(commits: Mapping[str, str]) -> None:
+    """From now on read these data sets of the hub at these commits, and others as they are named."""
+    COMMITS.clear()
+    COMMITS.update(commits)
 
 
 def read(
@@ -482,25 +490,55 @@ def _read_saved(source: str, folder: Path, split: str, columns: Columns) -> Raw:
 
 def _read_hub(source: str, hub: Mapping[str, str | None], columns: Columns) -> Raw:
     import datasets
+    from huggingface_hub.errors import HTTPError
 
-    given = {"split": hub["split"] or "train"} | ({"revision": hub["revision"]} if hub["revision"] else {})
+    revision = hub["revision"] or COMMITS.get(source)
+    given = {"split": hub["split"] or "train"} | ({"revision": revision} if revision else {})
+    _choose_bars()
     try:
         data = datasets.load_dataset(*filter(None, (hub["name"], hub["config"])), **given)
-    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as e:
+    except (datasets.exceptions.DatasetsError, HTTPError, OSError, RuntimeError, ValueError) as e:
         raise ValueError(f"data set '{source}': {_why_not_loaded(e, hub)}") from None
+    COMMITS.update({source: commit} if (commit := _commit(source, data, hub["name"], revision)) else {})
     yield from _read_table(source, data, columns)
 
 
-def _why_not_loaded(error: Exception, hub: Mapping[str, str | None]) -> str:
-    from ..system.hub import hub_answer  # imports torch
+def _choose_bars() -> None:
+    """Show the bars of datasets and its downloads where ours are; transformers switches the hub's off with its own."""
+    import datasets
+    from huggingface_hub import utils
 
-    if answer := hub_answer(error, hub["name"], "dataset"):
-        return answer
-    if isinstance(error, ConnectionError):
-        return (
-            "no local file of this name, and the Hugging Face hub can't be reached; "
-            f"give a local {'/'.join(FILE_KINDS)} file, or try --demo, which needs no network"
+    for library in (datasets, utils):
+        with warnings.catch_warnings(action="ignore"):  # "the environment variable goes before"
+            (library.enable_progress_bars if console.shows_bars() else library.disable_progress_bars)()
+
+
+def _commit(source: str, data: Any, name: str, revision: str | None) -> str:
+    """The commit on the hub that a `datasets.Dataset` is of, "" if it does not say.
+
+    Raises:
+        ValueError: another than the one asked for: without the hub, `datasets` takes the newest of its cache.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    parts = [Path(file["filename"]).parent.name for file in data.cache_files]  # .../CONFIG/0.0.0/COMMIT/NAME.arrow
+    commit = next((part for part in parts if re.fullmatch("[0-9a-f]{40}", part)), "")
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"))
+    ref = folder / "refs" / (revision or "main")  # of a branch or tag
+    if commit and (ref.read_text() if ref.is_file() else revision or commit) != commit:
+        raise ValueError(
+            f"data set '{source}': revision {revision or 'main'} can't be had from the Hugging Face hub, and is not "
+            f"cached; what is cached is {commit}"
         )
+    return commit
+
+
+def _why_not_loaded(error: Exception, hub: Mapping[str, str | None]) -> str:
+    from ..system.hub import why_not_loaded  # imports torch
+
+    if why := why_not_loaded(error, hub["name"], "dataset", f"{'/'.join(FILE_KINDS)} file"):
+        return why
     start = hub["name"] + f"@{hub['revision']}" * bool(hub["revision"])
     there = re.findall(r"'([^']*)'", (re.findall(r"\[.*?\]", str(error)) or [""])[-1])  # its own list of what there is
     if there and re.search(r"\bsplits?\b", str(error)):

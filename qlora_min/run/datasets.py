@@ -15,7 +15,7 @@ from ..base import load_encoder
 from ..chat import ChatEncoder
 from ..config import Config
 from ..data.examples import BadRow, BadRows, Example
-from ..data.readers import read
+from ..data.readers import pin, read
 from ..data.rows import Row, Rows
 from ..system.console import aligned, say
 from . import checkpoint
@@ -150,17 +150,21 @@ def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
 Data = tuple[list[Encoded], list[Encoded]]  # training and held out, a list of data sets each
 
 
-def read_data(config: Config, encoder: ChatEncoder, report: bool = False) -> Data:
+def read_data(
+    config: Config, encoder: ChatEncoder, report: bool = False, commits: Mapping[str, str] | None = None
+) -> Data:
     """The encoded (training, held-out) data sets. Without --eval-dataset a fraction of --dataset is held out.
 
     Args:
         report: for `qlora-min data`: keep the messages of the rows, as with --shuffle-options, and keep training rows
             whose question stands in --eval-dataset.
+        commits: of data sets on the hub, as a run recorded them.
 
     Raises:
         ValueError: a data set can't be read, or all of its rows are too long.
         BadData: bad rows, including those whose question is also held out; with --skip-bad-rows they are left out.
     """
+    pin(commits or {})
     bad, texts = BadRows(config.skip_bad_rows), report or config.shuffle_options
     sources = (config.dataset, config.limit), (config.eval_dataset, config.eval_limit)
     # All data sets are opened first: a missing file is an error at once. A repeated name is read once.
@@ -224,6 +228,7 @@ def evaluation_data(
     else:
         encoder = load_encoder(model)
     if datasets:
+        pin({})
         bad, columns = BadRows(), config_from({"columns": columns}, "columns").columns
         opened = [(name, read(name, limit, bad, columns)) for name in datasets]
         parts = [encode_dataset(name, examples, encoder, max_length, bad) for name, examples in opened]
@@ -237,7 +242,7 @@ def evaluation_data(
     record = checkpoint.read_record(run_dir)
     options = config_from(record["options"], str(run_dir / "config.json"))
     encoder.train_on = options.train_on
-    train, parts = read_data(options, encoder)
+    train, parts = read_data(options, encoder, commits=record.get("commits", {}))
     if data_hash(*(Rows.join(part.rows for part in side) for side in (train, parts))) != record["data"].get("sha256"):
         raise ValueError(
             f"adapter '{adapter}': its data have changed since the run, so the rows that it held out are unknown; "

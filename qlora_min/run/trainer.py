@@ -115,7 +115,8 @@ class Trainer:
         if c.shard and not self.processes.sharded:
             say("note: --shard: a single process holds the whole base; start several with torchrun")
         encoder = encoder_of(c, revision, recorded and recorded.get("date"), resume_from)
-        rows, sizes = self._take_data(c, data or read_data(c, encoder))
+        commits = (recorded or {}).get("commits", {})
+        rows, sizes = self._take_data(c, data or read_data(c, encoder, commits=commits))
         self._load(c, revision, encoder, new=recorded is None)
         self.schedule = Schedule(rows, sizes, c, encoder)
         self.config = replace(c, eval_every=self.schedule.eval_every, output_dir=str(self.folder))

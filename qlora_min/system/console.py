@@ -64,6 +64,11 @@ def hidden() -> bool:
     return not is_first_process() or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
 
 
+def shows_bars() -> bool:
+    """Whether the bars of libraries are to be shown: on a terminal, or in a notebook, unless there is no progress."""
+    return not hidden() and ("ipykernel" in sys.modules or sys.stderr.isatty())
+
+
 class Bar(tqdm):
     """tqdm's bar. Where the terminal is narrow, details are left out from the last, to leave the bar 10 characters.
 

@@ -1,6 +1,9 @@
 """Finding a model in a local folder or on the hub, and checking its files before any library reads them."""
 
+import errno
 import re
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 import transformers
 
+from . import console
 from .files import check_links, read_json
 from .text import clipped, first_line, refuse_secrets, shown
 from .weights import weight_shapes
@@ -15,6 +19,9 @@ from .weights import weight_shapes
 # The files of a model to download: no code and no pickles; the weights last.
 SMALL_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
 WEIGHT_FILES = ["*.safetensors"]
+WAITS = (1, 2, 4, 8)  # seconds between requests to a hub that is busy; at most MOST_WAIT if it asks for longer
+MOST_WAIT = 60
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 # What the names of quantised copies of a model end with.
 QUANTIZED_NAME = re.compile(r"(-unsloth)?-(bnb-8bit|8bit|int8|AWQ|GPTQ|FP8|MXFP4|NVFP4)\b.*", re.IGNORECASE)
 
@@ -49,23 +56,96 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
     return folder, folder.name
 
 
-def _download(name: str, revision: str | None, patterns: list[str], offline: bool = False) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
+class _Bar(console.Bar):
+    """What snapshot_download makes its bars of: the one that counts the bytes on disk is shown, as our bars are.
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
-    except HFValidationError:
-        raise ValueError(f"model '{name}': no local folder, and no valid hub id") from None
-    except (HTTPError, OSError) as e:
-        why = hub_answer(e, name)
-        if not why and not offline:  # some versions ask the hub for a commit's list of files that an older cache lacks
-            return _download(name, revision, patterns, offline=True)
-        why = why or (
-            "no local folder of this name, and the Hugging Face hub can't be reached; "
-            "give a local model folder with --model DIR, or try --demo, which needs no network"
+    Subclasses have the model's `name` and a list of the bars that were `made`, which the library leaves open.
+    """
+
+    name: str
+    made: list[console.Bar]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        shown = kwargs.get("unit") == "B" and kwargs.get("desc") != "Downloading bytes" and console.shows_bars()
+        fixed = {"desc": self.name, "leave": False, "dynamic_ncols": True, "disable": not shown}
+        super().__init__(*args, **kwargs | fixed)
+        self.made.append(self)
+
+    def set_description(self, *args: Any, **kwargs: Any) -> None:
+        """The name stays."""
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """snapshot_download, asking again if the hub is busy."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    bar, waits = type("Bar", (_Bar,), {"name": name, "made": []}), iter(WAITS)
+    # Offline, some versions ask the hub for the list of a commit's files, if another version filled the cache.
+    how = {"revision": revision, "allow_patterns": patterns, "local_files_only": constants.is_offline_mode()}
+    while True:
+        try:
+            return Path(snapshot_download(name, **how, tqdm_class=bar))
+        except HFValidationError:
+            raise ValueError(f"model '{name}': no local folder, and no valid hub id") from None
+        except Exception as e:  # of the HTTP library, of the disk, or of hf_xet
+            answer, least = _refusal(e, name, "model"), next(waits, 0)
+            busy = answer is not None and (answer.response.status_code == 429 or answer.response.status_code >= 500)
+            wait = max(least, _asked_to_wait(answer)) if busy and least else 0
+            if not 0 < wait <= MOST_WAIT:
+                raise ValueError(f"model '{name}': {why_not_loaded(e, name)}") from None
+        finally:
+            for made in bar.made:
+                made.close()
+        code = answer.response.status_code
+        console.say(f"note: the Hugging Face hub answers HTTP {code}; asking again in {wait} s", sys.stderr)
+        time.sleep(wait)
+
+
+def _asked_to_wait(answer: Any) -> int:
+    """The seconds that the hub asks to wait (an HfHubHTTPError); 0 if it does not say."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    headers = answer.response.headers
+    if (limit := parse_ratelimit_headers(headers)) and not limit.remaining:
+        return limit.reset_in_seconds
+    return int(after) if (after := headers.get("Retry-After", "")).isdecimal() else 0
+
+
+def why_not_loaded(
+    error: BaseException, name: str, kind: str = "model", instead: str = "model folder with --model DIR"
+) -> str:
+    """Why something on the hub can't be loaded, and what to do, in one line; for a data set "" if the hub is not why.
+
+    Args:
+        error: what huggingface_hub or datasets raised. name: OWNER/NAME. kind: model or dataset.
+        instead: what local file or folder can be given.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+
+    for e in _chain(error):
+        if isinstance(e, OSError) and e.errno in OF_THE_DISK:
+            return (
+                f"can't be written to the cache {constants.HF_HOME} ({e.strerror}); make room there, or set HF_HOME to "
+                "another folder"
+            )
+    if answer := hub_answer(error, name, kind):
+        return answer
+    lost = (ConnectionError, TimeoutError, HTTPError, *([FileNotFoundError] if kind == "model" else []))
+    if any(isinstance(e, lost) for e in _chain(error)):
+        return (
+            f"no local {'folder' if kind == 'model' else 'file'} of this name, and the Hugging Face hub can't be "
+            f"reached; give a local {instead}, or try --demo, which needs no network"
         )
-        raise ValueError(f"model '{name}': {why}") from None
+    return f"can't be loaded ({clipped(first_line(error))})" if kind == "model" else ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def hub_answer(error: BaseException, name: str, kind: str = "model") -> str:
@@ -80,8 +160,8 @@ def hub_answer(error: BaseException, name: str, kind: str = "model") -> str:
     answer = _refusal(error, name, kind)
     if answer is None:
         return ""
-    code, wait = answer.response.status_code, answer.response.headers.get("Retry-After", "")
-    when = f"in {wait} s" if wait.isdecimal() else "later"
+    code, wait = answer.response.status_code, _asked_to_wait(answer)
+    when = f"in {wait} s" if wait else "later"
     address = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     local, log_in = "file" if kind == "dataset" else "folder", "log in (`hf auth login` or HF_TOKEN)"
     for error_type, text in (
@@ -102,11 +182,10 @@ def hub_answer(error: BaseException, name: str, kind: str = "model") -> str:
 def _refusal(error: BaseException, name: str, kind: str) -> Any:
     """The hub's answer (an HfHubHTTPError) that led to an error, or None."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, HfHubHTTPError):
-        seen = seen.__cause__ or seen.__context__
+    answers = (e for e in _chain(error) if isinstance(e, HfHubHTTPError) and not isinstance(e, EntryNotFoundError))
+    seen = next(answers, None)
     if seen is None and kind == "dataset":  # datasets drops the cause, so ask again
         try:
             HfApi().auth_check(name, repo_type=kind)
