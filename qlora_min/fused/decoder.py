@@ -145,8 +145,8 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
 class Layer:
     """One decoder layer. `saved` holds what its forward saves for its backward."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, head_dim: int):
-        self.dtype, self.head_dim = dtype, head_dim
+    def __init__(self, module: nn.Module, dtype: torch.dtype, head_dim: int, last: bool):
+        self.dtype, self.head_dim, self.last = dtype, head_dim, last
         self.norm1, self.norm2 = module.input_layernorm, module.post_attention_layernorm
         groups = ([module.get_submodule(name) for name in names] for names in PROJECTIONS)
         self.projections = self.qkv, self.o, self.gate_up, self.down = [Projections(g, dtype) for g in groups]
@@ -158,7 +158,10 @@ class Layer:
             self.qk_norm = torch.stack([m.weight.data for m in norms]).float(), norms[0].variance_epsilon
 
     def until_gate(self, x: Tensor, delta: Tensor | None, ctx: "Context") -> dict:
-        """All but the last projection: x (N, D), and delta (N, D), the previous layer's output to add -> saved."""
+        """All but the last projection: x (N, D), and delta (N, D), the previous layer's output to add -> saved.
+
+        In training the last layer goes on after attention with the S supervised positions alone.
+        """
         p, keys = ctx.dropout, ctx.keys
         x, n, r = formulas.add_norm(x, delta, self.norm1.weight, self.norm1.variance_epsilon, self.dtype)
         qkv, h_qkv = self.qkv.forward(n, p, keys)  # (N, q + k + v)
@@ -167,34 +170,40 @@ class Layer:
         with torch.set_grad_enabled(ctx.keep):
             leaves = [t.detach().requires_grad_(ctx.keep) for t in leaves]
             attended = attention(*leaves, ctx.batch.cu_seqlens, ctx.batch.max_seqlen)
-        a = attended.detach().flatten(1)  # (N, H P)
+        a, residual = attended.detach().flatten(1), x  # (N, H P), (N, D)
+        if self.last and ctx.keep:
+            a, residual = (t[ctx.batch.loss_positions] for t in (a, x))
+            keys = keys[ctx.batch.loss_positions] if p else None
         o, h_o = self.o.forward(a, p, keys)
-        x2, n2, r2 = formulas.add_norm(x, o, self.norm2.weight, self.norm2.variance_epsilon, self.dtype)
+        x2, n2, r2 = formulas.add_norm(residual, o, self.norm2.weight, self.norm2.variance_epsilon, self.dtype)
         gate_up, h_gate_up = self.gate_up.forward(n2, p, keys)
         return {
             "x": x, "n": n, "r": r, "qkv": qkv, "h_qkv": h_qkv, "leaves": leaves, "attended": attended, "a": a,
-            "h_o": h_o, "x2": x2, "n2": n2, "r2": r2, "gate_up": gate_up, "h_gate_up": h_gate_up,
+            "h_o": h_o, "x2": x2, "n2": n2, "r2": r2, "gate_up": gate_up, "h_gate_up": h_gate_up, "keys": keys,
         }  # fmt: skip
 
     def forward(self, x: Tensor, delta: Tensor | None, ctx: "Context") -> tuple[Tensor, Tensor, dict]:
         """-> x (N, D), the output (N, D) that is still to be added to it, and saved."""
         saved = self.until_gate(x, delta, ctx)
-        out, saved["h_down"] = self.down.forward(formulas.swiglu(saved["gate_up"]), ctx.dropout, ctx.keys)
+        out, saved["h_down"] = self.down.forward(formulas.swiglu(saved["gate_up"]), ctx.dropout, saved["keys"])
         return saved["x2"], out, saved
 
     def backward(self, saved: dict, dx: Tensor, dx_low: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
         """The gradient (N, D) of the layer's output stream, in fp32 and in the compute dtype -> that of its input."""
-        p, keys = ctx.dropout, ctx.keys
+        p, keys = ctx.dropout, saved["keys"]
         act = formulas.swiglu(saved["gate_up"]) if self.down.enabled else None
         dact = self.down.backward(dx_low, act, saved.get("h_down"), p, keys)
         formulas.swiglu_backward_(dact, saved["gate_up"])
         dn2 = self.gate_up.backward(saved.pop("gate_up"), saved["n2"], saved["h_gate_up"], p, keys)
         dx, dx_low = formulas.norm_backward(dn2, saved["x2"], saved["r2"], self.norm2.weight, dx)
         da = self.o.backward(dx_low, saved["a"], saved["h_o"], p, keys)
+        if self.last:  # (S, D) and (S, H P) -> (N, D) and (N, H P)
+            n, at = len(saved["x"]), ctx.batch.loss_positions
+            dx, da = (t.new_zeros(n, t.shape[1]).index_add_(0, at, t) for t in (dx, da))
         grads = torch.autograd.grad(saved["attended"], saved["leaves"], da.view_as(saved["attended"]))
         dqkv = torch.cat([g.flatten(1) for g in grads], 1)
         formulas.rotate_backward_(dqkv, saved["qkv"], *ctx.angles, self.heads[0] + self.heads[1], self.qk_norm)
-        dn = self.qkv.backward(dqkv, saved["n"], saved["h_qkv"], p, keys)
+        dn = self.qkv.backward(dqkv, saved["n"], saved["h_qkv"], p, ctx.keys)
         return formulas.norm_backward(dn, saved["x"], saved["r"], self.norm1.weight, dx)
 
 
@@ -223,7 +232,7 @@ class Decoder(Engine):
         self.device, self.modules = self.norm.weight.device, decoder.layers
         c = base.model.config
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        self.layers = [Layer(m, base.dtype, head_dim) for m in decoder.layers]
+        self.layers = [Layer(m, base.dtype, head_dim, m is decoder.layers[-1]) for m in decoder.layers]
         positions = torch.arange(max_seqlen, device=self.device)[None]
         cos, sin = decoder.rotary_emb(torch.zeros(1, device=self.device), positions)  # (1, T, P), the halves equal
         self.cos, self.sin = (t[0, :, : head_dim // 2].float().contiguous() for t in (cos, sin))
@@ -337,6 +346,7 @@ class Decoder(Engine):
         return self._forward(Context(batch, (self.cos, self.sin, batch.position_ids), 0.0, None, False))[0]
 
     def _forward(self, ctx: Context) -> tuple[Tensor, Tensor, Tensor, list]:
+        """The final norm's output, input and factors (in training, at supervised positions), and what layers saved."""
         if self.low is not self.adapter.weights:
             self.low.copy_(self.adapter.weights)
         x, delta, saved = self.embedding(ctx.batch.input_ids).float(), None, []
@@ -365,15 +375,14 @@ class Decoder(Engine):
                 kept = self.layers[i].until_gate(kept, None, ctx)
                 if self.layers[i].down.enabled:
                     act = formulas.swiglu(kept["gate_up"])
-                    kept["h_down"] = self.layers[i].down.forward(act, ctx.dropout, ctx.keys)[1]
+                    kept["h_down"] = self.layers[i].down.forward(act, ctx.dropout, kept["keys"])[1]
             dx, dx_low = self.layers[i].backward(kept, dx, dx_low, ctx)
             del kept
         return loss
 
-    def _head(self, y: Tensor, batch: Packed, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the gradient (N, D) of the head's input. Only LOGIT_ROWS rows of logits exist at a time."""
-        hidden = y[batch.loss_positions]  # (N, D) -> (S, D)
-        dhidden, loss = torch.empty_like(hidden), torch.zeros((), device=y.device)
+    def _head(self, hidden: Tensor, batch: Packed, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (S, D) -> the loss, and its gradient (S, D). Only LOGIT_ROWS rows of logits exist at a time."""
+        dhidden, loss = torch.empty_like(hidden), torch.zeros((), device=hidden.device)
         for start in range(0, len(hidden), LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)
             logits = self.logits(hidden[part])
@@ -384,12 +393,12 @@ class Decoder(Engine):
             if not self.sharded:
                 torch.mm(dlogits, self.lm_head.weight, out=dhidden[part])  # (S, V) @ (V, D) -> (S, D)
                 continue
-            total, begin = torch.zeros(len(logits), y.shape[1], device=y.device), 0
+            total, begin = torch.zeros(len(logits), hidden.shape[1], device=hidden.device), 0
             for weight in slices(self.lm_head):
                 _add_product(total, dlogits[:, begin : begin + len(weight)], weight)
                 begin += len(weight)
             dhidden[part] = total
-        return loss, torch.zeros_like(y).index_add_(0, batch.loss_positions, dhidden)
+        return loss, dhidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(S, D) -> (S, V) in fp32."""

@@ -58,7 +58,8 @@ class Captured(Engine):
     def pack(self, rows, row_ids=None, n_rows: int = 0, n_supervised: int | None = None) -> Packed:
         """As `Engine.pack`; the batch stays on the CPU."""
         n_tokens = -(-sum(map(len, rows)) // self.grain) * self.grain
-        return pack(rows, row_ids, n_tokens, round_up(sum(r.n_supervised for r in rows)), n_rows, self.max_seqlen)
+        supervised = min(round_up(sum(r.n_supervised for r in rows)), n_tokens)
+        return pack(rows, row_ids, n_tokens, supervised, n_rows, self.max_seqlen)
 
     def loss_and_gradients(self, batch: Packed, factor: Tensor, seed: Tensor) -> Tensor:
         """As `Engine.loss_and_gradients`."""
