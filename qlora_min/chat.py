@@ -104,21 +104,18 @@ class ChatEncoder:
         Supervised are the answers from their prompt on, each with its end token. Not supervised are those in
         `Example.unlearned`, and those whose prompt, as a server makes it, is not how the row's text begins.
         """
-        segments: list[list[Segment] | ValueError] = []
-        for example in examples:
+        rows: list[Any] = [None] * len(examples)
+        segments = {}
+        for i, example in enumerate(examples):
             try:
-                segments.append(self.template.segments(example))
+                segments[i] = self.template.segments(example)
             except ValueError as error:
-                segments.append(error)
-        encoded = iter(self._encode_segments([s for s in segments if not isinstance(s, ValueError)]))
-        rows: list[Row | BadRow] = []
-        for example, found in zip(examples, segments):
+                rows[i] = BadRow(f"{example.location}: {error}")
+        for i, encoded in zip(segments, self._encode_segments([*segments.values()])):
             try:
-                if isinstance(found, ValueError):
-                    raise found
-                rows.append(self._row(example, found, next(encoded)))
+                rows[i] = self._row(examples[i], segments[i], encoded)
             except ValueError as error:
-                rows.append(BadRow(f"{example.location}: {error}"))
+                rows[i] = BadRow(f"{examples[i].location}: {error}")
         return rows
 
     def _row(self, example: Example, segments: Sequence[Segment], encoded: Sequence[list[int]]) -> Row:
