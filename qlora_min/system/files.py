@@ -78,16 +78,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees all of it, or the old content. A lone surrogate is written as "?"."""
-    _write_parts(path, [text])
-
-
-def _write_parts(path: Path, parts: Iterable[str]) -> None:
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file, given whole or in parts, atomically: a reader sees all of it, or the old content. A lone surrogate
+    is written as "?"."""
     new = path.with_name(f".{path.name}.new")
     with new.open("w", encoding="utf-8", errors="replace") as f:
-        for part in parts:
-            f.write(part)
+        f.writelines([text] if isinstance(text, str) else text)
     _fsync(new)
     new.replace(path)
     _fsync(path.parent)
@@ -100,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, values: Iterable[Any]) -> None:
     """Write one JSON value per line, atomically like `write_text`."""
-    _write_parts(path, (json.dumps(v, ensure_ascii=False) + "\n" for v in values))
+    write_text(path, (json.dumps(v, ensure_ascii=False) + "\n" for v in values))
 
 
 def sha256(path: Path) -> str:
