@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -144,19 +145,13 @@ class Template:
         self._count_thoughts(text, messages)
         cuts: list[tuple[int, int | None]] = [(0, None)]
         for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt = self._prompt(messages[:i], tools)
-                if prompt is not None and text.startswith(prompt) and len(prompt) >= cuts[-1][0]:
-                    cuts.append((len(prompt), i))
+            if message["role"] == "assistant" and i:
+                with suppress(ValueError):  # a server can't ask for it: the template refuses the messages before it
+                    prompt = self.render(messages[:i], tools, ask=True)
+                    if text.startswith(prompt) and len(prompt) >= cuts[-1][0]:
+                        cuts.append((len(prompt), i))
         ends = [start for start, _ in cuts[1:]] + [len(text)]
         return [(text[start:end].split(mark), i) for (start, i), end in zip(cuts, ends)]
-
-    def _prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str | None:
-        """The prompt that a server makes of the messages before an answer; None if it refuses them."""
-        try:
-            return self.render(messages, tools, ask=True) if messages else None
-        except ValueError:
-            return None
 
     def _prepared(self, example: Example, objects: bool = True) -> tuple[list[Message], list[dict[str, Any]], str]:
         """(messages, tools, mark) for the template: without nulls, with the arguments of calls as objects, and with a
