@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,14 +59,10 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: the header is damaged or repeats a name.
     """
-    shapes = {}
-    with _opened(path) as f:
-        for name in f.keys():  # noqa: SIM118 (not a dict)
-            shapes[name] = tuple(f.get_slice(name).get_shape())
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            json.loads(file.read(length), object_pairs_hook=_once)
-    return shapes
+    with _opened(path) as f, path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        json.loads(file.read(length), object_pairs_hook=_once)
+        return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (not a dict)
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -129,9 +125,7 @@ class PackedWeights:
         types = {match[1]: match[2] for match in found if match[2]}
         self.owner = {match[0]: match[1] for match in found if match[1] in types} | {name: name for name in types}
         self.quantization = " and ".join(sorted(set(types.values())))
-        self._unread, self._read = defaultdict(set), defaultdict(dict)
-        for part, name in self.owner.items():
-            self._unread[name].add(part)
+        self._parts, self._read = Counter(self.owner.values()), defaultdict(dict)
 
     def agree(self, model: str, quantization: str | None) -> str:
         """The quantization of a model, if None or this one is asked for; raises ValueError if another one is."""
@@ -148,9 +142,8 @@ class PackedWeights:
         owner = self.owner.get(name)
         if owner is None:
             return name, tensor
-        self._unread[owner].remove(name)
         self._read[owner][name] = tensor
-        return None if self._unread[owner] else (owner, self._read.pop(owner))
+        return (owner, self._read.pop(owner)) if len(self._read[owner]) == self._parts[owner] else None
 
 
 def expected_weights(
