@@ -5,7 +5,6 @@ process begins by showing all of them again: a resumed run, whose last lines wer
 back are one case. A board that fails ends no run.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from typing import Any, ClassVar
 
 from ..system.console import say
 from ..system.text import clipped
-from .checkpoint import events_in, is_finished
+from .checkpoint import events_in, is_finished, read_record
 
 NO_SCALARS = ("step", "seconds")
 
@@ -99,7 +98,8 @@ class WeightsAndBiases(Board):
         from wandb import init
 
         def begin() -> Any:
-            record = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
+            self.row: tuple[int, dict[str, float]] = (0, {})  # what is known of the last step
+            record = read_record(self.run_dir)
             return init(project=os.environ.get("WANDB_PROJECT", "qlora_min"), name=self.run_dir.name,
                         dir=str(self.run_dir), config=record["options"], id=record["id"], resume="allow")  # fmt: skip
 
@@ -116,10 +116,6 @@ class WeightsAndBiases(Board):
         except Exception as e:  # wandb's own types
             fix = "log in with `wandb login`, or set WANDB_MODE=offline"
             raise ValueError(f"--report wandb: {self.title} can't begin ({clipped(e)}); {fix}") from None
-
-    def begin(self) -> None:
-        super().begin()
-        self.row: tuple[int, dict[str, float]] = (0, {})  # what is known of the last step
 
     def show(self, scalars: dict[str, float], step: int, time: float) -> None:
         """Keep scalars until their step is complete, since W&B takes none of an earlier step than its last: what a
