@@ -129,7 +129,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
-    """The (step, state) of the newest intact checkpoint, or None.
+    """The (step, state) of the newest intact checkpoint, or None; what a killed process left is cleaned up first.
 
     A damaged one is renamed to step-N.damaged-TIME, with a note. So it is not lost, does not count as one of the last
     two, and does not block its name when its step is reached again.
@@ -137,6 +137,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
     Raises:
         OSError: the file system is missing or read-only.
     """
+    clean(run_dir)
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir / "checkpoints" / f"step-{step}"
         try:

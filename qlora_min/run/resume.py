@@ -153,7 +153,12 @@ def restore(trainer: Any) -> Progress:
         ValueError: all checkpoints are damaged, or it was saved with other options or by another version.
     """
     folder, writer = trainer.folder, trainer.writer
-    found = from_main(lambda: _newest_checkpoint(folder))
+    found = from_main(lambda: checkpoint.newest_checkpoint(folder))
+    if found is None and (folder / "adapter").exists():  # there were checkpoints, and all are lost
+        raise ValueError(
+            f"--resume {folder}: all of its checkpoints are damaged, and starting again would overwrite its "
+            "adapter/; start a new run, without --resume"
+        )
     if found is None:
         say(f"no checkpoint in {folder}: starting from the beginning")
         from_main(lambda: writer.metrics.cut(0))
@@ -178,15 +183,3 @@ def restore(trainer: Any) -> Progress:
     from_main(lambda: writer.metrics.cut(state["metrics_bytes"]))
     say(f"continues at step {step:,}")
     return progress
-
-
-def _newest_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The (step, state) of the newest intact checkpoint, or None if there is no checkpoint yet."""
-    checkpoint.clean(folder)
-    found = checkpoint.newest_checkpoint(folder)
-    if found is None and (folder / "adapter").exists():  # there were checkpoints, and all are lost
-        raise ValueError(
-            f"--resume {folder}: all of its checkpoints are damaged, and starting again would overwrite its "
-            "adapter/; start a new run, without --resume"
-        )
-    return found
