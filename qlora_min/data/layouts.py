@@ -42,7 +42,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
          "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "tool": "tool",
          "function": "tool", "observation": "tool", "function_call": "assistant"}  # fmt: skip
 ROLE_NAMES = {"role", "from"}
-KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # of a message, beside role and content
+KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "weight")  # of a message, beside role and content
 REFUSED = {  # fields of a message that would change what is learned -> what to write instead
     "function_call": "expected tool_calls",
     "thinking": "expected reasoning_content",
@@ -53,7 +53,7 @@ PARTS = ("text", "input_text", "output_text")  # the types of a content's parts 
 OTHER_PARTS = {"image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file"}
 MOST = 1000  # names that are kept
 NAMES = {name for layout in (*LAYOUTS, OPTIONAL) for names in layout.values() for name in names}
-NAMES |= {"role", "content", "from", "value", "weight", *KEPT, *REFUSED}  # names that are no row's text
+NAMES |= {"role", "content", "from", "value", *KEPT, *REFUSED}  # names that are no row's text
 
 
 def plain(name: Any) -> str:
@@ -338,7 +338,7 @@ def _messages(messages: Any, location: str, columns: Columns) -> list[Message]:
 
 
 def _message(m: Any, location: str, columns: Columns) -> Message:
-    """One message: role and content, and those of KEPT that it has; `weight` only if it is 0."""
+    """One message: role and content, and those of KEPT that it has."""
     if not isinstance(m, dict):
         raise BadRow(f"{location}: {_kind(m)}, expected an object with role and content")
     said, text = ("from" if m.get("role") is None and "from" in m else "role",
@@ -362,9 +362,7 @@ def _message(m: Any, location: str, columns: Columns) -> Message:
         message["content"] = _text(m, text, location, may_be_empty=role in ("system", "tool") or bool(calls))
     if given.get("weight", 1) not in (0, 1):
         raise BadRow(f"{location}.weight: expected 0 (carries no loss) or 1")
-    if given.get("weight") == 0:
-        message["weight"] = 0
-    columns.ignore(given.keys() - {"weight", *KEPT}, "messages[].")
+    columns.ignore(given.keys() - {*KEPT}, "messages[].")
     return message
 
 
