@@ -14,7 +14,7 @@ from ..config import Config, flag
 from ..lora import LoraSpec
 from ..system.console import say
 from ..system.files import sha256
-from ..system.peft_files import ADAPTER, PerLayer
+from ..system.peft_files import ADAPTER, PerLayer, named_targets
 
 STRUCTURE = ("rank", "alpha", "targets", "rslora")  # options that the adapter decides
 
@@ -59,17 +59,20 @@ def describe(c: Config) -> dict[str, Any] | None:
     }
 
 
-def lora_of(c: Config, start: dict[str, Any] | None) -> LoraSpec:
-    """The adapter to train, where `start` is what config.json records of the one that the run goes on from."""
+def inject(base: Base, c: Config, start: dict[str, Any] | None, new: bool) -> tuple[LoraSpec, list[str]]:
+    """Put the adapter to train on a base, with the weights of --adapter if the run is new.
+
+    Args:
+        start: what config.json records of the adapter that the run goes on from.
+
+    Returns:
+        What it is, and the names of its layers.
+    """
     per_layer = {name: ADAPTER[name][3](value) for name, value in start["per_layer"].items()} if start else {}
-    return replace(c.lora, per_layer=PerLayer(**per_layer))
-
-
-def inject(base: Base, c: Config, lora: LoraSpec, new: bool) -> list[str]:
-    """Put the adapter to train on a base, with the weights of --adapter if the run is new; returns its layers."""
-    if c.adapter is None or not new:
-        return add_lora(base, lora)
-    return attach(base, Path(c.adapter), replace(AdapterConfig.read(Path(c.adapter)), lora=lora))
+    lora, own = replace(c.lora, per_layer=PerLayer(**per_layer)), c.adapter if new else None
+    config = own and replace(AdapterConfig.read(Path(own)), lora=lora)
+    layers = attach(base, Path(own), config) if own else add_lora(base, lora)
+    return replace(lora, targets=named_targets(lora.targets, layers)), layers
 
 
 def load_again(trainer: Any) -> None:

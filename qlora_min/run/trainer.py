@@ -31,7 +31,6 @@ from ..system import console
 from ..system.console import say
 from ..system.device import available, pick_device, resolve_precision
 from ..system.files import write_json
-from ..system.peft_files import named_targets
 from ..system.started import command
 from . import checkpoint, forecast, resume, start
 from .boards import BOARDS, shown_on
@@ -152,9 +151,7 @@ class Trainer:
         self.base = load_base(c.model, c.quantization, self.precision, self.device, revision, encoder, how)
         if self.device.type == "cpu" and self.base.model.config.get_text_config().hidden_size <= SMALL:
             torch.set_num_threads(1)
-        lora = start.lora_of(c, self.start)
-        self.wrapped = start.inject(self.base, c, lora, new)
-        self.lora = replace(lora, targets=named_targets(lora.targets, self.wrapped))
+        self.lora, self.wrapped = start.inject(self.base, c, self.start, new)
 
     def _choose_how_to_compute(self) -> None:
         """Choose the engine, and the largest micro-batches that fit the memory of every process, by measuring."""
