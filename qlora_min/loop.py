@@ -57,9 +57,9 @@ class Progress:
 
 
 class Recorder:
-    """What the loop reports to: here the best adapter is kept in memory, by `run.writer.RunWriter` a run on disk."""
+    """What the loop reports to; `run.writer.RunWriter` keeps a run on disk."""
 
-    best: dict[str, Tensor]
+    best: dict[str, Tensor]  # the adapter with the best evaluation so far
 
     def guarded(self, compute: Callable[[Callable[[], None] | None], Evaluation]) -> Evaluation | None:
         """Call `compute` with what it is to call before each batch. None: it was abandoned, and leaves no trace."""
@@ -67,10 +67,6 @@ class Recorder:
 
     def evaluated(self, progress: Progress, evaluation: Evaluation, improved: bool) -> None:
         """Report an evaluation."""
-
-    def keep_best(self, weights: dict[str, Tensor]) -> None:
-        """These weights are the best so far."""
-        self.best = weights
 
     def save(self, progress: Progress, finished: bool) -> None:
         """Save what is due. Does not return if the run is to stop here."""
@@ -184,7 +180,7 @@ def evaluate_and_keep_the_best(
         recorder.evaluated(progress, evaluation, improved)
     if improved:
         progress.best, progress.best_step = evaluation and evaluation.as_dict(), progress.step
-        recorder.keep_best(copies(engine.base.model))
+        recorder.best = copies(engine.base.model)
     progress.evaluated = progress.step
 
 
