@@ -117,7 +117,7 @@ def compare_merges(
     from ..fused.select import make_engine
     from ..lora import lora_disabled
     from ..merging import decoder_linears, fold
-    from ..system.bits import quantize_linear
+    from ..system.bits import linear_4bit, quantized
 
     quantization = quantization or AdapterConfig.read(adapter).quantization
     loaded = quantization != "none" and load_adapter(adapter, model, precision, quantization=quantization)
@@ -136,7 +136,8 @@ def compare_merges(
     fold(loaded.model)
     measure(f"merged onto the dequantised {bits} weights")
     for name, linear in decoder_linears(loaded.model):
-        loaded.model.set_submodule(name, quantize_linear(linear, quantization, loaded.dtype))
+        weight = quantized(linear.weight.detach(), quantization, loaded.dtype)
+        loaded.model.set_submodule(name, linear_4bit(linear, weight, loaded.dtype))
     measure(f"merged, then quantised to {bits} again")
     if not loaded.prequantized:
         loaded = load_adapter(adapter, model, precision, quantization="none")

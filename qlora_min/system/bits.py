@@ -90,14 +90,6 @@ def stored_4bit(
     return weight
 
 
-def quantize_linear(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> Linear4bit:
-    """A Linear4bit with the quantised weight and the bias of a linear layer, on the same device."""
-    layer = linear_4bit(linear, quantized(linear.weight.detach(), quantization, dtype), dtype)
-    if linear.bias is not None:
-        layer.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
-    return layer
-
-
 def dequantized(weight: bnb.nn.Params4bit) -> Tensor:
     """The weight (out, in) as it is computed with, in the compute dtype."""
     state = weight.quant_state
