@@ -74,11 +74,8 @@ def _one_or_more(good: Good) -> Good:
 
 
 def _pattern_of(good: Good) -> Good:
-    def is_pattern(value: Any) -> bool:
-        named = isinstance(value, dict) and _list_of(_is_quick)([*value])
-        return value in (None, {}) or (named and all(map(good, value.values())))
-
-    return is_pattern
+    named = _list_of(_is_quick)
+    return lambda v: v in (None, {}) or (isinstance(v, dict) and named([*v]) and all(map(good, v.values())))
 
 
 def _is_targets(value: Any) -> bool:
