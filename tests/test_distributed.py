@@ -630,7 +630,7 @@ def test_what_only_one_process_finds_wrong_is_said_by_the_first(run):
     """Another host may lack the file, or hold another one."""
 
     def lacks(index):
-        def refuse(*args):
+        def refuse(*args, **kwargs):
             raise ValueError("no such file")
 
         if index == 1:
