@@ -59,11 +59,10 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     histories = [list(start) for _ in sides]  # each side sees its own earlier answers
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    questions = [(args.prompt, False)] if args.prompt else _questions()
+    offered = None
     if not args.prompt and sys.stdin.isatty() and sys.stdout.isatty():
-        known = args.adapter and not args.system
-        questions = _conversation(held_out(Path(args.adapter), base) if known else ())
-    for question, anew in questions:
+        offered = held_out(Path(args.adapter), base) if args.adapter and not args.system else ()
+    for question, anew in [(args.prompt, False)] if args.prompt else _conversation(offered):
         for (label, context), history in zip(sides, histories):
             if anew:
                 history[:] = start
@@ -86,33 +85,26 @@ def _answer(base: Any, messages: list[dict[str, str]], max_new_tokens: int, how:
     return generate(base, [base.encoder.prompt(messages)], max_new_tokens, streamer=streamer, **how)[0]
 
 
-def _questions() -> Iterator[tuple[str, bool]]:
-    """Read questions, a line each, until an empty line or the end of input."""
-    try:
-        for question in iter(lambda: typed(input("you> ")).strip(), ""):
-            yield question, False
-    except (EOFError, KeyboardInterrupt):
-        print()
-
-
-def _conversation(offered: Sequence[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
-    """Read questions from a terminal: (question, whether it begins a new conversation).
+def _conversation(offered: Sequence[tuple[str, str]] | None) -> Iterator[tuple[str, bool]]:
+    """Read questions: (question, whether it begins a new conversation).
 
     Args:
-        offered: (question, expected answer); Enter asks the next one, in a new conversation.
+        offered: (question, expected answer); Enter asks the next one, in a new conversation. None: stdin is no
+            terminal; each line is a question, until an empty one.
     """
-    with suppress(ImportError):  # missing on Windows
-        import readline  # noqa: F401, with which input() edits lines and remembers earlier ones
-    print('Several lines: end each but the last with \\, or begin and end with """. To leave: exit, or Ctrl-D.')
-    rest, shown = list(offered), None
+    terminal, rest, shown = offered is not None, list(offered or ()), None
+    if terminal:
+        with suppress(ImportError):  # missing on Windows
+            import readline  # noqa: F401, with which input() edits lines and remembers earlier ones
+        print('Several lines: end each but the last with \\, or begin and end with """. To leave: exit, or Ctrl-D.')
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             if rest and rest[0] is not shown:
                 shown = rest[0]
                 print(f"\nEnter asks this held-out question, whose answer is {shown[1]!r}:")
                 print(textwrap.indent(shown[0], "  "))
-            question = _typed_lines()
-            if question in ("exit", "quit") or not (question or rest):
+            question = _typed_lines() if terminal else typed(input("you> ")).strip()
+            if (terminal and question in ("exit", "quit")) or not (question or rest):
                 return
             yield (question, False) if question else (rest.pop(0)[0], True)
     print()
