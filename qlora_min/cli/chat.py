@@ -14,6 +14,7 @@ from ..system.console import typed
 from .options import Emit, Parser, adapter_options, count_option, json_option, load_given, one_given, precision_option
 
 QUOTES = '"""'  # around a question of several lines
+SAMPLE = ("where", "prompt", "reference", "before", "after")  # of samples.jsonl
 MARK = "QUESTION"  # in the place of a question, to find what a template puts around it
 
 
@@ -130,11 +131,16 @@ def held_out(adapter: Path, base: Any) -> list[tuple[str, str]]:
     decode, special = base.encoder.tokenizer.decode, base.encoder.tokenizer.all_special_tokens
     start, found, end = decode(base.encoder.prompt([{"role": "user", "content": MARK}])).partition(MARK)
     offered = []
-    with suppress(OSError, ValueError, TypeError, RecursionError):  # no run's adapter, or its file is damaged
-        for line in (adapter.parent / "samples.jsonl").read_bytes().splitlines():
-            sample = dict(json.loads(line))
-            prompt, answer = (str(sample.get(key, "")) for key in ("prompt", "reference"))
-            question = prompt.removeprefix(start).removesuffix(end)
-            if found and prompt == start + question + end and not any(token in question for token in special):
-                offered.append((question, answer))
+    for _, prompt, answer, *_ in samples(adapter.parent):
+        question = prompt.removeprefix(start).removesuffix(end)
+        if found and prompt == start + question + end and not any(token in question for token in special):
+            offered.append((question, answer))
     return offered
+
+
+def samples(folder: Path) -> Iterator[list[str]]:
+    """The texts of SAMPLE in each line of a run's samples.jsonl, until one is damaged; none without that file."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        for line in (folder / "samples.jsonl").read_bytes().splitlines():
+            sample = dict(json.loads(line))
+            yield [str(sample.get(key, "")) for key in SAMPLE]

@@ -7,7 +7,6 @@ page's Content-Security-Policy lets it load or execute nothing. Files appear by 
 
 import io
 import itertools
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -24,12 +23,12 @@ from ..data.measures import Evaluation
 from ..run import checkpoint
 from ..run.cards import beside, named
 from ..run.curves import draw_curves
+from .chat import samples
 from .options import needed, new_file
 from .scores import Answer, Choices, between
 from .tables import Comparison, by_letter
 
 SHOWN = 24  # generated answers that are shown, evenly spaced among all of them
-SAMPLE = ("where", "prompt", "reference", "before", "after")  # of samples.jsonl
 DRAWN = {"train": ("step", "loss", "lr"), "eval": ("step", "eval_loss")}  # what the curves need of an event
 LOOK = {
     "savefig.format": "svg", "savefig.transparent": True, "svg.fonttype": "none", "svg.hashsalt": "qlora_min",
@@ -134,10 +133,5 @@ def _samples(
         chosen = np.unique(np.linspace(0, len(answered) - 1, min(SHOWN, len(answered))).round().astype(int))
         found = [[*row[0][:3], *(side.answer for side in row)] for row in (answered[i] for i in chosen)]
     else:
-        try:
-            lines = (run_dir / "samples.jsonl").read_bytes().splitlines() if run_dir else []
-            samples = [dict(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged: the page is made without them
-            return []
-        found = [[str(sample.get(key, "")) for key in SAMPLE] for sample in samples]
+        found = [*samples(run_dir)] if run_dir else []
     return [{"where": w, "prompt": p, "texts": [*zip(("reference", *sides), texts)]} for w, p, *texts in found]
