@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_min.cli.main import run_parsed
-from qlora_min.cli.options import Emit, Parser, add_options, config_options, demo_options, json_option
+from qlora_min.cli.options import Emit, Parser, add_options, config_options, demo_options
 from qlora_min.cli.scores import between
 from qlora_min.config import Config
 
@@ -45,7 +45,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME",
                         help=f"some of these experiments: {', '.join(EXPERIMENTS)} [all]")  # fmt: skip
     parser.add_argument("--bases", nargs="+", default=(), metavar="NAME", help="models for the experiment 'base'")
-    json_option(parser)
     add_options(parser)
     run_parsed(parser.parse_args(), command)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from ..config import Config
 from ..system.console import aligned, say
-from .options import Emit, Parser, add_options, count_option, given_options, json_option
+from .options import Emit, Parser, add_options, given_options
 from .shapes import LARGE, SHAPES, random_base, random_nf4
 
 # (tokens, supervised tokens) of 48 MedQA questions in Qwen2's template, evenly spaced in order of length.
@@ -55,11 +55,10 @@ def shared_options(parser: Parser) -> None:
     parser.add_argument("--shape", choices=[*SHAPES], default="0.5b", help="the shape, without --model [0.5b]")
     parser.add_argument("--lengths", metavar="FILE", help="JSON list of [tokens, supervised] of rows [48 of MedQA's]")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU if there is one [auto]")
-    count_option(parser, "--warm-up", "steps that are not timed [40, and 1 on a CPU]")
-    count_option(parser, "--steps", "steps of a timed block", 30)
-    count_option(parser, "--repeats", "timed blocks, whose median is shown", 3)
+    parser.add_count("--warm-up", "steps that are not timed [40, and 1 on a CPU]")
+    parser.add_count("--steps", "steps of a timed block", 30)
+    parser.add_count("--repeats", "timed blocks, whose median is shown", 3)
     add_options(parser, ("max_length", "batch_size", "grad_accum", "rank", "precision", "engine", "shard"))
-    json_option(parser)
 
 
 def options(parser: Parser) -> None:

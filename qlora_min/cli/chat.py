@@ -11,7 +11,7 @@ from typing import Any
 
 from ..run.options import sampling
 from ..system.console import typed
-from .options import Emit, Parser, adapter_options, count_option, json_option, load_given, one_given, precision_option
+from .options import Emit, Parser, load_given, one_given
 
 QUOTES = '"""'  # around a question of several lines
 SAMPLE = ("where", "prompt", "reference", "before", "after")  # of samples.jsonl
@@ -19,19 +19,18 @@ MARK = "QUESTION"  # in the place of a question, to find what a template puts ar
 
 
 def options(parser: Parser) -> None:
-    adapter_options(parser, required=False)
+    parser.add_adapter(required=False)
     parser.add_argument("--prompt", type=typed, metavar="TEXT", help="answer this and exit")
     parser.add_argument("--system", type=typed, metavar="TEXT", help="a system prompt instead of the template's own")
     parser.add_argument("--compare", action="store_true", help="answer without and with the adapter")
-    count_option(parser, "--max-new-tokens", "cut answers after N tokens", 256)
+    parser.add_count("--max-new-tokens", "cut answers after N tokens", 256)
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="draw answers; 0: the likeliest [0]"
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X",
                         help="of the likeliest tokens, which together have this probability [1]")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="draw the same answers again")
-    precision_option(parser)
-    json_option(parser)
+    parser.add_precision()
 
 
 def command(args: argparse.Namespace, emit: Emit) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..run.curves import Events, draw_curves, evaluations
 from ..system.console import aligned
-from .options import Emit, Parser, json_option, new_file
+from .options import Emit, Parser, new_file
 
 LABEL = 60  # the longest label, in characters
 FORMS = {"best_loss": "{:.4f}", "best_step": "{:,}", "option_accuracy": "{:.1%}", "tokens_per_second": "{:,.0f}",
@@ -18,7 +18,6 @@ def options(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, such as runs/NAME")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="FILE.png",
                         help="the picture; never overwritten [comparison.png]")  # fmt: skip
-    json_option(parser)
 
 
 def command(args: argparse.Namespace, emit: Emit) -> None:

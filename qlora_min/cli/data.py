@@ -10,7 +10,7 @@ from typing import Any
 from ..config import Config
 from ..system.console import colours, say
 from ..system.files import write_jsonl
-from .options import Emit, Parser, add_options, config_options, count_option, demo_options, groups, json_option, needed
+from .options import Emit, Parser, add_options, config_options, demo_options, groups, needed
 
 DROPS = ("repeated", "contradicting", "alike", "leaking")  # `care.Care.drops`
 
@@ -25,11 +25,10 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 def options(parser: Parser) -> None:
     demo_options(parser, "report on the data of the embedded demo")
-    count_option(parser, "--preview", "also print N rows as the model sees them")
+    parser.add_count("--preview", "also print N rows as the model sees them")
     written = "write the rows of --dataset that are left, as messages, to a new file; no fraction of them is held out"
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help=written)
     parser.add_argument("--drop", type=_kinds, default=(), metavar="A,B,...", help=f"without those {', '.join(DROPS)}")
-    json_option(parser)
     add_options(parser, [*groups()["model and data"], "seed"])
 
 

@@ -6,33 +6,21 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .options import (
-    Emit,
-    Parser,
-    adapter_options,
-    columns_option,
-    count_option,
-    json_option,
-    load_given,
-    needed,
-    one_given,
-    precision_option,
-)
+from .options import Emit, Parser, load_given, needed, one_given
 
 
 def options(parser: Parser) -> None:
-    adapter_options(parser, required=False)
+    parser.add_adapter(required=False)
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="hub ids or files [the run's held-out rows]")
-    columns_option(parser)
-    count_option(parser, "--limit", "at most the first N rows of each data set")
-    count_option(parser, "--max-length", "skip longer rows of --dataset", 512)
-    count_option(parser, "--batch-size", "rows at a time", 8)
+    parser.add_columns()
+    parser.add_count("--limit", "at most the first N rows of each data set")
+    parser.add_count("--max-length", "skip longer rows of --dataset", 512)
+    parser.add_count("--batch-size", "rows at a time", 8)
     answers = "also generate answers to the first N rows of each data set, to compare with the references"
-    count_option(parser, "--generate", answers)
-    count_option(parser, "--max-new-tokens", "cut these answers after N tokens", 64)
+    parser.add_count("--generate", answers)
+    parser.add_count("--max-new-tokens", "cut these answers after N tokens", 64)
     parser.add_argument("--html", metavar="FILE", help="write a report: curves, tables, answers; never overwritten")
-    precision_option(parser)
-    json_option(parser)
+    parser.add_precision()
 
 
 def command(args: argparse.Namespace, emit: Emit) -> None:

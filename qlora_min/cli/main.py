@@ -50,7 +50,7 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
 
 
 def run_parsed(args: argparse.Namespace, command: Callable[[argparse.Namespace, Emit], int | None]) -> NoReturn:
-    """Execute a command with parsed options and exit. --json and --quiet are obeyed if it has them."""
+    """Execute a command with parsed options and exit. --quiet is obeyed if it has it."""
 
     def main() -> int | None:
         with _output(args) as emit:
@@ -90,13 +90,13 @@ def _output(args: argparse.Namespace) -> Iterator[Emit]:
 
     If torchrun started several processes, only the first one prints.
     """
-    out, as_json = sys.stdout, getattr(args, "json", False)
+    out = sys.stdout
 
     def emit(value: dict[str, Any]) -> None:
-        if as_json and is_first_process():
+        if args.json and is_first_process():
             print(json.dumps(value), file=out, flush=True)
 
-    if not as_json and not getattr(args, "quiet", False) and is_first_process():
+    if not args.json and not getattr(args, "quiet", False) and is_first_process():
         yield emit
         return
     with (
@@ -133,7 +133,7 @@ def _completion(shell: str) -> None:
     if shell not in shtab.SUPPORTED_SHELLS:
         raise ValueError(f"completion: got {shell!r}, expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
     parser = argparse.ArgumentParser(prog="qlora-min")
-    commands = parser.add_subparsers()
+    commands = parser.add_subparsers(parser_class=Parser)
     for name, module in COMMANDS.items():
         what, _ = described(name)
         module.options(commands.add_parser(name, description=what, help=what))

@@ -8,12 +8,12 @@ from typing import Any
 
 from ..system import started
 from . import gguf
-from .options import Emit, Parser, adapter_options, columns_option, count_option, json_option
+from .options import Emit, Parser
 from .push import checked_repository, hub_options, push_if_asked
 
 
 def options(parser: Parser) -> None:
-    adapter_options(parser, required=True)
+    parser.add_adapter(required=True)
     parser.add_argument("--output-dir", metavar="DIR", help="the folder for the checkpoint")
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of the checkpoint [the base's own]")
     parser.add_argument("--gguf", metavar="FILE.gguf", help="also write it as a file for llama.cpp and Ollama")
@@ -21,10 +21,9 @@ def options(parser: Parser) -> None:
     parser.add_argument("--base", choices=("dequantized", "original"), help=base)
     parser.add_argument("--compare", action="store_true", help="evaluate every way to merge instead; writes nothing")
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="for --compare [the run's held-out rows]")
-    columns_option(parser)
-    count_option(parser, "--limit", "for --compare: at most the first N rows")
+    parser.add_columns()
+    parser.add_count("--limit", "for --compare: at most the first N rows")
     hub_options(parser, "merged checkpoint")
-    json_option(parser)
 
 
 def command(args: argparse.Namespace, emit: Emit) -> int:

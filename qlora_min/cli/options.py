@@ -23,6 +23,25 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("--json", action="store_true", help="print one JSON object a line, and no text")
+
+    def add_count(self, name: str, what: str, default: int | None = None) -> None:
+        shown = f" [{default}]" if default else ""
+        self.add_argument(name, type=positive, default=default, metavar="N", help=what + shown)
+
+    def add_precision(self) -> None:
+        self.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="[auto]")
+
+    def add_adapter(self, required: bool) -> None:
+        """Add the options that `load_given` reads."""
+        self.add_argument("--adapter", required=required, metavar="DIR", help="an adapter saved by train.py or PEFT")
+        alone = "" if required else "a plain or merged model; with --adapter, "
+        self.add_argument("--model", metavar="NAME", help=f"{alone}the base, if not the one that the adapter names")
+        bits = "of the base [what the adapter was trained on; none if its files don't say it]"
+        self.add_argument("--quantization", choices=("nf4", "fp4", "none"), help=bits)
+
+    def add_columns(self) -> None:
+        self.add_argument("--columns", nargs="+", default=(), metavar="FIELD=NAME", help="of --dataset, as in training")
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -86,21 +105,8 @@ def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(namespace).items() if k in FIELDS}
 
 
-def adapter_options(parser: Parser, required: bool) -> None:
-    parser.add_argument("--adapter", required=required, metavar="DIR", help="an adapter saved by train.py or PEFT")
-    alone = "" if required else "a plain or merged model; with --adapter, "
-    parser.add_argument("--model", metavar="NAME", help=f"{alone}the base, if not the one that the adapter names")
-    bits = "of the base [what the adapter was trained on; none if its files don't say it]"
-    parser.add_argument("--quantization", choices=("nf4", "fp4", "none"), help=bits)
-
-
-def columns_option(parser: Parser) -> None:
-    """--columns of train, for --dataset."""
-    parser.add_argument("--columns", nargs="+", default=(), metavar="FIELD=NAME", help="of --dataset, as in training")
-
-
 def one_given(args: argparse.Namespace) -> None:
-    """Raise ValueError if the options of `adapter_options` name neither an adapter nor a model."""
+    """Raise ValueError if the options of `Parser.add_adapter` name neither an adapter nor a model."""
     if not args.adapter and not args.model:
         raise ValueError("--adapter DIR or --model NAME is needed (see --help)")
 
@@ -113,19 +119,6 @@ def load_given(args: argparse.Namespace, precision: str) -> Any:
     if args.adapter:
         return load_adapter(Path(args.adapter), args.model, precision, quantization=args.quantization)
     return load_base(args.model, args.quantization, precision)
-
-
-def count_option(parser: Parser, name: str, what: str, default: int | None = None) -> None:
-    shown = f" [{default}]" if default else ""
-    parser.add_argument(name, type=positive, default=default, metavar="N", help=what + shown)
-
-
-def precision_option(parser: Parser) -> None:
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="[auto]")
-
-
-def json_option(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line, and no text")
 
 
 @contextmanager

@@ -7,17 +7,16 @@ import sys
 
 from ..config import Config
 from ..system.console import colours, is_first_process
-from .options import Emit, Parser, add_options, config_options, count_option, demo_options, json_option
+from .options import Emit, Parser, add_options, config_options, demo_options
 from .push import checked_repository, hub_options, push_if_asked
 
 
 def options(parser: Parser) -> None:
     demo_options(parser, "train the embedded demo: no network, no GPU, a minute; with --dataset, its model on that")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="continue a run [the newest unfinished]")
-    count_option(parser, "--preview", "print N rows as the model sees them, and exit")
+    parser.add_count("--preview", "print N rows as the model sees them, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, forecast memory and time, and exit")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-    json_option(parser)
     hub_options(parser, "adapter")
     add_options(parser)
 
