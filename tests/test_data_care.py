@@ -541,8 +541,8 @@ def test_what_cannot_be_cleaned_is_said_before_anything_is_read(script, write_ro
     (tmp_path / "there.jsonl").write_text("mine")
     options = ["data.py", "--model", world.MODEL_DIR, "--dataset", rows]
     for words, said in (
-        (["--output", "there.jsonl"], "--output there.jsonl: it exists, and no file is overwritten"),
-        (["--output", "no/such.jsonl"], "expected FILE.jsonl in a folder that exists"),
+        (["--output", "there.jsonl"], "--output there.jsonl: exists, and is never overwritten"),
+        (["--output", "no/such.jsonl"], "no/such.jsonl: can't be written; expected a file in a folder that exists"),
         (["--output", "clean.csv"], "expected FILE.jsonl"),
         (["--drop", "alike"], "--drop: it changes no file; name a new one with --output FILE.jsonl"),
         (["--output", "c.jsonl", "--drop", "dupes"], "expected some of repeated,contradicting,alike,leaking"),

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import Config
 from ..system.console import colours, say
 from ..system.files import write_jsonl
-from .options import Emit, Parser, add_options, config_options, demo_options, groups, needed
+from .options import Emit, Parser, add_options, config_options, demo_options, groups, needed, new_file
 
 DROPS = ("repeated", "contradicting", "alike", "leaking")  # `care.Care.drops`
 
@@ -49,10 +49,9 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
 
 def _check_output(config: Config, output: Path, drop: Sequence[str]) -> Config:
     """The options with which rows are cleaned. Raises ValueError if that is impossible, before anything is read."""
-    if output.suffix != ".jsonl" or not output.parent.is_dir():
-        raise ValueError(f"--output {output}: expected FILE.jsonl in a folder that exists")
-    if output.exists():
-        raise ValueError(f"--output {output}: it exists, and no file is overwritten; name a new one")
+    if output.suffix != ".jsonl":
+        raise ValueError(f"--output {output}: expected FILE.jsonl")
+    new_file("--output", output)
     if "leaking" in drop and not config.eval_dataset:
         raise ValueError("--drop leaking: name the data that rows may leak from with --eval-dataset")
     if {"alike", "leaking"} & set(drop):
@@ -105,12 +104,8 @@ def _write(output: Path, train: Sequence[Any], drops: Mapping[str, Any]) -> None
     left_out |= {"too long": sum(part.too_long for part in train), "bad": sum(part.bad for part in train)}
     if not kept.any():
         raise ValueError(f"--output {output}: no row is left; nothing is written")
-    output.touch(exist_ok=False)  # another process may have written it since
-    try:
-        write_jsonl(output, (row.example.as_row() for row in rows[kept]))
-    except BaseException:
-        output.unlink()
-        raise
+    new_file("--output", output)  # another process may have written it since
+    write_jsonl(output, (row.example.as_row() for row in rows[kept]))
     why = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items() if count)
     say(f"\n{output}: {kept.sum():,} rows; left out: {why or 'none'}")
 
