@@ -79,7 +79,7 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
     from qlora_min.system.files import write_json
 
     changed = replace(common, **change)
-    if changed == replace(changed, **{k: getattr(common, k) for k in change}):
+    if changed == common:
         change = {}  # the common configuration itself is trained once for all experiments
     folder = Path(common.output_dir) / ("-".join(f"{k}={_short(v)}" for k, v in change.items()) or "common")
     results, adapter = folder / "results.json", folder / "adapter"

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +213,7 @@ class Clock:
         return found
 
 
-def show(results: Sequence[dict[str, Any]], emit: Callable[[dict], None]) -> None:
+def show(results: Sequence[dict[str, Any]], emit: Emit) -> None:
     """Print a table with a line for each result, and emit each result."""
     columns = {k: c for k, c in COLUMNS.items() if any(k in r for r in results)}
     lines = [[r["name"], *(f"{r[k]:{form}}" if k in r else "" for k, (_, form) in columns.items())] for r in results]

@@ -70,11 +70,7 @@ class Care:
             ("training rows that repeat another: question, options and answer", self.repeated, self.repeated_pairs),
             ("training rows that contradict another: question and options", self.conflicts, self.conflict_pairs),
             (f"training questions almost like another: {alike}", self.alike, self.alike_pairs),
-            (
-                f"training questions held out too, or almost like one: {alike}",
-                self.leaks,
-                self.leak_pairs,
-            ),
+            (f"training questions held out too, or almost like one: {alike}", self.leaks, self.leak_pairs),
         ):
             if count is not None:
                 lines.append(f"{count:>6,}  {what}")
