@@ -130,18 +130,16 @@ def needed(what: str, extra: str) -> Iterator[None]:
         raise ValueError(f"{what} needs {e.name} ({e}): pip install 'qlora_min[{extra}]'") from None
 
 
-def new_file(option: str, path: str | Path) -> Path:
-    """The file that an option names. Call it before the work of which the file holds the result.
+def new_file(option: str, path: str | Path) -> None:
+    """Raise ValueError if the file that an option names exists, or can't be written there.
 
-    Raises:
-        ValueError: it exists, or can't be written there.
+    Call it before the work of which the file holds the result.
     """
     path = Path(path)
     if path.exists():
         raise ValueError(f"{option} {path}: exists, and is never overwritten; choose another")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{option} {path}: can't be written; expected a file in a folder that exists")
-    return path
 
 
 def demo_options(parser: Parser, what: str) -> None:
