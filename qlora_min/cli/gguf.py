@@ -65,16 +65,15 @@ def modelfile(merged: Path, path: Path) -> str:
     from ..base import load_encoder
 
     template = load_encoder(str(merged)).template
-    tokenizer = template.tokenizer
     marks = ("QUESTION", "ANSWER", "NEXT")
     messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant", "user"), marks)]
     text = template.render(messages, ask=True)
-    if tokenizer.bos_token_id in tokenizer("")["input_ids"]:  # llama.cpp adds it too
-        text = text.removeprefix(tokenizer.bos_token)
+    if template.adds_bos:  # llama.cpp adds it too
+        text = text.removeprefix(template.tokenizer.bos_token)
     before, _, between, asked = re.split("|".join(marks), text)
     user = f"{{{{ if $i }}}}{between}{{{{ else }}}}{before}{{{{ end }}}}{{{{ $m.Content }}}}{asked}"
     of_ollama = (
         f'{{{{ range $i, $m := .Messages }}}}{{{{ if eq $m.Role "user" }}}}{user}'
         '{{ else if eq $m.Role "assistant" }}{{ $m.Content }}{{ end }}{{ end }}'
     )
-    return f'FROM {path.resolve()}\nTEMPLATE """{of_ollama}"""\nPARAMETER stop "{tokenizer.eos_token}"'
+    return f'FROM {path.resolve()}\nTEMPLATE """{of_ollama}"""\nPARAMETER stop "{template.tokenizer.eos_token}"'

@@ -89,6 +89,11 @@ class Template:
             day = datetime.date.fromisoformat(date) if date else datetime.date.today()
             self.date, self._dates = day.isoformat(), {form: day.strftime(form) for _, form in asked}
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer by itself puts a bos token before a text."""
+        return self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
+
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), ask: bool = False) -> str:
         """The text of a conversation. ask: with the beginning of the next answer (`add_generation_prompt`).
 
