@@ -191,6 +191,16 @@ def test_the_examples_of_help_can_be_typed(monkeypatch):
         assert len(examples) == 6 and all(re.match(f"  {form} ", line + " ") for line in examples)
 
 
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_fits_the_terminal(columns, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["qlora-min"])
+    monkeypatch.setenv("COLUMNS", str(columns))
+    helps = {name: main.make_parser(name, f"qlora-min {name}").format_help() for name in main.COMMANDS}
+    assert max(len(line) for text in helps.values() for line in text.splitlines()) <= columns
+    apart = "qlora-min train --resume\n      continue the newest"
+    assert (apart in helps["train"]) == (columns == 80)
+
+
 def test_the_commands_of_a_run_run_where_the_user_is(script, process):
     """Those that training and merging print, typed as they stand."""
     out = script("train.py", *SHORT, "--output-dir", "runs/a b").stdout

@@ -37,7 +37,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
 
     data --dataset FILE.jsonl --eval-dataset OTHER.jsonl   the options are those with which train selects data
     data --demo --preview 3                                also prints rows as the model sees them
-    data --dataset FILE.jsonl --output CLEAN.jsonl --drop repeated,contradicting,alike
+    data --dataset FILE.jsonl --output CLEAN.jsonl --drop repeated,alike
     """
     config = Config(**config_options(args))
     if args.output:

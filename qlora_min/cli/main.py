@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,10 @@ def described(name: str) -> tuple[str, str]:
 
 def make_parser(name: str, prog: str | None = None) -> Parser:
     """The parser of a command."""
-    what, examples = described(name)
+    (what, examples), width = described(name), shutil.get_terminal_size().columns
+    if max(map(len, examples.splitlines())) > width:  # what an example does stands below it
+        examples = re.sub(r"(?<=\S) {2,}(?=\S)", "\n      ", examples)
+    what = textwrap.fill(what, width)
     parser = Parser(prog=prog, usage="%(prog)s [options]", description=what, epilog=f"examples:\n{examples}")
     COMMANDS[name].options(parser)
     return parser
