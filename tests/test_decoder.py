@@ -465,7 +465,8 @@ def test_a_step_computes_no_more_than_it_must(qwen2, monkeypatch):
     rows = make_rows(16)
     base = make_base(qwen2)
     counts = {"logits": 0, "dequantised": 0, "tokens": 0}
-    logits, dequantize, forward = Decoder.logits, Decoder._dequantize, Decoder._forward
+    logits, dequantize, forward, swiglu = Decoder.logits, Decoder._dequantize, Decoder._forward, formulas.swiglu
+    activated = []
 
     def count(name, by):
         counts[name] += by
@@ -475,7 +476,10 @@ def test_a_step_computes_no_more_than_it_must(qwen2, monkeypatch):
     monkeypatch.setattr(
         Decoder, "_forward", lambda self, ctx: count("tokens", len(ctx.batch.input_ids)) or forward(self, ctx)
     )
+    monkeypatch.setattr(formulas, "swiglu", lambda x: activated.append(len(x)) or swiglu(x))
     for checkpointing in (False, True):
         counts.update(logits=0, dequantised=0, tokens=0)
+        activated.clear()
         by_engine("fused", base, pack(rows), checkpointing)
         assert counts == {"logits": n_supervised(rows), "dequantised": 2 * 2, "tokens": sum(map(len, rows))}
+        assert activated[:2] == [counts["tokens"], counts["logits"]]  # of the last layer, at supervised positions alone

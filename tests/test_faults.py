@@ -327,6 +327,13 @@ def test_a_damaged_record_is_one_error(cut, part):
         Trainer(*resume_config(str(cut), {}))
 
 
+@pytest.mark.parametrize("commits", ["abc", [1], {"a/b": 5}, {"a/b": "main"}, None])
+def test_damaged_commits_are_one_error(cut, commits):
+    write_json(cut / "config.json", json.loads((cut / "config.json").read_text()) | {"commits": commits})
+    with pytest.raises(ValueError, match="holds no run"):
+        Trainer(*resume_config(str(cut), {}))
+
+
 @pytest.mark.parametrize("key", ["precision", "engine", "base.revision", "base.fingerprint", "data.sha256"])
 def test_a_record_that_lost_a_value_is_no_traceback(cut, key):
     record = json.loads((cut / "config.json").read_text())

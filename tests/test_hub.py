@@ -281,18 +281,20 @@ def test_a_hub_that_is_gone_is_not_needed_for_what_is_cached(hub, train, tmp_pat
 
 
 @SLOW
-def test_a_run_keeps_the_commits_of_its_data(hub, train, tmp_path):
+@pytest.mark.parametrize("branch", ["main", "v1"])
+def test_a_run_keeps_the_commits_of_its_data(hub, train, tmp_path, branch):
     """Resumed and evaluated, it reads the rows it was trained on, whatever has been added on the hub."""
-    options = ["--epochs", 1, "--output-dir", "runs/a"]
-    train(*options)
-    record, first = record_of(tmp_path), hub.refs[DATA]["main"]
+    first = hub.add(DATA, medqa(), branch)
+    data = ["--dataset", "medalpaca/medical_meadow_medqa" + f"@{branch}" * (branch != "main")]
+    train(*data, "--epochs", 1, "--output-dir", "runs/a")
+    record = record_of(tmp_path)
     shutil.rmtree(tmp_path / "runs" / "a")
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "config.json").write_text(json.dumps(record))
-    hub.add(DATA, medqa(60))
+    hub.add(DATA, medqa(60), branch)
     train("--resume", "runs/a")
     train("--adapter", "runs/a/adapter", script="eval.py")
-    train(*SHORT_RUN)
+    train(*data, *SHORT_RUN)
     assert record["commits"].popitem()[1] == first != record_of(tmp_path)["commits"].popitem()[1]
 
 

@@ -77,6 +77,8 @@ def test_the_address_of_the_repository_stands_in_one_place_and_every_command_may
     code = [c for c in json.loads(COLAB.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     assert sum("".join(c["source"]).count("github.com") for c in code) == 1
     assert not any(re.match(r"\s*[!%]", line) for c in code for line in c["source"])  # after a `!command` it goes on
+    first = "".join(code[0]["source"])  # that is skipped within the clone: so an installation that fails is tried again
+    assert first.index('"pip"') < first.index('os.chdir("qlora_min")')
 
 
 @pytest.fixture

@@ -372,6 +372,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (("r2", "r4"), "error: --output comparison.png: exists, and is never overwritten; choose another\n"),
         (("r2", "r2", "--output", "x.png"), "error: r2, r2: a run is named twice; name each once\n"),
         (("r2", "--output", "no/x.png"), "error: --output no/x.png: can't be written; expected"),
+        (("r2", "--output", "r2/metrics.jsonl/x"), "error: --output r2/metrics.jsonl/x: can't be written; expected"),
         (("r2/metrics.jsonl", "--output", "x.png"), "error: 'r2/metrics.jsonl' holds no run"),
         (("--otput", "x.png", "r2"), "error: unknown option '--otput', did you mean --output?"),
     ):

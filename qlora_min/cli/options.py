@@ -138,7 +138,7 @@ def new_file(option: str, path: str | Path) -> None:
     path = Path(path)
     if path.exists():
         raise ValueError(f"{option} {path}: exists, and is never overwritten; choose another")
-    if not os.access(path.parent, os.W_OK):
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"{option} {path}: can't be written; expected a file in a folder that exists")
 
 

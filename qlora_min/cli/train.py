@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 from ..config import Config
 from ..system.console import colours, is_first_process
@@ -54,7 +55,7 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
             if not args.dry_run and not args.preview:
                 repository = from_main(lambda: checked_repository(args, config.model))
         if args.preview:
-            _preview(config, args.preview)
+            _preview(config, args.preview, folder)
             return 0
         trainer = Trainer(config, folder, write=not args.dry_run, on_event=emit)
         if args.dry_run:
@@ -70,11 +71,12 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     return 0
 
 
-def _preview(config: Config, count: int) -> None:
+def _preview(config: Config, count: int, run: Path | None) -> None:
     """Print rows as the model sees them, supervised tokens in colour. Writes nothing."""
+    from ..run.checkpoint import read_record
     from ..run.datasets import encoder_of, read_data
     from .data import show_rows
 
     encoder = encoder_of(config)
-    train, _ = read_data(config, encoder)
+    train, _ = read_data(config, encoder, commits=read_record(run).get("commits") if run else None)
     show_rows(config, encoder, train, count, colours())

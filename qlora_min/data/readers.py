@@ -490,14 +490,13 @@ def _read_saved(source: str, folder: Path, split: str, columns: Columns) -> Raw:
 
 def _read_hub(source: str, hub: Mapping[str, str | None], columns: Columns) -> Raw:
     import datasets
-    from huggingface_hub.errors import HTTPError
 
-    revision = hub["revision"] or COMMITS.get(source)
+    revision = COMMITS.get(source) or hub["revision"]
     given = {"split": hub["split"] or "train"} | ({"revision": revision} if revision else {})
     _choose_bars()
     try:
         data = datasets.load_dataset(*filter(None, (hub["name"], hub["config"])), **given)
-    except (datasets.exceptions.DatasetsError, HTTPError, OSError, RuntimeError, ValueError) as e:
+    except Exception as e:  # of datasets, the HTTP library, the disk, or the card's YAML
         raise ValueError(f"data set '{source}': {_why_not_loaded(e, hub)}") from None
     COMMITS.update({source: commit} if (commit := _commit(source, data, hub["name"], revision)) else {})
     yield from _read_table(source, data, columns)
@@ -528,8 +527,8 @@ def _commit(source: str, data: Any, name: str, revision: str | None) -> str:
     ref = folder / "refs" / (revision or "main")  # of a branch or tag
     if commit and (ref.read_text() if ref.is_file() else revision or commit) != commit:
         raise ValueError(
-            f"data set '{source}': revision {revision or 'main'} can't be had from the Hugging Face hub, and is not "
-            f"cached; what is cached is {commit}"
+            f"data set '{source}': revision {revision or 'main'} can't be had from the Hugging Face hub; without "
+            f"it `datasets` reads the newest that is cached, {commit}: connect, or name that revision"
         )
     return commit
 
@@ -545,7 +544,7 @@ def _why_not_loaded(error: Exception, hub: Mapping[str, str | None]) -> str:
         return _one_of("split", there, f"{start}:{hub['config'] or ''}:")
     if there and "config" in str(error).lower():
         return _one_of("configuration", there, f"{start}:")
-    return f"can't be loaded ({first_line(error)})"
+    return f"can't be loaded ({first_line(error)}; {type(error.__cause__ or error).__name__})"
 
 
 def _one_of(what: str, names: Sequence[str], start: str) -> str:

@@ -163,9 +163,11 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     try:
         record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
         if isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in RECORDED):
-            return record
+            commits = record.get("commits", {}).values()  # of data sets on the hub
+            if all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits):
+                return record
         why = " is damaged or another program's"
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError, AttributeError) as e:
         why = f": {getattr(e, 'strerror', e)}"
     raise ValueError(f"'{run_dir}' holds no run (its config.json{why}); give a run's directory")
 

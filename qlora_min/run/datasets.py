@@ -15,7 +15,7 @@ from ..base import load_encoder
 from ..chat import ChatEncoder
 from ..config import Config
 from ..data.examples import BadRow, BadRows, Example
-from ..data.readers import pin, read
+from ..data.readers import COMMITS, pin, read
 from ..data.rows import Row, Rows
 from ..system.console import aligned, say
 from . import checkpoint
@@ -46,7 +46,7 @@ class Encoded:
         rows: those of at most `max_length` tokens.
         questions, fits: (n,) uint64 and bool. Of every row that is not bad: the hash of its question, and whether it is
             one of `rows`.
-        bad: the number of bad rows.
+        bad: the number of bad rows. commit: on the hub, "" if it is not from there.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Encoded:
     questions: np.ndarray
     fits: np.ndarray
     bad: int = 0
+    commit: str = ""
 
     @property
     def read(self) -> int:
@@ -65,7 +66,8 @@ class Encoded:
 
     def select(self, chosen: np.ndarray, name: str | None = None, bad: int = 0) -> "Encoded":
         """The rows where `chosen` (n,), a mask like `fits`, is True."""
-        return Encoded(name or self.name, self.rows[chosen[self.fits]], self.questions[chosen], self.fits[chosen], bad)
+        rows, questions, fits = self.rows[chosen[self.fits]], self.questions[chosen], self.fits[chosen]
+        return replace(self, name=name or self.name, rows=rows, questions=questions, fits=fits, bad=bad)
 
 
 def encode_dataset(
@@ -117,7 +119,7 @@ def encode_dataset(
             f"{name}: all {len(lengths):,} rows are too long; the shortest has {min(lengths)} tokens, "
             f"--max-length is {max_length}"
         )
-    return Encoded(name, rows, np.array(questions, np.uint64), np.array(lengths, np.int32) <= max_length, count)
+    return Encoded(name, rows, np.array(questions), np.array(lengths) <= max_length, count, COMMITS.get(name, ""))
 
 
 def _parts(examples: Iterable[Example]) -> Iterator[list[Example]]:

@@ -14,7 +14,6 @@ import transformers
 from .. import __version__
 from ..adapter import put_weights
 from ..config import Config, flag
-from ..data.readers import COMMITS
 from ..loop import Progress
 from ..lora import lora_parameters
 from ..scale.processes import from_main
@@ -57,7 +56,7 @@ def make_record(trainer: Any) -> dict[str, Any]:
         "base": {"name": trainer.config.model, "revision": base.revision, "fingerprint": base.fingerprint},
         "files": {p.name: f"{len(p.rows)} rows, sha256 {data_hash(p.rows, [])[:16]}" for p in trainer.data_sets},
         "data": {"rows": len(rows), "held_out": len(held), "sha256": data_hash(rows, held)},
-        "commits": {p.name: COMMITS[p.name] for p in trainer.data_sets if p.name in COMMITS},  # of the hub
+        "commits": {p.name.removesuffix(" (held out)"): p.commit for p in trainer.data_sets if p.commit},
         "date": base.encoder.template.date,  # that the chat template shows, if it does
         "versions": versions(),
     }

@@ -136,7 +136,8 @@ def why_not_loaded(
     if any(isinstance(e, lost) for e in _chain(error)):
         return (
             f"no local {'folder' if kind == 'model' else 'file'} of this name, and the Hugging Face hub can't be "
-            f"reached; give a local {instead}, or try --demo, which needs no network"
+            f"reached{' (HF_HUB_OFFLINE is set)' * constants.is_offline_mode()}; give a local {instead}, or try "
+            "--demo, which needs no network"
         )
     return f"can't be loaded ({clipped(first_line(error))})" if kind == "model" else ""
 
