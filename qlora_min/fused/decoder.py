@@ -183,13 +183,14 @@ class Layer:
         }  # fmt: skip
 
     def forward(self, x: Tensor, delta: Tensor | None, ctx: "Context") -> tuple[Tensor, Tensor, dict]:
-        """-> x (N, D), the output (N, D) that is still to be added to it, and saved."""
+        """-> x (N, D), the output (N, D) still to be added to it, and saved; (S, D) where `until_gate` selects."""
         saved = self.until_gate(x, delta, ctx)
         out, saved["h_down"] = self.down.forward(formulas.swiglu(saved["gate_up"]), ctx.dropout, saved["keys"])
         return saved["x2"], out, saved
 
     def backward(self, saved: dict, dx: Tensor, dx_low: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
-        """The gradient (N, D) of the layer's output stream, in fp32 and in the compute dtype -> that of its input."""
+        """The gradient of the layer's output stream, (N, D), or (S, D) of the last layer, in fp32 and in the compute
+        dtype -> that of its input, (N, D)."""
         p, keys = ctx.dropout, saved["keys"]
         act = formulas.swiglu(saved["gate_up"]) if self.down.enabled else None
         dact = self.down.backward(dx_low, act, saved.get("h_down"), p, keys)

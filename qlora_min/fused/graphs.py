@@ -17,9 +17,10 @@ from ..system.device import is_out_of_memory
 from ..system.text import clipped
 
 
-def round_up(n_supervised: int) -> int:
-    """The number of supervised positions to pad a batch to, so that shapes repeat: a power of 2, at least 64."""
-    return 2 ** max(6, (n_supervised - 1).bit_length())
+def round_up(n_supervised: int, n_tokens: int) -> int:
+    """The number of supervised positions to pad a batch to, so that shapes repeat: a power of 2, at least 64, but no
+    more than the batch has tokens."""
+    return min(2 ** max(6, (n_supervised - 1).bit_length()), n_tokens)
 
 
 def shape(batch: Packed) -> tuple[int, ...]:
@@ -58,8 +59,8 @@ class Captured(Engine):
     def pack(self, rows, row_ids=None, n_rows: int = 0, n_supervised: int | None = None) -> Packed:
         """As `Engine.pack`; the batch stays on the CPU."""
         n_tokens = -(-sum(map(len, rows)) // self.grain) * self.grain
-        supervised = min(round_up(sum(r.n_supervised for r in rows)), n_tokens)
-        return pack(rows, row_ids, n_tokens, supervised, n_rows, self.max_seqlen)
+        n_supervised = round_up(sum(r.n_supervised for r in rows), n_tokens)
+        return pack(rows, row_ids, n_tokens, n_supervised, n_rows, self.max_seqlen)
 
     def loss_and_gradients(self, batch: Packed, factor: Tensor, seed: Tensor) -> Tensor:
         """As `Engine.loss_and_gradients`."""

@@ -125,7 +125,7 @@ def _added(engine: Engine, work: Workload, tokens: int) -> int | None:
 
     def compute() -> int:
         rows = work.probe(tokens)
-        batch = engine.pack(rows, n_supervised=min(round_up(sum(r.n_supervised for r in rows)), tokens))
+        batch = engine.pack(rows, n_supervised=round_up(sum(r.n_supervised for r in rows), tokens))
         before = restart_peak(device)
         engine.loss_and_gradients(batch, factor, seed)
         return peak_bytes(device) - before
