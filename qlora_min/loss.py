@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGIT_ROWS = 64  # positions whose logits exist at a time
+LOGIT_ROWS = 256  # positions whose logits exist at a time
 
 
 def masked_loss(
