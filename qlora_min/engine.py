@@ -90,8 +90,8 @@ def packed_attention(
         raise NotImplementedError("it does not tell its attention where rows end")
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    q, k, v = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))  # (N, H, P)
-    return attention(q, k, v, cu_seqlens, max_seqlen, scaling, window or 0)[None], None
+    qkv = torch.cat([t[0].transpose(0, 1).to(dtype) for t in (query, key, value)], 1)  # (N, H + 2K, P)
+    return attention(qkv, key.shape[1], cu_seqlens, max_seqlen, scaling, window or 0)[None], None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -70,7 +70,7 @@ def test_a_base_stored_in_4_bits(tmp_path, how):
         engine.loss_and_gradients(engine.pack(rows), torch.tensor(1.0, device=CUDA), dropout_seed(0, 0).to(CUDA))
         found.append(engine.adapter.grads.clone())
         if name == "fused" and formulas.have_kernels():
-            assert [d is None for d in engine.dequantizers] == [bool(how) and ("keep" not in how or i == 0)
+            assert [d is None for d in engine.weights.dequantizers] == [bool(how) and ("keep" not in how or i == 0)
                                                                 for i in range(len(engine.layers))]  # fmt: skip
     assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
 
@@ -240,21 +240,21 @@ def by_formula(q, k, v, lengths, scale, window):
 
 @pytest.mark.parametrize("capability", [(9, 0), (7, 5)], ids=["flash", "a T4's"])
 @pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize("head_dim", [24, 64, 128, 256])
 @DTYPES
-def test_attention_stays_within_rows_and_windows(monkeypatch, dtype, window, capability):
-    """Flash attention, and the memory-efficient one of fp32 and older GPUs: values, gradients, the same bits."""
+def test_attention_stays_within_rows_and_windows(monkeypatch, dtype, head_dim, window, capability):
+    """Our kernels, and the memory-efficient attention of fp32 and older GPUs: values, gradients, the same bits."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     torch.manual_seed(0)
-    lengths = [5, 70, 1, 33]
-    cu_seqlens = torch.tensor([0, 5, 75, 76, 109, 109], device=CUDA, dtype=torch.int32)
-    leaves = [torch.randn(109, h, 64, device=CUDA, dtype=dtype, requires_grad=True) for h in (8, 2, 2)]
-    dout = torch.randn(109, 8, 64, device=CUDA, dtype=dtype)
-    reference = by_formula(*leaves, lengths, 0.2, window)
-    expected = torch.autograd.grad(reference, leaves, dout.double())
+    lengths, cu_seqlens = [5, 170, 1, 33], torch.tensor([0, 5, 175, 176, 209, 209], device=CUDA, dtype=torch.int32)
+    qkv = torch.randn(209, 8 + 2 + 2, head_dim, device=CUDA, dtype=dtype, requires_grad=True)
+    dout = torch.randn(209, 8, head_dim, device=CUDA, dtype=dtype)
+    reference = by_formula(*qkv.split([8, 2, 2], 1), lengths, 0.2, window)
+    expected = torch.autograd.grad(reference, qkv, dout.double())
     found = []
     for _ in range(2):
-        out = attention(*leaves, cu_seqlens, 100, 0.2, window)
-        found.append((out, *torch.autograd.grad(out, leaves, dout)))
+        out = attention(qkv, 2, cu_seqlens, 200, 0.2, window)
+        found.append((out, *torch.autograd.grad(out, qkv, dout)))
     for again, mine, theirs in zip(*found, (reference, *expected)):
         near(mine, theirs.to(mine.dtype))
         assert torch.equal(mine, again)
@@ -330,8 +330,8 @@ def test_the_kernel_dequantises_as_bitsandbytes_does(precision, quantization):
     base = load_base(str(world.MODEL_DIR), quantization, precision, CUDA)
     mine = Decoder(base, 64)
     for i, layer in enumerate(mine.layers):
-        mine.scratch.fill_(float("nan"))
-        mine._dequantize(i)
+        mine.weights.scratch.fill_(float("nan"))
+        mine.weights._dequantize(i)
         for p in layer.projections:
             assert torch.equal(p.weight, torch.cat([dequantized_weight(m) for m in p.linears]))
 

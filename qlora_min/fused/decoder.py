@@ -39,10 +39,11 @@ from ..engine import Engine
 from ..lora import LoRALinear, lora_layers
 from ..loss import LOGIT_ROWS
 from ..ops import formulas, masks
-from ..ops.attention import attention
+from ..ops.attention import attention, try_kernels
 from ..ops.flat import FlatLoRA
-from ..scale.sharding import slices, unshard
-from ..system.bits import bnb, dequantized_weight, doubly_quantized
+from ..scale.sharding import slices
+from ..system.bits import bnb
+from .weights import Weights
 
 FAMILIES = ("qwen2", "llama", "mistral", "qwen3")
 LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # implemented by `engine.Modules.logits`
@@ -74,8 +75,7 @@ class Projections:
     """Linear layers that share an input, computed as one product: W = [W1; W2; ...] (out, in), and their LoRA updates.
 
     Attributes:
-        weight: (out, in) in the compute dtype. Unless `Decoder.stored`, a view of the scratch buffer, valid until
-            another layer's weights are written there.
+        weight: (out, in) in the compute dtype, valid after `Weights.fetch` of its layer.
         stream: the dropout stream, which all of them share.
     """
 
@@ -137,7 +137,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     if a.dtype == torch.float32:
         out.addmm_(a, b, alpha=alpha)
     elif a.is_cuda:
-        out.add_(torch.mm(a, b, out_dtype=torch.float32), alpha=alpha)
+        torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, out=out)
     else:
         out.addmm_(a.float(), b.float(), alpha=alpha)
 
@@ -166,10 +166,9 @@ class Layer:
         x, n, r = formulas.add_norm(x, delta, self.norm1.weight, self.norm1.variance_epsilon, self.dtype)
         qkv, h_qkv = self.qkv.forward(n, p, keys)  # (N, q + k + v)
         turned = formulas.rotate(qkv, *ctx.angles, self.heads[0] + self.heads[1], self.qk_norm)
-        leaves = [t.unflatten(1, (-1, self.head_dim)) for t in turned.split([h * self.head_dim for h in self.heads], 1)]
         with torch.set_grad_enabled(ctx.keep):
-            leaves = [t.detach().requires_grad_(ctx.keep) for t in leaves]
-            attended = attention(*leaves, ctx.batch.cu_seqlens, ctx.batch.max_seqlen)
+            leaf = turned.unflatten(1, (-1, self.head_dim)).detach().requires_grad_(ctx.keep)
+            attended = attention(leaf, self.heads[1], ctx.batch.cu_seqlens, ctx.batch.max_seqlen)
         a, residual = attended.detach().flatten(1), x  # (N, H P), (N, D)
         if self.last and ctx.keep:
             a, residual = (t[ctx.batch.loss_positions] for t in (a, x))
@@ -178,7 +177,7 @@ class Layer:
         x2, n2, r2 = formulas.add_norm(residual, o, self.norm2.weight, self.norm2.variance_epsilon, self.dtype)
         gate_up, h_gate_up = self.gate_up.forward(n2, p, keys)
         return {
-            "x": x, "n": n, "r": r, "qkv": qkv, "h_qkv": h_qkv, "leaves": leaves, "attended": attended, "a": a,
+            "x": x, "n": n, "r": r, "qkv": qkv, "h_qkv": h_qkv, "leaf": leaf, "attended": attended, "a": a,
             "h_o": h_o, "x2": x2, "n2": n2, "r2": r2, "gate_up": gate_up, "h_gate_up": h_gate_up, "keys": keys,
         }  # fmt: skip
 
@@ -201,8 +200,7 @@ class Layer:
         if self.last:  # (S, D) and (S, H P) -> (N, D) and (N, H P)
             n, at = len(saved["x"]), ctx.batch.loss_positions
             dx, da = (t.new_zeros(n, t.shape[1]).index_add_(0, at, t) for t in (dx, da))
-        grads = torch.autograd.grad(saved["attended"], saved["leaves"], da.view_as(saved["attended"]))
-        dqkv = torch.cat([g.flatten(1) for g in grads], 1)
+        dqkv = torch.autograd.grad(saved["attended"], saved["leaf"], da.view_as(saved["attended"]))[0].flatten(1)
         formulas.rotate_backward_(dqkv, saved["qkv"], *ctx.angles, self.heads[0] + self.heads[1], self.qk_norm)
         dn = self.qkv.backward(dqkv, saved["n"], saved["h_qkv"], p, ctx.keys)
         return formulas.norm_backward(dn, saved["x"], saved["r"], self.norm1.weight, dx)
@@ -227,10 +225,10 @@ class Decoder(Engine):
     """
 
     def __init__(self, base: Base, max_seqlen: int):
-        self.base, self.checkpointing, self.dtype = base, False, base.dtype
+        self.base, self.dtype = base, base.dtype
         decoder = base.model.get_decoder()
         self.embedding, self.norm, self.lm_head = decoder.embed_tokens, decoder.norm, base.model.get_output_embeddings()
-        self.device, self.modules = self.norm.weight.device, decoder.layers
+        self.device = self.norm.weight.device
         c = base.model.config
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         self.layers = [Layer(m, base.dtype, head_dim, m is decoder.layers[-1]) for m in decoder.layers]
@@ -239,64 +237,22 @@ class Decoder(Engine):
         self.cos, self.sin = (t[0, :, : head_dim // 2].float().contiguous() for t in (cos, sin))
         self._place_lora()
         self._try_kernels()
-        self._place_weights()
-        self.capturable = not self.sharded
-        self.buffers = [self.scratch, self.cos, self.sin, *([self.low] if self.low is not self.adapter.weights else [])]
+        self.weights = Weights(base, self.layers, decoder.layers, self.device)
+        self.sharded = base.sharded
+        self.capturable, self.checkpointing = not self.sharded, False
 
-    def _place_weights(self) -> None:
-        """Set the weight of each group of projections."""
-        self.dequantizers = [None] * len(self.layers)
-        groups = [p for layer in self.layers for p in layer.projections]
-        self.sharded = self.base.sharded
-        linears = [m for p in groups for m in p.linears]
-        self.stored = not self.sharded and not any(isinstance(m, bnb.nn.Linear4bit) for m in linears)
-        self.scratch = torch.empty(0, dtype=self.dtype, device=self.device)
-        if self.stored:
-            for p in groups:
-                p.weight = torch.cat([m.weight.data for m in p.linears])
-                for m, w in zip(p.linears, p.weight.split([m.out_features for m in p.linears])):
-                    m.weight.data = w  # a view, so that no weight is stored twice
-            return
-        sizes = [p.shape[0] * p.shape[1] for p in self.layers[0].projections]
-        self.scratch = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
-        for layer in self.layers:
-            for p, part in zip(layer.projections, self.scratch.split(sizes)):
-                p.weight = part.view(p.shape)
-        if self.device.type == "cuda" and any(map(doubly_quantized, linears)):
-            formulas.try_kernel("dequantize", self._use_dequantizers)
+    @property
+    def checkpointing(self) -> bool:
+        return self._checkpointing
 
-    def _use_dequantizers(self) -> bool:
-        """Dequantise by our kernel from now on, one launch per layer. Return whether it agrees with bitsandbytes.
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        self._checkpointing = on
+        self.weights.keep(not on)
 
-        A layer that its file holds otherwise, in 16 bits or with another block size, has none.
-        """
-        from ..ops.kernels import Dequantizer
-
-        def make(layer: Layer) -> "Dequantizer | None":
-            linears = [m for p in layer.projections for m in p.linears]
-            states = [(m.weight.data, m.weight.quant_state) for m in linears if doubly_quantized(m)]
-            return Dequantizer(states) if len(states) == len(linears) else None
-
-        def agrees(index: int) -> bool:
-            self._dequantize(index)
-            theirs = self.scratch.clone()
-            made[index](self.scratch)
-            return torch.equal(theirs, self.scratch)
-
-        made = [make(layer) for layer in self.layers]
-        wrong = [i for i, dequantizer in enumerate(made) if dequantizer and not agrees(i)]
-        self.dequantizers = self.dequantizers if wrong else made
-        return not wrong
-
-    def _dequantize(self, index: int) -> None:
-        """Write a layer's dequantised weights to the scratch buffer; for a sharded base, gather them first."""
-        unshard(self.modules[index])
-        if dequantizer := self.dequantizers[index]:
-            dequantizer(self.scratch)
-        elif not self.stored:
-            for p in self.layers[index].projections:
-                for m, out in zip(p.linears, p.weight.split([m.out_features for m in p.linears])):
-                    out.copy_(dequantized_weight(m))
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [self.weights.scratch, self.cos, self.sin, *([self.low] if self.low is not self.adapter.weights else [])]
 
     def _place_lora(self) -> None:
         """Set A and B of each group of projections: views of a copy in the compute dtype.
@@ -340,6 +296,7 @@ class Decoder(Engine):
             "dropout_backward_": (low, low, p, keys, 2),
             "cross_entropy": (logits, positions, torch.ones(n, device=self.device), factor, self.dtype),
         }, self.dtype)  # fmt: skip
+        try_kernels(layer.head_dim, self.dtype, self.device)
 
     @torch.no_grad()
     def hidden_states(self, batch: Packed) -> Tensor:
@@ -352,7 +309,7 @@ class Decoder(Engine):
             self.low.copy_(self.adapter.weights)
         x, delta, saved = self.embedding(ctx.batch.input_ids).float(), None, []
         for i, layer in enumerate(self.layers):
-            self._dequantize(i)
+            self.weights.fetch(i)
             x, delta, kept = layer.forward(x, delta, ctx)
             if ctx.keep:
                 saved.append(kept["x"] if self.checkpointing else kept)
@@ -370,7 +327,7 @@ class Decoder(Engine):
         dx, dx_low = formulas.norm_backward(dy, x, r, self.norm.weight, torch.zeros_like(x))
         del y, x, dy
         for i in reversed(range(len(self.layers))):
-            self._dequantize(i)
+            self.weights.fetch(i)
             kept = saved.pop()
             if self.checkpointing:
                 kept = self.layers[i].until_gate(kept, None, ctx)

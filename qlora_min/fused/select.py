@@ -11,7 +11,7 @@ from ..base import Base
 from ..batches import pack
 from ..data.rows import Row
 from ..engine import Engine, Modules
-from ..ops import formulas, masks
+from ..ops import attention, formulas, masks
 from ..system.device import autocast, is_out_of_memory
 from ..system.text import clipped
 from .decoder import Decoder, unsupported
@@ -62,6 +62,9 @@ def modules_of(base: Base, max_seqlen: int) -> Modules:
         x = torch.ones(8, 64, dtype=base.dtype, device=engine.device)
         keys = masks.dropout_keys(tokens[3].int(), tokens, tokens)
         formulas.try_kernels({"dropout": (x, 0.1, keys, 1)}, base.dtype)
+        c = base.model.config.get_text_config()
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        attention.try_kernels(width, base.dtype, engine.device)
     engine.mixing = why_rows_mix(engine, max_seqlen)
     engine.capturable = not engine.mixing
     return engine

@@ -1,30 +1,30 @@
-"""Causal attention on packed rows: by PyTorch's own kernels on a GPU, row by row on a CPU."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Causal attention on packed rows: by kernels on a GPU, row by row on a CPU."""
 
 import torch
 import torch.nn.functional as F
-import torch.utils.deterministic
 from torch import Tensor
+
+from . import formulas
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None, window: int = 0
+    qkv: Tensor, kv_heads: int, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None, window: int = 0
 ) -> Tensor:
-    """Causal attention within each row: q (N, H, P), k and v (N, K, P) with H a multiple of K -> (N, H, P).
+    """Causal attention within each row: (N, H + 2K, P), the heads of q, k and v, H a multiple of K -> (N, H, P).
 
-    On a GPU this is PyTorch's flash attention, or its memory-efficient attention for fp32, heads wider than 256 and
-    GPUs before Ampere. Both accept packed rows. On a CPU rows are computed one after the other.
+    On a GPU these are the kernels of flash.py, or PyTorch's memory-efficient attention for fp32, heads wider than 256,
+    GPUs before Ampere and where there is no Triton. On a CPU rows are computed one after the other.
 
     Args:
-        cu_seqlens: (R + 1,) int32, the boundaries of the rows. max_seqlen: an upper bound of their lengths.
+        kv_heads: K. cu_seqlens: (R + 1,) int32, the boundaries of the rows. max_seqlen: an upper bound of
+            their lengths.
         scale: the factor of the scores; default 1 / sqrt(P).
         window: the number of tokens that a token attends to, itself included; 0 means all tokens up to itself.
     """
-    if q.is_cuda:
-        return _Attention.apply(q, k, v, cu_seqlens, max_seqlen, scale, window)
-    rows = zip(*(t.split(cu_seqlens.diff().tolist()) for t in (q, k, v)))  # whose backward is one concatenation each
+    if qkv.is_cuda:
+        return _Attention.apply(qkv, kv_heads, cu_seqlens, max_seqlen, scale or qkv.shape[2] ** -0.5, window)
+    parts = split(qkv, kv_heads)
+    rows = zip(*(t.split(cu_seqlens.diff().tolist()) for t in parts))  # whose backward is one concatenation each
     out = []
     for row in rows:
         n, mask = len(row[0]), None
@@ -38,65 +38,67 @@ def attention(
     return torch.cat(out)
 
 
-class _Attention(torch.autograd.Function):
-    """PyTorch's attention kernels for packed rows on a GPU.
+def split(qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, H + 2K, P) -> q (N, H, P), k and v (N, K, P)."""
+    return qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
 
-    The backward kernels are called here because not all registered derivatives support windows.
-    """
+
+def try_kernels(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Try the kernels of flash.py once, against PyTorch's attention, on two rows of two heads that share a key."""
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(80, 4, head_dim, generator=generator, device=device).to(dtype).requires_grad_()
+    cu_seqlens = torch.tensor([0, 70, 80], dtype=torch.int32, device=device)
+
+    @torch.enable_grad()
+    def outcome() -> list[Tensor]:
+        out = attention(qkv, 1, cu_seqlens, 70)
+        return [out.detach().double(), torch.autograd.grad(out, qkv, out.detach())[0].double()]
+
+    formulas.try_kernel("attention", lambda: formulas.agree(outcome, dtype))
+
+
+class _Attention(torch.autograd.Function):
+    """Attention on packed rows on a GPU. The gradients are bit-identical every time."""
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale, window: int
+        ctx, qkv: Tensor, kv_heads: int, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int
     ) -> Tensor:
-        aten, recent = torch.ops.aten, torch.cuda.get_device_capability(q.device)[0] >= 8
-        ctx.flash = q.dtype != torch.float32 and recent and q.shape[-1] <= 256
-        windows = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
-        ctx.arguments = max_seqlen, scale, window, windows
+        recent = torch.cuda.get_device_capability(qkv.device)[0] >= 8 and qkv.dtype != torch.float32
+        ctx.flash = recent and qkv.shape[2] <= 256 and formulas.have_kernels()
+        ctx.arguments = kv_heads, max_seqlen, scale, window
         if ctx.flash:
-            out, *kept, _ = aten._flash_attention_forward(
-                q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, scale=scale, **windows
-            )
+            from . import flash
+
+            out, *kept = flash.forward(qkv, cu_seqlens, *ctx.arguments)
         else:
-            kk, vv = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)[None] for t in (k, v))
-            out, *kept, _, _ = aten._efficient_attention_forward(
-                q[None], kk, vv, None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, 1, True, scale=scale,
+            q, k, v = _of_all_heads(qkv, kv_heads)
+            out, *kept, _, _ = torch.ops.aten._efficient_attention_forward(
+                q, k, v, None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, 1, True, scale=scale,
                 window_size=window or None,
             )  # fmt: skip
             out = out[0]
-        ctx.save_for_backward(q, k, v, cu_seqlens, out, *kept)
+        ctx.save_for_backward(qkv, cu_seqlens, out, *kept)
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple:
-        aten, (q, k, v, cu_seqlens, out, *kept) = torch.ops.aten, ctx.saved_tensors
-        max_seqlen, scale, window, windows = ctx.arguments
-        with _deterministic():
-            if ctx.flash:
-                logsumexp, *state = kept
-                grads = aten._flash_attention_backward(
-                    dout.contiguous(), q, k, v, out, logsumexp, *[cu_seqlens] * 2, *[max_seqlen] * 2, 0.0, True, *state,
-                    scale=scale, **windows,
-                )  # fmt: skip
-            else:
-                groups = q.shape[1] // k.shape[1]
-                kk, vv = (t.repeat_interleave(groups, dim=1)[None] for t in (k, v))
-                dq, dk, dv, _ = aten._efficient_attention_backward(
-                    dout.contiguous()[None], q[None], kk, vv, None, out[None], *[cu_seqlens] * 2, *[max_seqlen] * 2,
-                    kept[0], 0.0, *kept[1:], 1, False, scale=scale, window_size=window or None,
-                )  # fmt: skip
-                grads = dq[0], *(d[0].unflatten(1, (k.shape[1], groups)).sum(2) for d in (dk, dv))
-        return *grads, None, None, None, None
+        qkv, cu_seqlens, out, *kept = ctx.saved_tensors
+        kv_heads, max_seqlen, scale, window = ctx.arguments
+        if ctx.flash:
+            from . import flash
+
+            return flash.backward(dout.contiguous(), qkv, out, *kept, cu_seqlens, *ctx.arguments), *[None] * 5
+        q, k, v = _of_all_heads(qkv, kv_heads)
+        dq, *grads, _ = torch.ops.aten._efficient_attention_backward(
+            dout.contiguous()[None], q, k, v, None, out[None], *[cu_seqlens] * 2, *[max_seqlen] * 2, kept[0], 0.0,
+            *kept[1:], 1, False, scale=scale, num_splits_key=1, window_size=window or None,
+        )  # fmt: skip
+        dk, dv = (d[0].unflatten(1, (kv_heads, -1)).sum(2) for d in grads)
+        return torch.cat([dq[0], dk, dv], 1), *[None] * 5
 
 
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Make the backward of flash attention bit-identical every time; by default its order of summation varies."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+def _of_all_heads(qkv: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+    """q, k and v (1, N, H, P), keys and values repeated for the heads that share them."""
+    q, *kv = split(qkv, kv_heads)
+    return q[None], *(t.repeat_interleave(q.shape[1] // kv_heads, dim=1)[None] for t in kv)
