@@ -109,7 +109,7 @@ class Config:
     )
     micro_batch_tokens: int | None = positive(
         None,
-        "tokens of a micro-batch, which changes no result (default: what fits; with checkpointing on, the longest row)",
+        "tokens of a micro-batch, which changes no result (default: what fits)",
     )
     engine: str = choice(
         "auto",

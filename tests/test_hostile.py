@@ -428,7 +428,8 @@ def test_another_error_while_measuring_stays_what_it_is(monkeypatch):
         (9_999, "auto", None, (True, 800)),  # only now checkpointing, at a tenth a token
         (0, "auto", None, (True, 100)),  # nothing fits: as little as there is
         (9_999, "off", None, (False, 100)),
-        (10**9, "on", None, (True, 100)),
+        (10**9, "on", None, (True, 1600)),
+        (10**9, "on", 7, (True, 100)),
         (10**9, "auto", 500, (False, 500)),
         (10**9, "auto", 7, (False, 100)),
         (49_999, "auto", 500, (True, 500)),

@@ -142,15 +142,14 @@ def plan(
 ) -> tuple[bool, int, Footprint]:
     """The fastest way to compute that fits: (gradient checkpointing, tokens of a micro-batch, its footprint).
 
-    Without checkpointing if that fits, and with as many tokens as an optimizer step can have. If the user turns
-    checkpointing on, to save memory, micro-batches are as small as the longest row.
+    Without checkpointing if that fits, and with as many tokens as an optimizer step can have.
 
     Args:
         fits: whether a peak of that many bytes fits. checkpointing: auto, on or off. tokens: the tokens of a
             micro-batch, if the user gives them.
     """
     longest = work.max_seqlen
-    most = tokens or (longest if checkpointing == "on" else min(MOST_TOKENS[engine.device.type], work.n_rows * longest))
+    most = tokens or min(MOST_TOKENS[engine.device.type], work.n_rows * longest)
     sizes = [max(longest, most)]
     while sizes[-1] > longest and not tokens:
         sizes.append(max(longest, sizes[-1] // 2))
