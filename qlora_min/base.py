@@ -164,10 +164,8 @@ class _Place:
     """
 
     def __init__(self, model: PreTrainedModel, quantization: str, dtype: torch.dtype, device, sharded: bool):
-        self.model, self.quantization, self.dtype, self.device, self.sharded = (
-            model, quantization, dtype, device, sharded
-        )  # fmt: skip
-        self.decoder = decoder_prefix(model)
+        self.model, self.quantization, self.dtype, self.device = model, quantization, dtype, device
+        self.sharded, self.decoder = sharded, decoder_prefix(model)
 
     def __call__(self, key: str, tensor: Tensor | dict[str, Tensor]) -> None:
         """tensor: a dictionary of the parts of a weight that is stored in 4 bits."""

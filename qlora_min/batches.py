@@ -146,9 +146,9 @@ def cut(lengths: Sequence[int], n_tokens: int) -> list[list[int]]:
     return [part for part in parts if part]
 
 
-def dropout_seed(seed: int, step: int) -> Tensor:
+def dropout_seed(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
     """0-dim int32: the seed of an optimizer step's dropout, so that a resumed run draws the same masks."""
-    return torch.tensor(random.Random(f"dropout/{seed}/{step}").getrandbits(31), dtype=torch.int32)
+    return torch.full((), random.Random(f"dropout/{seed}/{step}").getrandbits(31), dtype=torch.int32, device=device)
 
 
 def optimizer_steps(n_rows: int, rows_per_step: int, seed: int, epoch: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ masks are functions of the seed and the step.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -89,8 +89,12 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
     Raises:
         TrainingError: training can't go on; the message says what is saved.
     """
-    schedule, model = feed.schedule, feed.engine.base.model
+    schedule, model, ahead = feed.schedule, feed.engine.base.model, []
     initial = copies(model) if stepper.taken < MOVED_BY else {}
+
+    def compute_next() -> None:
+        ahead.append(compute_gradients(feed, stepper, config.seed, replace(progress, step=progress.step + 1), recorder))
+
     while True:
         # The same code handles the start, a resumed run and the end of a step: evaluate and save what is due here.
         if schedule.evaluation_due(progress.step) and progress.evaluated != progress.step:
@@ -103,13 +107,14 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
         # The step's loss is the sum over its supervised tokens, of all micro-batches and processes, over their number.
         # That number is known beforehand, so no micro-batch needs a weight: their gradients simply add up.
         begun, lr = time.perf_counter(), stepper.lr
-        loss = compute_gradients(feed, stepper, config.seed, progress, recorder)
+        loss = ahead.pop() if ahead else compute_gradients(feed, stepper, config.seed, progress, recorder)
         batches, supervised, tokens = feed[progress.step]  # remembered; halved, if memory ran out
 
         # Unscale, clip, step: clipping scaled gradients would clip to another norm. A step whose gradients are not
-        # finite is skipped, and the learning rate stays where it is in its schedule.
+        # finite is skipped, and the learning rate stays where it is in its schedule. A GPU computes the next step's
+        # gradients while we learn what became of this step, unless something else is due in between.
         try:
-            grad_norm, taken = stepper.step()
+            grad_norm, taken = stepper.step(None if schedule.evaluation_due(progress.step + 1) else compute_next)
         except (TrainingError, RuntimeError, MemoryError) as e:
             raise recorder.failed(e, progress, batches[0] if batches else None) from None
 
@@ -124,12 +129,12 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
 def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress, recorder: Recorder) -> Tensor:
     """Forward and backward of the next step's micro-batches; returns the summed loss of all processes, 0-dim.
 
-    Where memory runs out, in whichever process, all compute the step again in micro-batches half as large.
+    If memory runs out, in whichever process, all compute the step again in micro-batches half as large.
     """
     engine, processes, step = feed.engine, feed.processes, progress.step
     while True:
         batches, supervised, _ = feed[step]
-        factor, of_step = stepper.scaled(1 / supervised), dropout_seed(seed, step).to(engine.device)
+        factor, of_step = stepper.scaled(1 / supervised), dropout_seed(seed, step, engine.device)
         loss, batch, failed = torch.zeros((), device=engine.device), None, False
         try:
             for batch in batches:

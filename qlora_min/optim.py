@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .config import Config
 from .ops.flat import FlatLoRA
-from .system.bits import bnb
+from .system.bits import AdamW8bit
+from .system.device import to_host
 
 SKIPS_IN_A_ROW = 20  # steps without finite gradients before the run ends
 PAGED_FROM = 100_000  # elements of a tensor from which bitsandbytes pages its state
@@ -53,13 +54,6 @@ def lr_schedule(config: Config, total: int) -> Callable[[int], float]:
     return factor
 
 
-class _AdamW8bit(bnb.optim.PagedAdamW8bit):
-    """PagedAdamW8bit that accepts `optim_bits` per parameter group; bitsandbytes supports it only per parameter."""
-
-    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-        return super().get_config(gindex, pindex, group) | {k: group[k] for k in ("optim_bits",) if k in group}
-
-
 def make_optimizer(adapter: FlatLoRA, config: Config) -> torch.optim.Optimizer:
     """`paged_adamw8bit`: bitsandbytes' PagedAdamW8bit; `adamw`: torch's. Betas 0.9 and 0.999, eps 1e-8.
 
@@ -71,7 +65,7 @@ def make_optimizer(adapter: FlatLoRA, config: Config) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # the plan says it
-    optimizer = _AdamW8bit(groups, **options)
+    optimizer = AdamW8bit(groups, **options)
     optimizer.is_paged = adapter.largest >= PAGED_FROM
     return optimizer
 
@@ -94,6 +88,7 @@ class Stepper:
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.taken = self.skipped = self.skipped_in_a_row = 0
+        self.waits = self.device.type != "cuda" or adapter.largest >= PAGED_FROM
 
     @property
     def lr(self) -> float:
@@ -102,10 +97,13 @@ class Stepper:
 
     def scaled(self, factor: float) -> Tensor:
         """0-dim: a factor of the loss, times the loss scale."""
-        return self.scaler.scale(torch.tensor(factor, device=self.device))
+        return self.scaler.scale(torch.full((), factor, device=self.device))  # a copy from the CPU would wait
 
-    def step(self) -> tuple[float, bool]:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> tuple[float, bool]:
         """Take the optimizer step, unless a gradient is not finite.
+
+        Args:
+            meanwhile: called, if at all, when the step is queued on the device: before its outcome is known here.
 
         Returns:
             (global gradient norm before clipping, whether the step was taken).
@@ -114,14 +112,24 @@ class Stepper:
             TrainingError: this was the 20th skip in a row.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
-        taken = math.isfinite(norm)
-        if taken:
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm)
+        outcome, state = to_host(norm), self.optimizer.state.values()
+        ahead = meanwhile if state and not self.waits else None
+        if ahead or math.isfinite(outcome()):
+            tensors = [t for s in state for k, t in s.items() if isinstance(t, Tensor) and k != "step"]
+            before = [(t, t.clone()) for t in [*self.params, *tensors]] if ahead else []
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
             self.optimizer.step()  # scaler.step would ask the device once more whether the gradients are finite
+            for now, then in before:
+                now.data.copy_(torch.where(norm.isfinite(), now, then))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)  # they may be views of one flat tensor
+        if ahead:
+            ahead()
+        taken = math.isfinite(norm := outcome())
+        for s in state if ahead and not taken else ():
+            s["step"] -= 1
         self.taken += taken
         self.skipped += not taken
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1

@@ -132,10 +132,10 @@ def test_a_disk_that_stays_away_ends_the_run_after_ten_tries(make, no_waiting, c
     step = trainer.stepper.step
     away = faults.Faults(trainer.folder, lambda n: True, error)
 
-    def leave():
+    def leave(*meanwhile):
         if trainer.progress.step == 5:
             away.__enter__()
-        return step()
+        return step(*meanwhile)
 
     trainer.stepper.step = leave
     try:
@@ -226,10 +226,10 @@ def cut(make):  # noqa: F811
     trainer = make("cut", **{**OPTIONS, "held": 0})
     step = trainer.stepper.step
 
-    def crash():
+    def crash(*meanwhile):
         if trainer.progress.step == 7:
             raise Crash
-        return step()
+        return step(*meanwhile)
 
     trainer.stepper.step = crash
     with pytest.raises(Crash):
@@ -498,9 +498,9 @@ def test_memory_is_flat(make):  # noqa: F811
     trainer, seen = make(**options, learning_rate=1e-4), {}
     step = trainer.stepper.step
 
-    def watch():
+    def watch(*meanwhile):
         seen[trainer.progress.step] = rss(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        return step()
+        return step(*meanwhile)
 
     trainer.stepper.step = watch
     trainer.train()

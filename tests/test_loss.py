@@ -259,7 +259,7 @@ def test_the_loops_gradients_depend_neither_on_the_cut_nor_on_the_engine(
         )
     recorded = {}
 
-    def record(stepper):
+    def record(stepper, *meanwhile):
         recorded[at].append({n: p.grad.clone() for n, p in lora_parameters(trainer.base.model).items()})
         stepper.optimizer.zero_grad(set_to_none=False)
         return 1.0, True

@@ -65,10 +65,10 @@ def train_until_killed(trainer: Trainer) -> None:
     """Train; in the sixth step the process is killed."""
     take = trainer.stepper.step
 
-    def killed():
+    def killed(*meanwhile):
         if trainer.progress.step == 5:
             raise KeyboardInterrupt
-        return take()
+        return take(*meanwhile)
 
     trainer.stepper.step = killed
     with pytest.raises(KeyboardInterrupt):

@@ -78,11 +78,11 @@ def hard(trainer: Trainer, also=lambda trainer: None) -> Trainer:
     trainer.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=4)
     step, names = trainer.stepper.step, list(trained(trainer))
 
-    def wrapped():
+    def wrapped(*meanwhile):
         if trainer.progress.step == 5:
             trained(trainer)[names[-1]].grad[0, 0] = float("inf")
         also(trainer)
-        return step()
+        return step(*meanwhile)
 
     trainer.stepper.step = wrapped
     return trainer

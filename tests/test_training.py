@@ -471,10 +471,10 @@ def break_gradients(trainer: Trainer, steps: set[int]) -> None:
     """Put an inf into one gradient just before the optimizer steps (0-based) of `steps`."""
     inner, at, name = trainer.stepper.step, iter(range(10_000)), next(reversed(trained(trainer)))
 
-    def step():
+    def step(*meanwhile):
         if next(at) in steps:
             trained(trainer)[name].grad[0, 0] = math.inf
-        return inner()
+        return inner(*meanwhile)
 
     trainer.stepper.step = step
 
@@ -491,6 +491,33 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(make):
     assert steps[1]["lr"] == steps[2]["lr"], "the schedule went on over a skipped step"
     assert events[-1]["skipped"] == 2
     assert last_checkpoint(trainer.folder)["stepper"]["taken"] == 4
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw8bit", "adamw"])
+def test_gradients_computed_ahead_change_no_bit(make, optimizer):
+    """As on a GPU: the next step's gradients are queued before it is known whether this step's are finite."""
+    found = []
+    for waits in (True, False):
+        trainer = make(f"waits-{waits}", optimizer=optimizer, precision="fp16", epochs=4, eval_every=5, patience=100)
+        trainer.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=4)
+        trainer.stepper.waits, computed, inner = waits, [], trainer.feed.engine.loss_and_gradients
+
+        def compute(*given, computed=computed, inner=inner, trainer=trainer):
+            computed.append(trainer.progress.step)
+            return inner(*given)
+
+        trainer.feed.engine.loss_and_gradients = compute
+        break_gradients(trainer, {0, 3, 8})
+        trainer.train()
+        events = [{k: e[k] for k in ("step", "loss", "lr", "grad_norm", "skipped", "eval_loss") if k in e}
+                  for e in checkpoint.read_metrics(trainer.folder)]  # fmt: skip
+        found.append((events, {n: p.detach().clone() for n, p in trained(trainer).items()},
+                      last_checkpoint(trainer.folder)["stepper"], computed))  # fmt: skip
+    (events, weights, stepper, once), (others, same, again, ahead) = found
+    assert len(once) == len(ahead) and once != ahead, "nothing was computed ahead"
+    assert events == others
+    assert all(torch.equal(weights[n], same[n]) for n in weights)
+    assert_same(stepper, again)
 
 
 def test_twenty_skips_name_step_rows_and_checkpoint(make):

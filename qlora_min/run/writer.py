@@ -20,7 +20,7 @@ from ..data.measures import Evaluation
 from ..data.templates import tokenizer_to_save
 from ..loop import Progress, Recorder
 from ..lora import lora_parameters
-from ..optim import TrainingError
+from ..optim import SKIPS_IN_A_ROW, TrainingError
 from ..scale.processes import from_main, gather
 from ..system import console
 from ..system.console import say
@@ -119,13 +119,13 @@ class RunWriter(Recorder):
 
     def failed(self, error: Exception, progress: Progress, batch: Packed | None) -> Exception:
         """Explain an error: memory ran out, or too many steps in a row had gradients that are not finite."""
-        if isinstance(error, TrainingError):
+        if isinstance(error, TrainingError) and self.trainer.stepper.skipped_in_a_row == SKIPS_IN_A_ROW:
             rows = ", ".join(r.location for r in self.trainer.schedule[progress.step][:8])
             return TrainingError(
                 f"{error}, the last at step {progress.step + 1} with rows {rows}; {self.last_good()}. Lower "
                 "--learning-rate, look at those rows, or use --precision bf16 or fp32"
             )
-        if batch and is_out_of_memory(error):
+        if batch and is_out_of_memory(error) and not isinstance(error, TrainingError):  # else it is explained already
             return TrainingError(f"{explain_memory(self.trainer, progress.step, batch)}\n{self.how_to_go_on()}")
         return error
 

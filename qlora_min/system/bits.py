@@ -17,6 +17,7 @@ uncompiled, so we make it fail.
 import copy
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -112,3 +113,18 @@ def doubly_quantized(linear: nn.Module) -> bool:
     """Whether a layer's weight is held as `quantized` holds it: in blocks of 64, and their scales in blocks of 256."""
     state = getattr(linear.weight, "quant_state", None)
     return state is not None and state.blocksize == 64 and state.nested and state.state2.blocksize == 256
+
+
+class AdamW8bit(bnb.optim.PagedAdamW8bit):
+    """PagedAdamW8bit that accepts `optim_bits` per parameter group; bitsandbytes supports it only per parameter."""
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        return super().get_config(gindex, pindex, group) | {k: group[k] for k in ("optim_bits",) if k in group}
+
+    def step(self) -> None:
+        """As bitsandbytes', which also waits for the device after each tensor."""
+        if self.is_paged or not self.state:
+            return super().step()
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                self.update_step(group, p, g, i)

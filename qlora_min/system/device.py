@@ -95,6 +95,21 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def to_host(value: torch.Tensor) -> Callable[[], float]:
+    """Start to copy a number to the CPU; what is returned waits for it, and not for what is queued after it."""
+    if value.device.type != "cuda":
+        return value.item
+    copy, copied = torch.empty((), pin_memory=True), torch.cuda.Event()
+    copy.copy_(value, non_blocking=True)
+    copied.record()
+
+    def wait() -> float:
+        copied.synchronize()
+        return copy.item()
+
+    return wait
+
+
 def total_bytes(device: torch.device) -> int:
     """The total memory of the device, in bytes."""
     if device.type == "cuda":
