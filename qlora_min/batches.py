@@ -17,7 +17,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .chat import ChatEncoder
@@ -91,27 +90,31 @@ def pack(
     lengths = [len(r) for r in rows]
     total = sum(lengths)
     n_tokens = n_tokens or total
-    input_ids = torch.cat([r.input_ids for r in rows]).long()
-    supervised = torch.cat([r.supervised for r in rows])
-    ends = torch.tensor([0, *lengths]).cumsum(0)
+    # In NumPy: small operations cost PyTorch several times as much on the CPU, and this is done for every micro-batch.
+    input_ids = np.concatenate([r.input_ids.numpy() for r in rows], dtype=np.int64)
+    supervised = np.concatenate([r.supervised.numpy() for r in rows])
+    ends = np.cumsum([0, *lengths], dtype=np.int64)
     supervised[ends[:-1]] = False  # the first token of a row has no predecessor
-    positions = supervised.nonzero()[:, 0] - 1
-    repeats = torch.tensor(lengths)
-    position_ids = torch.arange(total) - ends[:-1].repeat_interleave(repeats)
-    places = torch.tensor(range(len(rows)) if row_ids is None else row_ids).repeat_interleave(repeats)
+    positions = supervised.nonzero()[0] - 1
+    position_ids = np.arange(total) - ends[:-1].repeat(lengths)
+    places = np.array(range(len(rows)) if row_ids is None else row_ids, np.int32).repeat(lengths)
     pad_tokens, pad_positions = n_tokens - total, (n_supervised or len(positions)) - len(positions)
     pad_rows = 1 + n_rows - len(rows) if n_rows else int(pad_tokens > 0)  # a row of padding, the others without tokens
     longest = max([*lengths, pad_tokens])
     max_seqlen = min(n_tokens, max_seqlen or longest)
     assert min(pad_tokens, pad_positions, pad_rows, max_seqlen - longest) >= 0
+
+    def padded(values: np.ndarray, n: int, value: int = 0) -> Tensor:
+        return torch.from_numpy(np.concatenate([values, np.full(n, value, values.dtype)]))
+
     return Packed(
-        input_ids=F.pad(input_ids, (0, pad_tokens)),
-        position_ids=F.pad(position_ids, (0, pad_tokens)),
-        row_ids=F.pad(places, (0, pad_tokens)).int(),
-        cu_seqlens=torch.cat([ends, ends.new_full((pad_rows,), n_tokens)]).int(),
-        loss_positions=F.pad(positions, (0, pad_positions)),
-        targets=F.pad(input_ids[positions + 1], (0, pad_positions)),
-        loss_weights=F.pad(torch.ones(len(positions)), (0, pad_positions)),
+        input_ids=padded(input_ids, pad_tokens),
+        position_ids=padded(position_ids, pad_tokens),
+        row_ids=padded(places, pad_tokens),
+        cu_seqlens=padded(ends.astype(np.int32), pad_rows, n_tokens),
+        loss_positions=padded(positions, pad_positions),
+        targets=padded(input_ids[positions + 1], pad_positions),
+        loss_weights=padded(np.ones(len(positions), np.float32), pad_positions),
         max_seqlen=max_seqlen,
         n_tokens=total,
         n_supervised=len(positions),

@@ -44,7 +44,7 @@ class Row:
     @property
     def n_supervised(self) -> int:
         """The number of supervised tokens, without the first of the row, which is not predicted."""
-        return int(self.supervised[1:].sum())
+        return int(np.count_nonzero(self.supervised.numpy()[1:]))
 
     @property
     def answer_start(self) -> int:
