@@ -11,7 +11,7 @@ the softmax of those logits over the row's options.
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -83,24 +83,21 @@ def _measure(engine: Engine, rows: Sequence[Row], n_rows: int) -> Evaluation:
     states = engine.hidden_states(batch)[positions]
     answer_at, offset = {}, 0  # row -> the supervised position at which its option is chosen
     for i, row in enumerate(rows):
-        if row.choices:
-            answer_at[i] = offset + int(row.supervised[1 : row.choices[2]].sum())  # after any earlier supervised tokens
+        if row.choices:  # after any earlier supervised tokens
+            answer_at[i] = offset + int(np.count_nonzero(row.supervised.numpy()[1 : row.choices[2]]))
         offset += row.n_supervised
-    losses, right, chosen = [], [], {}
+    losses, right, of_options = [], [], []
     for start in range(0, len(states), LOGIT_ROWS):
         logits, wanted = engine.logits(states[start : start + LOGIT_ROWS]), targets[start : start + LOGIT_ROWS]
         losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
         right.append((logits.argmax(-1) == wanted).sum())
-        for i, at in answer_at.items():
-            if start <= at < start + len(logits):
-                of_options = logits[at - start, list(rows[i].choices[0])]
-                chosen[i] = torch.stack([of_options.argmax().to(logits.dtype), of_options.softmax(-1).max()])
+        asked = [(at - start, rows[i].choices[0]) for i, at in answer_at.items() if 0 <= at - start < len(logits)]
+        if asked:  # of all rows at once, since every index waits for the device
+            of_options.append(logits[tuple(zip(*((at, first) for at, firsts in asked for first in firsts)))])
 
-    def numbers(tensors: Iterable[torch.Tensor]) -> list:  # asks the device once
-        return torch.stack([*tensors]).tolist() if tensors else []
-
-    choices = []
-    for i, (at, probability) in zip(chosen, numbers(chosen.values())):
+    choices, counts = [], [len(rows[i].choices[0]) for i in answer_at]
+    for i, scores in zip(answer_at, torch.cat(of_options).cpu().split(counts) if counts else ()):
         names = option_letters(engine.base, rows[i])
-        choices.append(Choice(names[rows[i].choices[1]], names[int(at)], probability, 1 / len(names)))
-    return Evaluation(len(rows), len(targets), sum(numbers(losses)), sum(numbers(right)), tuple(choices))
+        right_one, chosen = names[rows[i].choices[1]], names[int(scores.argmax())]
+        choices.append(Choice(right_one, chosen, float(scores.softmax(-1).max()), 1 / len(names)))
+    return Evaluation(len(rows), len(targets), sum(map(float, losses)), sum(map(int, right)), tuple(choices))

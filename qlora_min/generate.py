@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig
 
 from .base import Base
 from .system.device import autocast, unless_out_of_memory
+
+# Without cuDNN, which PyTorch prefers on Hopper: it makes a plan for each length of the keys, so for each token anew.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **how: Any) -> list[str]:
@@ -46,7 +50,7 @@ def _generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     was_training = model.training
     model.eval()
     try:
-        with autocast(device, base.dtype):
+        with autocast(device, base.dtype), sdpa_kernel(BACKENDS):
             out = model.generate(
                 input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer,
                 synced_gpus=base.sharded,  # processes that gather layers together go on until the last answer ends

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,29 @@ def test_choices_are_those_of_the_whole_rows_logits(base, engine, rows):
     assert result.option_rows == len(choices.hits) == 23
     assert result.option_accuracy == choices.hits.mean()
     assert 0.25 <= choices.confidence.min() < choices.confidence.max() < 1
+
+
+def test_rows_of_a_batch_may_have_different_numbers_of_options(base, engine, rows):
+    fewer = [replace(r, choices=(r.choices[0][: 2 + i % 3], 0, r.choices[2])) for i, r in enumerate(rows[:7])]
+    mixed = [*fewer, rows[23]]
+    found = evaluate_rows(engine, mixed, 8).choices
+    ordered = sorted(fewer, key=len)
+    expected = [option_probabilities(base, r) for r in ordered]
+    assert [c.chance for c in found] == [1 / len(r.choices[0]) for r in ordered]
+    assert [c.chosen for c in found] == ["ABCD"[p.argmax()] for p in expected]
+    assert [c.probability for c in found] == pytest.approx([p.max().item() for p in expected], abs=1e-5)
+
+
+def test_generation_leaves_cudnn_out(base, rows):
+    """It plans for each length of the keys: 2.5 ms a layer and token. All other kernels of attention may be chosen."""
+    enabled = torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled
+    enabled = *enabled, torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.cudnn_sdp_enabled
+    before, seen = [f() for f in enabled], []
+    hook = base.model.register_forward_pre_hook(lambda *_: seen.append([f() for f in enabled]))
+    generate(base, [rows[0].input_ids.tolist()], 2)
+    hook.remove()
+    assert seen and all(found == [True, True, True, False] for found in seen)
+    assert [f() for f in enabled] == before
 
 
 def test_parts_join_to_the_whole(engine, rows):
