@@ -48,11 +48,7 @@ class AdapterConfig:
 
 
 def save_adapter(
-    folder: Path,
-    model: nn.Module,
-    config: AdapterConfig,
-    tokenizer: Any,
-    weights: dict[str, Tensor] | None = None,
+    folder: Path, model: nn.Module, config: AdapterConfig, tokenizer: Any, weights: dict[str, Tensor] | None = None
 ) -> None:
     """Write the adapter of `model` (or `weights`, an earlier state of it), tokenizer and template into a folder."""
     tokenizer.save_pretrained(folder)
@@ -113,8 +109,7 @@ def load_adapter(
     config = AdapterConfig.read(folder)
     name, revision = (model, None) if model else (config.base_model, config.revision)
     bits = trained_on(folder, config.quantization, quantization)
-    encoder = load_encoder(name, revision, adapter=folder)
-    base = load_base(name, bits, precision, device, revision, encoder)
+    base = load_base(name, bits, precision, device, revision, load_encoder(name, revision, adapter=folder))
     attach(base, folder, config)
     base.model.eval()
     return base

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from qlora_min.adapter import WEIGHTS, save_adapter
 from qlora_min.base import load_base
 from qlora_min.chat import ChatEncoder
 from qlora_min.cli.gguf import QUESTION, convert, modelfile
-from qlora_min.data.templates import tokenizer_to_save
+from qlora_min.data.templates import SavedOnce, tokenizer_to_save
 from qlora_min.demo import world
 from qlora_min.generate import generate
 from qlora_min.merging import merge_adapter
@@ -92,6 +93,33 @@ def test_a_tokenizer_in_use_keeps_its_eos(another_eos):
         tokenizer("a<|im_end|><|endoftext|>")["input_ids"] == saved("a<|im_end|><|endoftext|>")["input_ids"] == before
     )
     assert tokenizer_to_save(ChatEncoder(saved)) is saved
+
+
+def test_a_tokenizer_is_serialised_once_and_saved_the_same_each_time(another_eos, tmp_path, monkeypatch):
+    """Also with several templates, of which all but one are files of a folder; a save that failed counts for nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(another_eos)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(tmp_path / "own")
+    made, save = [], tokenizer.save_pretrained
+
+    def counted(folder):
+        made.append(folder)
+        save(folder)
+        if len(made) == 1:
+            raise OSError("full")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", counted)
+    saved = SavedOnce(tokenizer)
+    for name in ("failed", "first", "second"):
+        (tmp_path / name).mkdir()
+        with suppress(OSError):
+            saved.save_pretrained(tmp_path / name)
+
+    def content(name):
+        return {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+
+    assert len(made) == 2 and len(content("own")) == 4
+    assert content("own") == content("first") == content("second")
 
 
 def test_a_template_that_writes_the_eos_token_writes_the_same(another_eos, tmp_path):

@@ -66,6 +66,22 @@ def tokenizer_to_save(encoder: Any) -> Any:
     return saved
 
 
+class SavedOnce:
+    """A tokenizer for saving, whose files are made once and then kept: 11 MB of vocabulary take 0.1 s each time."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.files = tokenizer, {}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """As the tokenizer's own, into a new folder."""
+        if not self.files:
+            self.tokenizer.save_pretrained(folder)
+            self.files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
 class Template:
     """A tokenizer's chat template.
 

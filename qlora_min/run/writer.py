@@ -17,7 +17,7 @@ import torch
 from ..adapter import AdapterConfig, save_adapter
 from ..batches import Packed, Schedule
 from ..data.measures import Evaluation
-from ..data.templates import tokenizer_to_save
+from ..data.templates import SavedOnce, tokenizer_to_save
 from ..loop import Progress, Recorder
 from ..lora import lora_parameters
 from ..optim import SKIPS_IN_A_ROW, TrainingError
@@ -50,7 +50,7 @@ class RunWriter(Recorder):
     def __init__(self, trainer: Any):
         self.trainer = weakref.proxy(trainer)  # no cycle: a dropped Trainer releases its lock
         self.folder = trainer.folder
-        self.tokenizer = tokenizer_to_save(trainer.base.encoder)
+        self.tokenizer = SavedOnce(tokenizer_to_save(trainer.base.encoder))
         self.metrics = checkpoint.Metrics(self.folder)
         self.best: dict[str, torch.Tensor] = {}
         self.saved: tuple[int, int] | None = None
