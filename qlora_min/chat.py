@@ -14,10 +14,10 @@ control token: `<|im_end|>` written in a question is tokenised as ordinary text.
 
 import functools
 import itertools
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from .data.examples import BadRow, Example, Message
@@ -121,25 +121,24 @@ class ChatEncoder:
     def _row(self, example: Example, segments: Sequence[Segment], encoded: Sequence[list[int]]) -> Row:
         answers = [i for i, m in enumerate(example.messages) if m["role"] == "assistant"]
         wanted = {*(answers if self.train_on == "all" else answers[-1:])} - {*example.unlearned}
-        ids, supervised = [], []
+        ids, supervised = [], bytearray()
         for (_, i), segment in zip(segments, encoded):
             learned = segment.index(self.end_id) + 1 if i in wanted and self.end_id in segment else 0
             ids += segment
-            supervised += [True] * learned + [False] * (len(segment) - learned)
+            supervised += b"\1" * learned + bytes(len(segment) - learned)
             wanted -= {i} if learned else set()
         control = sum(len(self.template.control.findall(part)) for parts, _ in segments for part in parts)
         if sum(map(self.special_ids.__contains__, ids)) != control:
             raise ValueError("a text turns into a control token of the tokenizer even when cut")
-        if True not in supervised:
+        if 1 not in supervised:
             raise ValueError("no answer carries a loss" + (f": {NOT_A_PROMPT}" if wanted else ""))
         begun = {i for _, i in segments}
         for i in wanted:
             self.template.notes[f"answers carry no loss: {NO_END if i in begun else NOT_A_PROMPT}"] += 1
         choices = self._choices(example, segments, ids, len(ids) - len(encoded[-1])) if learned else None
-        end = len(supervised) - supervised[::-1].index(True)  # nothing is learned from what follows
-        ids, supervised = np.array(self._checked(ids[:end]), np.int32), np.array(supervised[:end], bool)
-        # from_numpy, since tensors are made from lists slowly
-        return Row(torch.from_numpy(ids), torch.from_numpy(supervised), example.location, choices)
+        end = supervised.rindex(1) + 1  # nothing is learned from what follows
+        ids = torch.frombuffer(array("i", self._checked(ids[:end])), dtype=torch.int32)
+        return Row(ids, torch.frombuffer(supervised, dtype=torch.bool, count=end), example.location, choices)
 
     def _choices(
         self, example: Example, segments: Sequence[Segment], ids: list[int], start: int
