@@ -90,8 +90,7 @@ def _compare(args: argparse.Namespace, emit: Emit) -> int:
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, columns=args.columns)
     print(table(parts), flush=True)
     rows = Rows.join(part.rows for part in parts)
-    precision = resolve_precision("auto", pick_device())
-    results = compare_merges(adapter, rows, args.model, precision, args.quantization)
+    results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()), args.quantization)
     for name, r in results.items():
         options = "" if r.option_accuracy is None else f"   option accuracy {r.option_accuracy:.1%}"
         print(f"{name:<42} loss {r.loss:.4f}{options}")

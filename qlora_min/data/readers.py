@@ -424,8 +424,7 @@ def _read_parquet(path: Path, columns: Columns) -> Raw:
     try:
         with _seekable(path) as source, pq.ParquetFile(source, pre_buffer=False) as file:
             used = list(columns.find(file.schema_arrow.names, str(path)).values())
-            batches = file.iter_batches(batch_size=256, columns=used)
-            rows = itertools.chain.from_iterable(map(_batch_rows, batches))
+            rows = itertools.chain.from_iterable(map(_batch_rows, file.iter_batches(batch_size=256, columns=used)))
             yield from _numbered(rows, str(path), file.metadata.num_rows, path.name)
     except (pa.ArrowException, OSError):
         raise ValueError(f"{path}: not a readable Parquet file (damaged, cut short, or of another kind)") from None

@@ -96,8 +96,7 @@ def _names(dataset: Dataset) -> tuple[str, ...]:
     if isinstance(dataset, Mapping):
         raise ValueError(f"dataset: got a mapping of {shown(list(dataset))}; pass a list of rows, or one split of it")
     items = list(dataset)
-    named = all(isinstance(item, str | Path) for item in items)
-    return tuple(map(str, items)) if named else (give(items),)
+    return tuple(map(str, items)) if all(isinstance(item, str | Path) for item in items) else (give(items),)
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,9 @@ def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values
     for key in {"model", "adapter", "chat_template", "dataset", "eval_dataset"} & options.keys():
         options[key] = [named(name) for name in options[key]] if "dataset" in key else named(options[key])
 
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    environment.filters.update(json=to_json, named=named)
-    template = environment.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
+    jinja = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    jinja.filters.update(json=to_json, named=named)
+    template = jinja.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
     text = template.render(
         config=config, record=record, front=front, options=options, hub_id=hub_id, version=__version__,
         four_bit=config.quantization in ("nf4", "fp4"), measures=MEASURES, beside=beside, **values,

@@ -34,8 +34,7 @@ def encoder_of(
         own = resumed / "adapter"
     if own:
         AdapterConfig.read(own)  # checks the folder
-    settings = {"train_on": config.train_on, "date": date}
-    return load_encoder(config.model, revision, config.chat_template, own, **settings)
+    return load_encoder(config.model, revision, config.chat_template, own, train_on=config.train_on, date=date)
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ def unusable(tensor: torch.Tensor) -> str:
     """Why a tensor can't be a weight: "is stored as int64, ...", "holds NaN or infinite values"; "" if it can."""
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"is stored as {str(tensor.dtype).removeprefix('torch.')}, expected fp16, bf16 or fp32"
-    finite = torch.stack(tensor.aminmax()).isfinite().all()  # NaN is its own minimum
-    return "" if finite else "holds NaN or infinite values"
+    # NaN is its own minimum
+    return "" if torch.stack(tensor.aminmax()).isfinite().all() else "holds NaN or infinite values"
 
 
 class PackedWeights:
