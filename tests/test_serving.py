@@ -96,7 +96,7 @@ def test_a_tokenizer_in_use_keeps_its_eos(another_eos):
 
 
 def test_a_tokenizer_is_serialised_once_and_saved_the_same_each_time(another_eos, tmp_path, monkeypatch):
-    """Also with several templates, of which all but one are files of a folder; a save that failed counts for nothing."""
+    """Also with several templates, all but one of them files of a folder. A save that failed counts for nothing."""
     tokenizer = AutoTokenizer.from_pretrained(another_eos)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
     tokenizer.save_pretrained(tmp_path / "own")
