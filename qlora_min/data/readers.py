@@ -17,10 +17,8 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 import stat
 import string
-import tempfile
 import warnings
 import zlib
 from collections import Counter
@@ -422,24 +420,12 @@ def _read_parquet(path: Path, columns: Columns) -> Raw:
     import pyarrow.parquet as pq
 
     try:
-        with _seekable(path) as source, pq.ParquetFile(source, pre_buffer=False) as file:
+        with _opened(path) as source, pq.ParquetFile(source, pre_buffer=False) as file:
             used = list(columns.find(file.schema_arrow.names, str(path)).values())
             rows = itertools.chain.from_iterable(map(_batch_rows, file.iter_batches(batch_size=256, columns=used)))
             yield from _numbered(rows, str(path), file.metadata.num_rows, path.name)
     except (pa.ArrowException, OSError):
         raise ValueError(f"{path}: not a readable Parquet file (damaged, cut short, or of another kind)") from None
-
-
-@contextlib.contextmanager
-def _seekable(path: Path) -> Iterator[Path | BinaryIO]:
-    """A file, or its decompressed copy on disk."""
-    if path.suffix.lower() != ".gz":
-        yield path
-        return
-    with tempfile.TemporaryFile(prefix="qlora_min-") as copy:
-        with gzip.open(path) as file:
-            shutil.copyfileobj(file, copy)
-        yield copy
 
 
 def _numbered(rows: Iterable[Any], name: str, total: int, label: str) -> Raw:
