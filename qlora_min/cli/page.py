@@ -72,15 +72,12 @@ def evaluation(evaluated: Path | str, found: Comparison, precision: str) -> str:
     events = _drawn(checkpoint.read_metrics(run_dir)) if run_dir else []
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return ENVIRONMENT.from_string(template).render(
+        found=found,
         title=title,
-        labels=found.sides,
         precision=precision,
         date=time.strftime("%Y-%m-%d"),
         wholes=[*zip(found.sides, wholes)],
-        after=wholes[-1],
-        measures=found.whole(),
         each=[(name, [*zip(found.sides, results)]) for name, *results in parts],
-        tables=found.parts(),
         events=events,
         curves=any("loss" in e for e in events) and _svg(draw_curves, {"": events}),
         calibration=wholes[-1].option_rows
