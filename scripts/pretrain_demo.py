@@ -11,7 +11,6 @@ Takes five to seven minutes on one CPU thread; the same seed gives the same weig
 """
 
 import argparse
-import json
 import random
 import re
 import time
@@ -19,9 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from qlora_min.demo.world import CONDITIONS, DRUGS, LETTERS, QUESTIONS, TREATMENT, row
 
@@ -62,15 +60,12 @@ def repeat(rng: random.Random) -> str:
 MIXTURE = {sentences: 1, chat: 2, choose: 6, repeat: 0.5}
 
 
-def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def build_tokenizer(folder: Path) -> Qwen2Tokenizer:
     """Train a tokenizer like Qwen2's, byte-level BPE, until each word and name of the documents is one token."""
     rng = random.Random(0)
     docs = [kind(rng) for kind in MIXTURE for _ in range(3000)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([split, byte_level]), decoders.ByteLevel()
+    tokenizer, like = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = like.normalizer, like.pre_tokenizer, like.decoder
     # Texts are split after a space before a capital letter, so that no merge joins the two: a name is then the same
     # token in a sentence (after a space), in an option list and in an answer.
     texts = [part for doc in docs for part in re.split(r"[\[\]]|<\|\w+\|>|(?<= )(?=[A-Z])", doc)] + ["system\n"] * 9
@@ -78,16 +73,11 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(SPECIAL)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=512
+    fast = Qwen2Tokenizer(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", model_max_length=512, chat_template=CHAT_TEMPLATE
     )
-    fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder, save_jinja_files=False)
-    # transformers 5 uses Qwen2Tokenizer for any Qwen2 model, and earlier versions read it in the same way.
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "Qwen2Tokenizer"}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return AutoTokenizer.from_pretrained(folder)
+    return fast
 
 
 def encode(docs: list[str], tokenizer: Tokenizer) -> list[list[tuple[int, float]]]:
