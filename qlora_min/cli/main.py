@@ -16,7 +16,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -102,14 +102,11 @@ def _output(args: argparse.Namespace) -> Iterator[Emit]:
         if args.json and is_first_process():
             print(json.dumps(value), file=out, flush=True)
 
-    if not args.json and not getattr(args, "quiet", False) and is_first_process():
-        yield emit
-        return
-    with (
-        open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere,
-        redirect_stdout(nowhere),
-        patch.dict(os.environ, TQDM_DISABLE="1"),
-    ):
+    with ExitStack() as silence:
+        if args.json or getattr(args, "quiet", False) or not is_first_process():
+            nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
+            silence.enter_context(redirect_stdout(nowhere))
+            silence.enter_context(patch.dict(os.environ, TQDM_DISABLE="1"))
         yield emit
 
 
