@@ -58,12 +58,6 @@ def random_nf4() -> Iterator[None]:
     block = quantized(some, "nf4", torch.float16)  # its 256 scales have one scale in fp32
     parts = block.quant_state.as_dict(packed=True)
 
-    def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-        found = {}
-        for name, tensor, linear in _weights_of(folder):
-            found |= {name: tuple(tensor.shape)} | (dict.fromkeys((f"{name}.{p}" for p in parts), ()) if linear else {})
-        return found
-
     def read(folder: Path) -> Iterator[tuple[str, Any]]:
         from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
@@ -86,7 +80,10 @@ def random_nf4() -> Iterator[None]:
                     value = repeated(part, -(-n // (64 if part == "absmax" else 64 * 256)))
                 yield f"{name}.{part}", value
 
-    with patch.object(weights, "read_weights", read), patch.object(weights, "weight_shapes", shapes_of):
+    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in read(folder)}
+
+    with patch.multiple(weights, read_weights=read, weight_shapes=shapes):
         yield
 
 
