@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa  # comes with datasets
 
 from ..system import console
-from ..system.text import first_line
+from ..system.text import first_line, refusing
 from .examples import BadRow, BadRows, Example
 from .layouts import EXPECTED, NAMES, Columns, parse_columns, to_example
 
@@ -460,10 +460,8 @@ def _is_saved(path: Path) -> bool:
 def _read_saved(source: str, folder: Path, split: str, columns: Columns) -> Raw:
     import datasets
 
-    try:
+    with refusing(f"data set '{source}': can't be loaded"):
         data = datasets.load_from_disk(folder)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as e:
-        raise ValueError(f"data set '{source}': can't be loaded ({first_line(e)})") from None
     if isinstance(data, datasets.DatasetDict):
         if (split or "train") not in data:
             raise ValueError(f"data set '{source}': {_one_of('split', list(data), f'{folder}::')}")

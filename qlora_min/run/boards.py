@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..system.console import say
-from ..system.text import clipped
+from ..system.text import clipped, refusing
 from .checkpoint import events_in, is_finished, read_record
 
 NO_SCALARS = ("step", "seconds")
@@ -111,11 +111,9 @@ class WeightsAndBiases(Board):
         Raises:
             ValueError: there is no account, or no network.
         """
-        try:
+        fix = "log in with `wandb login`, or set WANDB_MODE=offline"
+        with refusing(f"--report wandb: {self.title} can't begin", fix):  # errors are of wandb's own types
             self.begin()
-        except Exception as e:  # wandb's own types
-            fix = "log in with `wandb login`, or set WANDB_MODE=offline"
-            raise ValueError(f"--report wandb: {self.title} can't begin ({clipped(e)}); {fix}") from None
 
     def show(self, scalars: dict[str, float], step: int, time: float) -> None:
         """Keep scalars until their step is complete, since W&B takes none of an earlier step than its last: what a

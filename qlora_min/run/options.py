@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import FIELDS, Config
+from ..system.text import refusing
 
 REMOVED = {"packing": "--engine modules|fused"}  # options of earlier versions -> what there is instead
 WORDS = {  # option, or option and value -> what transformers, peft, trl and the tools built on them call it
@@ -121,12 +122,10 @@ def read_toml(path: str) -> dict[str, Any]:
     Raises:
         ValueError: the file can't be read or is not TOML, or a name or a value is not valid.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise ValueError(f"--config {path}: can't be read ({e.strerror}); expected a TOML file of options") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"--config {path}: not valid TOML ({e})") from None
+    with refusing(f"--config {path}: can't be read", "expected a TOML file of options", OSError):
+        content = Path(path).read_bytes()
+    with refusing(f"--config {path}: not valid TOML"):
+        values = tomllib.loads(content.decode("utf-8-sig"))
     return parse_values(values, path)
 
 

@@ -6,8 +6,8 @@ finish    the best adapter back in the model, samples, curves, and what to do ne
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ..system.console import say
 from ..system.device import available, pick_device, resolve_precision
 from ..system.files import write_json
 from ..system.started import command
+from ..system.text import refusing
 from . import checkpoint, forecast, resume, start
 from .boards import BOARDS, shown_on
 from .datasets import Data, encoder_of, read_data, table
@@ -40,16 +41,8 @@ from .plan import describe
 from .signals import Signals
 from .writer import RunWriter
 
+SPACE = "expected a folder with space"
 SMALL = 256  # hidden size up to which one CPU thread is faster than several
-
-
-@contextmanager
-def writing(option: str) -> Iterator[None]:
-    """Before training, an OSError becomes a ValueError that names the option; during training, writing is retried."""
-    try:
-        yield
-    except OSError as e:
-        raise ValueError(f"{option}: can't be written to ({e.strerror or e}); expected a folder with space") from None
 
 
 class Trainer:
@@ -81,7 +74,7 @@ class Trainer:
             with together():
                 join()
                 if resume and process_index() == 0:
-                    with writing(f"--resume {resume}"):
+                    with refusing(f"--resume {resume}: can't be written to", SPACE, OSError):
                         self.lock = checkpoint.Lock(resume)  # before anything in the directory is read
                 self._prepare(config, resume, data)
                 from_main(lambda: self._begin() if write and resume is None else None)
@@ -176,7 +169,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Create the run's directory, lock it and write config.json."""
-        with writing(f"--output-dir {self.folder}"):
+        with refusing(f"--output-dir {self.folder}: can't be written to", SPACE, OSError):  # later it is tried again
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = checkpoint.Lock(self.folder)
             resume.output_directory(self.config)  # again: another process may have taken it while we loaded

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .hub import refusing
+from .text import refusing
 
 with patch.object(torch, "compile", side_effect=RuntimeError("not while bitsandbytes is imported")):
     import bitsandbytes as bnb

@@ -5,7 +5,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import transformers
 
 from . import console
 from .files import check_links, read_json
-from .text import clipped, first_line, refuse_secrets, shown
+from .text import clipped, first_line, refuse_secrets, refusing, shown
 from .weights import weight_shapes
 
 # The files of a model to download: no code and no pickles; the weights last.
@@ -252,12 +251,3 @@ def read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
         values.pop("quantization_config", None)
         ministral = values["model_type"] == "mistral" and "layer_types" in values  # as AutoConfig has it
         return transformers.CONFIG_MAPPING["ministral" if ministral else values["model_type"]].from_dict(values)
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Convert any error in this context to a ValueError of one line: damaged files cause errors of every type."""
-    try:
-        yield
-    except Exception as e:
-        raise ValueError(f"{what} ({clipped(first_line(e))})") from None

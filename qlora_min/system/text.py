@@ -3,6 +3,8 @@
 import os
 import re
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _REPR = reprlib.Repr()
@@ -24,6 +26,17 @@ def clipped(text: object, limit: int = 160) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def refusing(what: str, fix: str = "", errors: type | tuple[type, ...] = Exception) -> Iterator[None]:
+    """Convert errors in this context to a ValueError of one line, `WHAT (error); FIX`: by default any, since damaged
+    files cause errors of every type."""
+    try:
+        yield
+    except errors as e:
+        why = getattr(e, "strerror", None) or first_line(e)
+        raise ValueError(f"{what} ({clipped(why)}){fix and '; '}{fix}") from None
 
 
 _SECRETS = re.compile(r"(?<=://)\S*@|[^\s/]+:[^\s/]+@|\bhf_[A-Za-z0-9]{20,}")  # user:password@, hub tokens

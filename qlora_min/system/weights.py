@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from .files import _once, read_json
-from .text import clipped, shown
+from .text import clipped, refusing, shown
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -75,13 +75,9 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> Iterator[t
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as f:
-            yield f
-    except (OSError, SafetensorError, ValueError) as e:
-        raise ValueError(
-            f"{path}: damaged or missing weights ({clipped(e)}); copy or download the file again"
-        ) from None
+    damaged = refusing(f"{path}: damaged or missing weights", "copy or download the file again")
+    with damaged, safe_open(path, framework="pt") as f:
+        yield f
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
