@@ -115,14 +115,12 @@ def _compare(rows: Rows, apart: Rows) -> tuple[dict[str, list[Pair]], dict[str, 
     seen: dict[tuple, int] = {}  # (question,), (question, options), (question, options, answer) -> the first row
     for i, row in enumerate(console.bar(len(rows), "answers", "row", iterable=rows)):
         key = (row.example.question_hash, *_options_and_answer(row.example))
-        if key in seen:
-            pairs["repeated"].append((row.location, rows[seen[key]].location, 1.0))
-        elif key[:2] in seen:
-            pairs["conflicts"].append((row.location, rows[seen[key[:2]]].location, 1.0))
-        questions[i], repeated[i] = key[0], key in seen
-        contradicting[i] = seen.get(key[:2], i) != seen.get(key, i)
-        for n in (1, 2, 3):
-            seen.setdefault(key[:n], i)
+        _, first, same = (seen.setdefault(key[:n], i) for n in (1, 2, 3))
+        if same < i:
+            pairs["repeated"].append((row.location, rows[same].location, 1.0))
+        elif first < i:
+            pairs["conflicts"].append((row.location, rows[first].location, 1.0))
+        questions[i], repeated[i], contradicting[i] = key[0], same < i, first < same
 
     asked = {key[0]: i for key, i in seen.items() if len(key) == 1}  # question -> the first row with it
     held = {row.example.question_hash: row.location for row in reversed(apart)}
