@@ -164,19 +164,18 @@ def hub_answer(error: BaseException, name: str, kind: str = "model") -> str:
     when = f"in {wait} s" if wait else "later"
     address = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     local, log_in = "file" if kind == "dataset" else "folder", "log in (`hf auth login` or HF_TOKEN)"
-    for error_type, text in (
-        (GatedRepoError, f"access is restricted; accept the licence at {address}, then {log_in}"),
-        (RevisionNotFoundError, "the Hugging Face hub has no such revision of it"),
-        (RepositoryNotFoundError, f"not on the Hugging Face hub, and no local {local}; if it is private, {log_in}"),
-    ):
-        if isinstance(answer, error_type):
-            return text
-    other = f"the Hugging Face hub answers HTTP {code} ({clipped(answer, 80)})"
-    return {
-        401: f"the Hugging Face hub wants a valid token (HTTP 401), and got none or a wrong one; {log_in}",
-        403: f"the token may not read it (HTTP 403); look at {address}, then {log_in} with one that may",
-        429: f"too many requests to the Hugging Face hub (HTTP 429); try again {when}, or {log_in} to be allowed more",
-    }.get(code, f"the Hugging Face hub is not available (HTTP {code}); try again {when}" if code >= 500 else other)
+    hub, unknown = "the Hugging Face hub", isinstance(answer, RepositoryNotFoundError)
+    meanings = (  # the first that is true
+        (isinstance(answer, GatedRepoError), f"access is restricted; accept the licence at {address}, then {log_in}"),
+        (isinstance(answer, RevisionNotFoundError), f"{hub} has no such revision of it"),
+        (unknown, f"not on the Hugging Face hub, and no local {local}; if it is private, {log_in}"),
+        (code == 401, f"{hub} wants a valid token (HTTP 401), and got none or a wrong one; {log_in}"),
+        (code == 403, f"the token may not read it (HTTP 403); look at {address}, then {log_in} with one that may"),
+        (code == 429, f"too many requests to {hub} (HTTP 429); try again {when}, or {log_in} to be allowed more"),
+        (code >= 500, f"{hub} is not available (HTTP {code}); try again {when}"),
+        (True, f"{hub} answers HTTP {code} ({clipped(answer, 80)})"),
+    )
+    return next(text for applies, text in meanings if applies)
 
 
 def _refusal(error: BaseException, name: str, kind: str) -> Any:
