@@ -54,7 +54,6 @@ class Board:
                     numbers = {k: v for k, v in line.items() if type(v) in (int, float) and k not in NO_SCALARS}
                     scalars = {f"{line['event']}/{k.removeprefix('eval_')}": v for k, v in numbers.items()}
                     self.show(scalars, line["step"], began + self.seconds)
-            self.flush()
             self.read, self.failed = self.read + len(lines), False
         except Exception as e:  # by the disk; TensorFlow, if installed, raises it as another type than OSError
             if not self.failed:
@@ -63,9 +62,6 @@ class Board:
 
     def start(self) -> None:
         """Called before training."""
-
-    def flush(self) -> None:
-        """Called after some lines have been shown."""
 
 
 class TensorBoard(Board):
@@ -81,8 +77,6 @@ class TensorBoard(Board):
     def show(self, scalars: dict[str, float], step: int, time: float) -> None:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step, time)
-
-    def flush(self) -> None:
         self.writer.flush()
 
     def end(self) -> None:
