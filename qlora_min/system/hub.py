@@ -55,36 +55,30 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
     return folder, folder.name
 
 
-class _Bar(console.Bar):
-    """What snapshot_download makes its bars of: the one that counts the bytes on disk is shown, as our bars are.
-
-    Subclasses have the model's `name` and a list of the bars that were `made`, which the library leaves open.
-    """
-
-    name: str
-    made: list[console.Bar]
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        shown = kwargs.get("unit") == "B" and kwargs.get("desc") != "Downloading bytes" and console.shows_bars()
-        fixed = {"desc": self.name, "leave": False, "dynamic_ncols": True, "disable": not shown}
-        super().__init__(*args, **kwargs | fixed)
-        self.made.append(self)
-
-    def set_description(self, *args: Any, **kwargs: Any) -> None:
-        """The name stays."""
-
-
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     """snapshot_download, asking again if the hub is busy."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    bar, waits = type("Bar", (_Bar,), {"name": name, "made": []}), iter(WAITS)
+    bars, waits = [], iter(WAITS)  # bars that the library leaves open
+
+    class Bar(console.Bar):
+        """Of the library's bars, the one that counts the bytes on disk is shown, as our bars are."""
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            shown = kwargs.get("unit") == "B" and kwargs.get("desc") != "Downloading bytes" and console.shows_bars()
+            fixed = {"desc": name, "leave": False, "dynamic_ncols": True, "disable": not shown}
+            super().__init__(*args, **kwargs | fixed)
+            bars.append(self)
+
+        def set_description(self, *args: Any, **kwargs: Any) -> None:
+            """The name stays."""
+
     # Offline, some versions ask the hub for the list of a commit's files, if another version filled the cache.
     how = {"revision": revision, "allow_patterns": patterns, "local_files_only": constants.is_offline_mode()}
     while True:
         try:
-            return Path(snapshot_download(name, **how, tqdm_class=bar))
+            return Path(snapshot_download(name, **how, tqdm_class=Bar))
         except HFValidationError:
             raise ValueError(f"model '{name}': no local folder, and no valid hub id") from None
         except Exception as e:  # of the HTTP library, of the disk, or of hf_xet
@@ -94,8 +88,8 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
             if not 0 < wait <= MOST_WAIT:
                 raise ValueError(f"model '{name}': {why_not_loaded(e, name)}") from None
         finally:
-            for made in bar.made:
-                made.close()
+            for bar in bars:
+                bar.close()
         code = answer.response.status_code
         console.say(f"note: the Hugging Face hub answers HTTP {code}; asking again in {wait} s", sys.stderr)
         time.sleep(wait)
