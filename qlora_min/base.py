@@ -32,7 +32,7 @@ from .data.templates import named_template
 from .lora import LoraSpec, inject_lora, lora_parameters
 from .system import weights
 from .system.bits import dequantized, linear_4bit, quantized, stored_4bit
-from .system.device import DTYPES, pick_device
+from .system.device import DTYPES, pick_device, resolve_precision
 from .system.files import read_json
 from .system.hub import find_model, read_config, refusing
 from .system.peft_files import has_template
@@ -106,7 +106,7 @@ def load_base(
     Args:
         name: a local folder or a hub id.
         quantization: nf4, fp4 (both doubly quantised) or none; None: as stored. A model stored in 4 bits is unchanged.
-        precision: fp32, fp16 or bf16: what matrix products are computed in (under autocast, see `autocast`).
+        precision: fp32, fp16, bf16 or auto: what matrix products are computed in (under autocast, see `autocast`).
         revision: of a model on the hub; the newest if not given.
         encoder: the model's, if it is loaded already.
         shard: leaves each process a part of the weights (`scale.sharding.shard`).
@@ -114,7 +114,8 @@ def load_base(
     Raises:
         ValueError: no such model, weights missing, unexpected, damaged or quantised otherwise, or no chat template.
     """
-    device, dtype = device or pick_device(), DTYPES[precision]
+    device = device or pick_device()
+    dtype = DTYPES[resolve_precision(precision, device)]
     folder, revision = find_model(name, revision)
     encoder = encoder or load_encoder(str(folder))
     model, generation = _empty_model(name, folder)
@@ -132,8 +133,7 @@ def load_base(
                 place(expected[whole[0]], whole[1])
             hashed.result()
     model.tie_weights()
-    model.requires_grad_(False)
-    model.eval()
+    model.requires_grad_(False).eval()
     model.config.use_cache = False
     model.generation_config = generation or model.generation_config
     if shard:

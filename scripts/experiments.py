@@ -75,7 +75,6 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
     from qlora_min.run.datasets import evaluation_data
     from qlora_min.run.resume import resume_config
     from qlora_min.run.trainer import Trainer
-    from qlora_min.system.device import pick_device, resolve_precision
     from qlora_min.system.files import write_json
 
     changed = replace(common, **change)
@@ -91,7 +90,7 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
         Trainer(*resume_config(str(folder), {})).train()
     gc.collect()
     parts = evaluation_data(adapter, changed.model, changed.eval_dataset, changed.eval_limit, changed.max_length)
-    base = load_adapter(adapter, changed.model, resolve_precision(changed.precision, pick_device()))
+    base = load_adapter(adapter, changed.model, changed.precision)
     engine = for_evaluation(base, max(int(p.rows.lengths.max()) for p in parts), TOKENS)
     found = {"trained": sum(p.numel() for p in lora_parameters(base.model).values()), "data": {}}
     for part in parts:

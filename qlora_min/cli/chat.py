@@ -51,9 +51,8 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     import torch
 
     from ..lora import lora_disabled
-    from ..system.device import pick_device, resolve_precision
 
-    base = load_given(args, resolve_precision(args.precision, pick_device()))
+    base = load_given(args)
     sides = [("without the adapter", lora_disabled), ("with the adapter", nullcontext)][0 if args.compare else 1 :]
     start = [{"role": "system", "content": args.system}] if args.system else []
     histories = [list(start) for _ in sides]  # each side sees its own earlier answers

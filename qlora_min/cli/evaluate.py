@@ -45,8 +45,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     adapter = args.adapter and Path(args.adapter)
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length, args.columns)
     print(table(parts) + "\n", flush=True)
-    precision = resolve_precision(args.precision, pick_device())
-    found = _evaluated(args, parts, precision)
+    found, precision = _evaluated(args, parts), resolve_precision(args.precision, pick_device())
     print(found)
     rows = sum(len(part.rows) for part in parts)
     emit({"adapter": args.adapter, "rows": rows, "precision": precision, **found.as_dict()})
@@ -55,7 +54,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
         print(f"\nwrote {args.html}")
 
 
-def _evaluated(args: argparse.Namespace, parts: Sequence[Any], precision: str) -> Any:
+def _evaluated(args: argparse.Namespace, parts: Sequence[Any]) -> Any:
     """Evaluate data sets, a list of `Encoded`, without and with the adapter if there is one; returns a `Comparison`."""
     from ..evaluation import evaluate_rows
     from ..fused.select import for_evaluation
@@ -63,7 +62,7 @@ def _evaluated(args: argparse.Namespace, parts: Sequence[Any], precision: str) -
     from .scores import generated
     from .tables import ALONE, SIDES, Comparison
 
-    base = load_given(args, precision)
+    base = load_given(args)
     longest = max(int(part.rows.lengths.max()) for part in parts)
     engine = for_evaluation(base, longest, args.batch_size * args.max_length)
     results, answers = [], []

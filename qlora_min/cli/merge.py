@@ -84,13 +84,12 @@ def _compare(args: argparse.Namespace, emit: Emit) -> int:
     """Print the held-out loss of the adapter on its base and of each way to merge it."""
     from ..data.rows import Rows
     from ..run.datasets import evaluation_data, table
-    from ..system.device import pick_device, resolve_precision
 
     adapter = Path(args.adapter)
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, columns=args.columns)
     print(table(parts), flush=True)
     rows = Rows.join(part.rows for part in parts)
-    results = compare_merges(adapter, rows, args.model, resolve_precision("auto", pick_device()), args.quantization)
+    results = compare_merges(adapter, rows, args.model, "auto", args.quantization)
     for name, r in results.items():
         options = "" if r.option_accuracy is None else f"   option accuracy {r.option_accuracy:.1%}"
         print(f"{name:<42} loss {r.loss:.4f}{options}")

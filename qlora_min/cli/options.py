@@ -111,14 +111,14 @@ def one_given(args: argparse.Namespace) -> None:
         raise ValueError("--adapter DIR or --model NAME is needed (see --help)")
 
 
-def load_given(args: argparse.Namespace, precision: str) -> Any:
+def load_given(args: argparse.Namespace) -> Any:
     """The `Base` that the options name: with an adapter, or a model alone, not quantised unless asked for."""
     from ..adapter import load_adapter
     from ..base import load_base
 
     if args.adapter:
-        return load_adapter(Path(args.adapter), args.model, precision, quantization=args.quantization)
-    return load_base(args.model, args.quantization, precision)
+        return load_adapter(Path(args.adapter), args.model, args.precision, quantization=args.quantization)
+    return load_base(args.model, args.quantization, args.precision)
 
 
 @contextmanager

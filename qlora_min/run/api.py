@@ -23,7 +23,6 @@ from ..fused.select import for_evaluation
 from ..generate import generate
 from ..merging import Merged, MergeError, merge_adapter
 from ..optim import TrainingError
-from ..system.device import pick_device, resolve_precision
 from ..system.text import shown
 from .cards import merged_card
 from .checkpoint import read_metrics
@@ -143,7 +142,6 @@ def load(
     Raises:
         ValueError: no such adapter or model, or another base than the adapter was trained on.
     """
-    precision = resolve_precision(precision, pick_device())
     if _is_adapter(model):
         return Model(load_adapter(Path(model), base and str(base), precision, quantization=quantization))
     return Model(load_base(str(model), quantization, precision))
