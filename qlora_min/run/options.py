@@ -12,7 +12,9 @@ from ..config import FIELDS, Config
 from ..system.text import refusing
 
 REMOVED = {"packing": "--engine modules|fused"}  # options of earlier versions -> what there is instead
-WORDS = {  # option, or option and value -> what transformers, peft, trl and the tools built on them call it
+# Option, or option and value -> what transformers, peft, trl and the tools built on them call it, where that is not
+# spelled alike.
+WORDS = {
     "model": "model_name_or_path model_name model_id base_model",
     "dataset": "dataset_name dataset_path data_path train_file train_dataset",
     "eval_dataset": "validation_file test_file",
@@ -21,34 +23,22 @@ WORDS = {  # option, or option and value -> what transformers, peft, trl and the
     "limit": "max_samples max_train_samples",
     "eval_limit": "max_eval_samples",
     "epochs": "num_train_epochs num_epochs",
-    "max_steps": "max_train_steps",
-    "batch_size": "per_device_train_batch_size train_batch_size micro_batch_size",
     "grad_accum": "gradient_accumulation_steps",
     "learning_rate": "lr",
-    "schedule": "lr_scheduler_type lr_scheduler scheduler",
-    "warmup_steps": "num_warmup_steps",
-    "optimizer": "optim",
     "seed": "random_state",
     "rank": "r lora_r lora_rank",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "targets": "target_modules lora_target_modules lora_target",
-    "rslora": "use_rslora",
     "adapter": "adapter_name_or_path lora_path lora_model_dir adapter_path peft_model",
     "quantization nf4": "load_in_4bit",
     "quantization": "bnb_4bit_quant_type quantization_bit",
     "precision": "torch_dtype dtype bnb_4bit_compute_dtype mixed_precision",
     "precision bf16": "bf16",
     "precision fp16": "fp16",
-    "gradient_checkpointing": "use_gradient_checkpointing",
     "eval_every": "eval_steps eval_strategy evaluation_strategy",
     "save_every": "save_steps save_strategy",
     "log_every": "logging_steps logging_strategy",
     "patience": "early_stopping_patience",
-    "report": "report_to",
     "output_dir": "save_path",
     "resume": "resume_from_checkpoint resume_from",
-    "max_new_tokens": "max_tokens max_length",
 }
 
 
@@ -60,8 +50,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
         if word in words.split() and option in names:
             as_value = f" {value}" if names[option].startswith("--") else f' = "{value}"'
             return f", did you mean {names[option]}{as_value if value else ''}?"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f", did you mean {names[close[0]]}?" if close else ""
 
 
 def _plain(name: str) -> str:
