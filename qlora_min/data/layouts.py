@@ -351,13 +351,12 @@ def _message(m: Any, location: str, columns: Columns) -> Message:
     for field in REFUSED.keys() & given.keys():
         raise BadRow(f"{location}.{field}: unsupported, {REFUSED[field]}")
     message = {"role": role, "content": m.get(text)} | {k: given[k] for k in KEPT if k in given}
-    is_call = m[said].casefold() == "function_call"
-    calls = _objects(
-        m.get(text) if is_call else given.get("tool_calls"), f"{location}.{text if is_call else 'tool_calls'}"
-    )
+    field = text if m[said].casefold() == "function_call" else "tool_calls"
+    calls = _objects(m.get(field), f"{location}.{field}")
     message.pop("tool_calls", None)
     if calls:
-        message |= {"tool_calls": [_call(c, location, role) for c in calls]} | ({"content": None} if is_call else {})
+        message["tool_calls"] = [_call(c, location, role) for c in calls]
+        message["content"] = None if field == text else message["content"]
     if message["content"] is not None or not calls:
         message["content"] = _text(m, text, location, may_be_empty=role in ("system", "tool") or bool(calls))
     if given.get("weight", 1) not in (0, 1):
