@@ -86,7 +86,7 @@ class Trainer:
             self.writer.metrics.echo = on_event
 
     def _prepare(self, c: Config, resume_from: Path | None, data: Data | None) -> None:
-        recorded = from_main(lambda: resume.unfinished(resume_from)) if resume_from else None
+        recorded = from_main(lambda: resume.unfinished(resume_from)) if resume_from else {}
         self.start = recorded.get("adapter") if recorded else from_main(lambda: start.describe(c))
         revision = (recorded["base"] if recorded else self.start or {}).get("revision")
         self.device = pick_device()
@@ -94,9 +94,9 @@ class Trainer:
         self.folder = from_main(lambda: resume_from or resume.output_directory(c))
         reported = {*c.report, *(["tensorboard"] if c.tensorboard else [])}
         self.boards = [BOARDS[name](self.folder, name) for name in sorted(reported)]
-        here = os.environ.get("LOCAL_WORLD_SIZE", world_size())
         self.in_memory = [n for n in ("dataset", "eval_dataset") if GIVEN.keys() & {*getattr(c, n)}]
-        self.command = command("train", "--resume", self.folder, processes=1 if world_size() == 1 else int(here))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1  # on this host
+        self.command = command("train", "--resume", self.folder, processes=here)
         if self.in_memory:
             rows = "".join(f", {name}=..." for name in self.in_memory)
             self.command = f"qlora_min.train(resume={str(self.folder)!r}{rows})"
@@ -106,10 +106,9 @@ class Trainer:
         self.processes = Processes(lambda: signals.received, c.shard and world_size() > 1)
         if c.shard and not self.processes.sharded:
             say("note: --shard: a single process holds the whole base; start several with torchrun")
-        encoder = encoder_of(c, revision, recorded and recorded.get("date"), resume_from)
-        commits = (recorded or {}).get("commits", {})
-        rows, sizes = self._take_data(c, data or read_data(c, encoder, commits=commits))
-        self._load(c, revision, encoder, new=recorded is None)
+        encoder = encoder_of(c, revision, recorded.get("date"), resume_from)
+        rows, sizes = self._take_data(c, data or read_data(c, encoder, commits=recorded.get("commits")))
+        self._load(c, revision, encoder, new=not recorded)
         self.schedule = Schedule(rows, sizes, c, encoder)
         self.config = replace(c, eval_every=self.schedule.eval_every, output_dir=str(self.folder))
         self._choose_how_to_compute()
