@@ -134,8 +134,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     start = time.time()
     for step in range(1, options.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, step / 100) * (1 - (step - 1) / options.steps) ** 0.7
+        optimizer.param_groups[0]["lr"] = peak * min(1, step / 100) * (1 - (step - 1) / options.steps) ** 0.7
         tokens, weights = batch(tokenizer, rng)  # (B, T)
         logits = model(input_ids=tokens[:, :-1]).logits  # (B, T - 1, V)
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
