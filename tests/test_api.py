@@ -141,7 +141,7 @@ def test_every_public_name_after_importing_every_module():
     """A module of the name of a function would hide it."""
     for path in (ROOT / "qlora_min").rglob("*.py"):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if module != "qlora_min.ops.kernels":  # needs Triton
+        if module not in ("qlora_min.ops.kernels", "qlora_min.ops.flash"):  # needs Triton
             importlib.import_module(module)
     assert set(dir(qlora_min)) >= set(qlora_min.__all__)
     for name in qlora_min.__all__:

@@ -60,9 +60,7 @@ class Captured(Engine):
         """As `Engine.pack`; the batch stays on the CPU."""
         n_tokens = -(-sum(map(len, rows)) // self.grain) * self.grain
         n_supervised = round_up(sum(r.n_supervised for r in rows), n_tokens)
-        batch = pack(rows, row_ids, n_tokens, n_supervised, n_rows, self.max_seqlen)
-        # Only from pinned memory does a copy to the device not wait for what is queued there.
-        return Packed(*(v.pin_memory() if isinstance(v, Tensor) else v for v in vars(batch).values()))
+        return pack(rows, row_ids, n_tokens, n_supervised, n_rows, self.max_seqlen)
 
     def loss_and_gradients(self, batch: Packed, factor: Tensor, seed: Tensor) -> Tensor:
         """As `Engine.loss_and_gradients`."""
