@@ -309,7 +309,7 @@ class Decoder(Engine):
             self.low.copy_(self.adapter.weights)
         x, delta, saved = self.embedding(ctx.batch.input_ids).float(), None, []
         for i, layer in enumerate(self.layers):
-            self.weights.fetch(i)
+            self.weights.fetch(i, i + 1)
             x, delta, kept = layer.forward(x, delta, ctx)
             if ctx.keep:
                 saved.append(kept["x"] if self.checkpointing else kept)
@@ -327,7 +327,7 @@ class Decoder(Engine):
         dx, dx_low = formulas.norm_backward(dy, x, r, self.norm.weight, torch.zeros_like(x))
         del y, x, dy
         for i in reversed(range(len(self.layers))):
-            self.weights.fetch(i)
+            self.weights.fetch(i, i - 1)
             kept = saved.pop()
             if self.checkpointing:
                 kept = self.layers[i].until_gate(kept, None, ctx)

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from ..base import Base
 from ..ops import formulas
-from ..scale.sharding import unshard
+from ..scale.sharding import prefetch, unshard
 from ..system.bits import bnb, dequantized_weight, doubly_quantized
 from ..system.device import total_bytes
 
@@ -55,11 +55,14 @@ class Weights:
             for i in range(len(self.layers) if wanted else 0):
                 self._dequantize(i)
 
-    def fetch(self, index: int) -> None:
-        """Make the weights of a layer valid; they are until the next layer's are fetched."""
+    def fetch(self, index: int, following: int) -> None:
+        """Make the weights of a layer valid; they are until the next layer's are fetched. Those of the following layer,
+        if there is such a layer, are gathered while this one computes."""
         unshard(self.modules[index])
         if not self.stored and not self.kept:
             self._dequantize(index)
+        if 0 <= following < len(self.layers):
+            prefetch(self.modules[following])
 
     def _make_room(self, count: int) -> None:
         sizes = [p.shape[0] * p.shape[1] for p in self.layers[0].projections]
@@ -89,7 +92,8 @@ class Weights:
             return Dequantizer(states) if len(states) == len(linears) else None
 
         def agrees(index: int) -> bool:
-            self.fetch(index)
+            unshard(self.modules[index])
+            self._dequantize(index)
             theirs = self.scratch.clone()
             made[index](self.scratch[0])
             return torch.equal(theirs, self.scratch)

@@ -122,10 +122,16 @@ def sum_(tensor: Tensor) -> None:
             torch.cuda.synchronize()  # raise errors of the collective here, not at some later call
 
 
-def all_gather(whole: Tensor, mine: Tensor) -> None:
-    """Fill `whole` with the `mine` of all processes, concatenated in their order."""
+def all_gather(whole: Tensor, mine: Tensor) -> Callable[[], None]:
+    """Start to fill `whole` with the `mine` of all processes, concatenated in their order; what is returned waits."""
     with _answered():
-        dist.all_gather_into_tensor(whole, mine)
+        work = dist.all_gather_into_tensor(whole, mine, async_op=True)
+
+    def wait() -> None:
+        with _answered():
+            work.wait()
+
+    return wait
 
 
 class Processes:

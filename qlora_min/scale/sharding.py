@@ -72,7 +72,14 @@ def slices(module: nn.Module) -> Iterator[Tensor]:
 def unshard(module: nn.Module) -> None:
     """Gather the weights of a layer or a slice, valid until the next gather. Without --shard, do nothing."""
     if hasattr(module, "shard"):
-        all_gather(module.whole, module.shard)
+        wait = module.__dict__.pop("arriving", None) or all_gather(module.whole, module.shard)
+        wait()
+
+
+def prefetch(module: nn.Module) -> None:
+    """Start to gather the weights of a layer, for which `unshard` then waits; they overwrite those of the last one."""
+    if hasattr(module, "shard"):
+        module.arriving = all_gather(module.whole, module.shard)
 
 
 def shard(model: PreTrainedModel, device: torch.device, layers: nn.ModuleList) -> None:
