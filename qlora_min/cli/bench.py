@@ -27,7 +27,7 @@ from typing import Any
 from ..config import Config
 from ..system.console import aligned, say
 from .options import Emit, Parser, add_options, given_options
-from .shapes import LARGE, SHAPES, random_base, random_nf4
+from .shapes import LARGE, SHAPES, random_base, random_weights
 
 # (tokens, supervised tokens) of 48 MedQA questions in Qwen2's template, evenly spaced in order of length.
 LENGTHS = [
@@ -110,7 +110,7 @@ def prepared(args: argparse.Namespace, **changes: Any) -> Iterator[argparse.Name
         join()
         given["model"] = args.model or from_main(lambda: random_base(folder, args.shape))
         args.config = Config(**given, eval_fraction=0.0, epochs=1, save_minutes=0, eval_every=10**9)
-        with random_nf4() if not args.model and args.shape in LARGE else nullcontext():
+        with random_weights() if not args.model and args.shape in LARGE else nullcontext():
             yield args
 
 

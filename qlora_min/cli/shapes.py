@@ -1,10 +1,9 @@
 """Models of known shapes with random weights, to measure speed and memory."""
 
-import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -25,7 +24,7 @@ LARGE = ("1.5b", "3b", "7b", "32b")  # whose weights are not written to disk
 
 def random_base(folder: str, shape: str) -> str:
     """Save a model of a shape, and the demo's tokenizer, in a folder; returns the folder. Its weights are random, fp16;
-    a LARGE model is saved without them, to be loaded within `random_nf4`."""
+    a LARGE model is saved without them, to be loaded within `random_weights`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -46,55 +45,24 @@ def random_base(folder: str, shape: str) -> str:
 
 
 @contextmanager
-def random_nf4() -> Iterator[None]:
-    """Within this context models have weights that are not on disk: those of linear layers in NF4, doubly quantised."""
-    import torch
-
-    from ..system import weights
-    from ..system.bits import quantized
-
-    generator = torch.Generator().manual_seed(0)  # the same in all processes
-    some, few = (0.02 * torch.randn(*shape, generator=generator) for shape in ((256, 64), (997,)))
-    block = quantized(some, "nf4", torch.float16)  # its 256 scales have one scale in fp32
-    parts = block.quant_state.as_dict(packed=True)
-
-    def read(folder: Path) -> Iterator[tuple[str, Any]]:
-        from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
-
-        @functools.cache  # layers are alike
-        def repeated(part: str, count: int) -> torch.Tensor:
-            value = parts[part] if part else block.data.flatten()
-            return value.repeat(-(-count // len(value)))[:count].contiguous()
-
-        for name, tensor, linear in _weights_of(folder):
-            n = tensor.numel()
-            if not linear:
-                values = (torch.ones(1) if "norm" in name else few).half()
-                yield name, values.repeat(-(-n // len(values)))[:n].view(tensor.shape)
-                continue
-            yield name, repeated("", n // 2)[:, None]
-            for part, value in parts.items():
-                if part.startswith("quant_state"):
-                    value = pack_dict_to_tensor(unpack_tensor_to_dict(value) | {"shape": tuple(tensor.shape)})
-                elif "absmax" in part:
-                    value = repeated(part, -(-n // (64 if part == "absmax" else 64 * 256)))
-                yield f"{name}.{part}", value
-
-    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in read(folder)}
-
-    with patch.multiple(weights, read_weights=read, weight_shapes=shapes):
-        yield
-
-
-def _weights_of(folder: Path) -> list[tuple[str, Any, bool]]:
-    """(name, tensor on the meta device, whether it is a linear layer's of the decoder) of each weight of a model."""
+def random_weights() -> Iterator[None]:
+    """Within this context models have weights that are not on disk: random, in fp16, each made when it is read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..base import decoder_prefix
+    from ..system import weights
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float16)
-    prefix = decoder_prefix(model)
-    return [(n, w, n.startswith(prefix) and w.dim() == 2) for n, w in model.state_dict().items()]
+    few = 0.02 * torch.randn(997, generator=torch.Generator().manual_seed(0))  # the same in all processes
+
+    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+    def read(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in shapes(folder).items():
+            values = (torch.ones(1) if "norm" in name else few).half()
+            yield name, values.repeat(-(-math.prod(shape) // len(values)))[: math.prod(shape)].view(shape)
+
+    with patch.multiple(weights, read_weights=read, weight_shapes=shapes):
+        yield
