@@ -28,10 +28,7 @@ EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
     "learning rate": [{"learning_rate": lr} for lr in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)],
     "quantization": [{"quantization": q} for q in ("nf4", "fp4", "none")],
     "epochs": [{"epochs": float(n)} for n in (1, 2, 3, 4, 5)],
-    "linear layers": [
-        {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")},
-        {"targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
-    ],
+    "linear layers": [{"targets": Config.targets}, {"targets": (*Config.targets, "gate_proj", "up_proj", "down_proj")}],
     "shuffled options": [{"shuffle_options": False}, {"shuffle_options": True}],
     "base": [],  # filled from --bases
 }
