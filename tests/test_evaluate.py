@@ -9,10 +9,10 @@ import torch
 from conftest import assert_same
 from test_training import make, on_the_cpu  # noqa: F401
 
-import qlora_min.cli.scores
+import qlora_min.run.answers
 from qlora_min import loop
 from qlora_min.base import load_base
-from qlora_min.cli.scores import Choices, generated, text_scores
+from qlora_min.cli.scores import Choices, text_scores
 from qlora_min.cli.tables import by_data_set, by_letter
 from qlora_min.data.layouts import to_example
 from qlora_min.demo import world
@@ -20,6 +20,7 @@ from qlora_min.engine import Engine
 from qlora_min.evaluation import Choice, Evaluation, evaluate_rows
 from qlora_min.fused.select import make_engine
 from qlora_min.generate import generate
+from qlora_min.run.answers import generated
 from qlora_min.run.datasets import encode_dataset
 
 
@@ -201,7 +202,7 @@ def test_the_cheap_path_generates_nothing(adapter, script, monkeypatch):
     def refuse(*args):
         raise AssertionError
 
-    monkeypatch.setattr(qlora_min.cli.scores, "generate", refuse)
+    monkeypatch.setattr(qlora_min.run.answers, "generate", refuse)
     out = script("eval.py", "--adapter", adapter).stdout
     assert "exact match" not in out and "loss" in out
     with pytest.raises(AssertionError):

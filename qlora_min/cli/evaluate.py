@@ -59,7 +59,7 @@ def _evaluated(args: argparse.Namespace, parts: Sequence[Any]) -> Any:
     from ..evaluation import evaluate_rows
     from ..fused.select import for_evaluation
     from ..lora import lora_disabled
-    from .scores import generated
+    from ..run.answers import generated
     from .tables import ALONE, SIDES, Comparison
 
     base = load_given(args)

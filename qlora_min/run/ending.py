@@ -3,7 +3,6 @@
 from typing import Any
 
 from ..adapter import put_weights
-from ..generate import generate
 from ..lora import lora_disabled
 from ..scale.processes import from_main, gather
 from ..system.console import say
@@ -11,6 +10,7 @@ from ..system.device import peak_gib
 from ..system.files import write_jsonl
 from ..system.started import command
 from . import checkpoint, curves
+from .answers import Answer, generated
 from .cards import MEASURES
 
 SAMPLES = 4  # held-out prompts answered without and with the adapter
@@ -26,7 +26,7 @@ def finish(trainer: Any) -> None:
     from_main(lambda: _write_end(trainer, peak, answers))
 
 
-def _write_end(trainer: Any, peak: float, answers: list[list[str]] | None) -> None:
+def _write_end(trainer: Any, peak: float, answers: list[list[Answer]] | None) -> None:
     p, skipped, note = trainer.progress, trainer.stepper.skipped, None
     with trainer.signals.abandonable() as abandon_from_here:
         if trainer.processes.world_size == 1:  # several processes could not agree to stop here
@@ -76,28 +76,21 @@ def _next(trainer: Any) -> list[str]:
     return [command("eval", "--adapter", adapter, *data), command("chat", "--adapter", adapter, "--compare")]
 
 
-def sample_answers(trainer: Any) -> list[list[str]]:
+def sample_answers(trainer: Any) -> list[list[Answer]]:
     """[without, with the adapter]: the model's answers to the first held-out prompts."""
-    prompts = [r.input_ids[: r.answer_start].tolist() for r in trainer.held_out[:SAMPLES]]
-    with lora_disabled(trainer.base.model):
-        before = generate(trainer.base, prompts, SAMPLE_TOKENS)
-    return [before, generate(trainer.base, prompts, SAMPLE_TOKENS)]
+    base, rows = trainer.base, trainer.held_out[:SAMPLES]
+    with lora_disabled(base.model):
+        before = generated(base, rows, SAMPLES, SAMPLE_TOKENS)
+    return [before, generated(base, rows, SAMPLES, SAMPLE_TOKENS)]
 
 
-def write_samples(trainer: Any, answers: list[list[str]] | None) -> None:
+def write_samples(trainer: Any, answers: list[list[Answer]] | None) -> None:
     """Write samples.jsonl, if there are held-out rows, and print the first. answers: None to generate them here."""
     if not trainer.held_out:
         return
-    decode = trainer.base.encoder.tokenizer.decode
     samples = [
-        {
-            "where": row.location,
-            "prompt": decode(row.input_ids[: row.answer_start].tolist()),
-            "reference": decode(row.input_ids[row.answer_start :].tolist(), skip_special_tokens=True),
-            "before": before,
-            "after": after,
-        }
-        for row, before, after in zip(trainer.held_out[:SAMPLES], *(answers or sample_answers(trainer)))
+        {"where": a.location, "prompt": a.prompt, "reference": a.reference, "before": b.answer, "after": a.answer}
+        for b, a in zip(*(answers or sample_answers(trainer)))
     ]
     write_jsonl(trainer.folder / "samples.jsonl", samples)
     say("sample: expected {reference!r}\n  without the adapter {before!r}\n  with it {after!r}".format(**samples[0]))
