@@ -27,7 +27,6 @@ MEASURES = (  # what is shown of an Evaluation: label, field, format
     ("option accuracy", "option_accuracy", "{:.1%}"),
 )
 Record = Mapping[str, Any]  # a run's config.json
-to_json = functools.partial(json.dumps, ensure_ascii=False)  # also valid YAML, and for these values TOML
 
 
 def adapter_card(config: AdapterConfig, record: Record, before: dict | None, best: dict | None, best_step: int) -> str:
@@ -64,7 +63,8 @@ def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values
         options[key] = [named(name) for name in options[key]] if "dataset" in key else named(options[key])
 
     jinja = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    jinja.filters.update(json=to_json, named=named)
+    # JSON is also valid YAML, and for these values TOML.
+    jinja.filters.update(json=functools.partial(json.dumps, ensure_ascii=False), named=named)
     template = jinja.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
     text = template.render(
         config=config, record=record, front=front, options=options, hub_id=hub_id, version=__version__,

@@ -134,11 +134,7 @@ def _added(engine: Engine, work: Workload, tokens: int) -> int | None:
 
 
 def plan(
-    engine: Engine,
-    work: Workload,
-    fits: Callable[[int], bool],
-    checkpointing: str = "auto",
-    tokens: int | None = None,
+    engine: Engine, work: Workload, fits: Callable[[int], bool], checkpointing: str = "auto", tokens: int | None = None
 ) -> tuple[bool, int, Footprint]:
     """The fastest way to compute that fits: (gradient checkpointing, tokens of a micro-batch, its footprint).
 

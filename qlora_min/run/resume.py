@@ -15,7 +15,6 @@ from .. import __version__
 from ..adapter import put_weights
 from ..config import Config, flag
 from ..loop import Progress
-from ..lora import lora_parameters
 from ..scale.processes import from_main
 from ..system.bits import bnb
 from ..system.console import say
@@ -175,7 +174,6 @@ def restore(trainer: Any) -> Progress:
             "put it back there"
         )
     put_weights(trainer.base.model, state["adapter"])
-    assert all(w.dtype == torch.float32 for w in lora_parameters(trainer.base.model).values())
     trainer.stepper.load_state_dict(state["stepper"])
     progress = Progress(**state["progress"])
     writer.best, writer.saved = state["best_adapter"], (step, progress.evaluated)
