@@ -35,18 +35,7 @@ EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
 TOKENS = 8192  # in a batch of the evaluation
 
 
-def main() -> None:
-    what, _, more = __doc__.partition("\n\n")
-    parser = Parser(usage="%(prog)s [options]", description=what, epilog=more)
-    demo_options(parser, "the demo's model, data and settings: half a minute a run")
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME",
-                        help=f"some of these experiments: {', '.join(EXPERIMENTS)} [all]")  # fmt: skip
-    parser.add_argument("--bases", nargs="+", default=(), metavar="NAME", help="models for the experiment 'base'")
-    add_options(parser)
-    run_parsed(parser.parse_args(), command)
-
-
-def command(args: argparse.Namespace, emit: Emit) -> None:
+def main(args: argparse.Namespace, emit: Emit) -> None:
     common = Config(**{"output_dir": "runs/experiments"} | config_options(args))
     if not common.eval_dataset:
         raise ValueError("--eval-dataset NAME ... is needed (see --help)")
@@ -119,4 +108,11 @@ def markdown(results: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    what, _, more = __doc__.partition("\n\n")
+    parser = Parser(usage="%(prog)s [options]", description=what, epilog=more)
+    demo_options(parser, "the demo's model, data and settings: half a minute a run")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME",
+                        help=f"some of these experiments: {', '.join(EXPERIMENTS)} [all]")  # fmt: skip
+    parser.add_argument("--bases", nargs="+", default=(), metavar="NAME", help="models for the experiment 'base'")
+    add_options(parser)
+    run_parsed(parser.parse_args(), main)
