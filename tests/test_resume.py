@@ -34,8 +34,7 @@ from qlora_min.lora import lora_layers
 from qlora_min.optim import TrainingError
 from qlora_min.run import checkpoint, ending, writer
 from qlora_min.run import resume as resuming
-from qlora_min.run.resume import resume_config
-from qlora_min.run.start import with_adapter
+from qlora_min.run.resume import resume_config, with_adapter
 from qlora_min.run.trainer import Trainer
 from qlora_min.system.files import write_json
 

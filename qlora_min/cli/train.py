@@ -39,8 +39,7 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
 
     from ..optim import TrainingError
     from ..run.plan import describe, estimate
-    from ..run.resume import resume_config
-    from ..run.start import with_adapter
+    from ..run.resume import resume_config, with_adapter
     from ..run.trainer import Trainer
     from ..scale.processes import from_main, join, together
 

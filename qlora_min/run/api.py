@@ -28,8 +28,7 @@ from .cards import merged_card
 from .checkpoint import read_metrics
 from .datasets import evaluation_data
 from .options import parse_values, sampling
-from .resume import resume_config
-from .start import with_adapter
+from .resume import resume_config, with_adapter
 from .trainer import Trainer
 
 __all__ = ["MergeError", "Model", "Run", "TrainingError", "evaluate", "load", "merge", "train"]

@@ -1,10 +1,17 @@
-"""Resuming a run: what config.json records, what of that must be unchanged, and what a checkpoint restores."""
+"""Runs that go on: --resume from a checkpoint, --adapter from an adapter, ours or PEFT's, in a new run.
+
+Resuming: what config.json records, what of that must be unchanged, and what a checkpoint restores. A run that goes on
+from an adapter has a fresh optimizer and schedule; config.json records that adapter, and the first checkpoint holds its
+weights: from then on its folder is not needed.
+"""
 
 import platform
 import re
 import secrets
 import shlex
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +19,18 @@ import torch
 import transformers
 
 from .. import __version__
-from ..adapter import put_weights
+from ..adapter import WEIGHTS, AdapterConfig, load_weights, put_weights
 from ..config import Config, flag
 from ..loop import Progress
 from ..scale.processes import from_main
 from ..system.bits import bnb
 from ..system.console import say
+from ..system.files import sha256
 from . import checkpoint
 from .datasets import data_hash
 from .options import config_from, parse_values
-from .start import load_again
 
+STRUCTURE = ("rank", "alpha", "targets", "rslora")  # options that the adapter decides
 # The parts of config.json that resuming compares, in this order, with the message for a changed value: an error, unless
 # it begins with "note: ".
 COMPARED = {
@@ -105,6 +113,46 @@ def resume_config(directory: str, given: dict[str, Any]) -> tuple[Config, Path]:
     return config, folder
 
 
+def with_adapter(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a new run, where those that are not given are as the adapter of --adapter has them.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    if given.get("adapter") is None:
+        return given
+    folder = Path(given["adapter"])
+    config = AdapterConfig.read(folder)
+    own = {name: getattr(config.lora, name) for name in (*STRUCTURE, "dropout")}
+    own |= {"model": config.base_model, "quantization": config.quantization}
+    if not config.quantization and "quantization" not in given:
+        say(
+            f"note: adapter '{folder}' does not say which weights it was trained on; it goes on in --quantization "
+            f"{Config.quantization}, the default",
+            sys.stderr,
+        )
+    return {k: v for k, v in own.items() if v is not None} | given
+
+
+def describe_adapter(c: Config) -> dict[str, Any] | None:
+    """What config.json records of the adapter that a new run goes on from; None without --adapter.
+
+    Raises:
+        ValueError: an option contradicts the adapter.
+    """
+    if c.adapter is None:
+        return None
+    config = AdapterConfig.read(Path(c.adapter))
+    for name in STRUCTURE:
+        if (asked := getattr(c, name)) != (own := getattr(config.lora, name)):
+            raise ValueError(f"{flag(name)}: got {asked!r}, but --adapter {c.adapter} has {own!r}; leave it out")
+    return {
+        "sha256": sha256(Path(c.adapter) / WEIGHTS),
+        "revision": config.revision if config.base_model == c.model else None,  # of the base
+        "per_layer": asdict(config.lora.per_layer),
+    }
+
+
 def output_directory(config: Config) -> Path:
     """The directory for a new run.
 
@@ -160,7 +208,7 @@ def restore(trainer: Any) -> Progress:
     if found is None:
         say(f"no checkpoint in {folder}: starting from the beginning")
         from_main(lambda: writer.metrics.cut(0))
-        load_again(trainer)
+        _load_again(trainer)
         return Progress()
     step, state = found
     expected = writer.state(Progress())
@@ -180,3 +228,20 @@ def restore(trainer: Any) -> Progress:
     from_main(lambda: writer.metrics.cut(state["metrics_bytes"]))
     say(f"continues at step {step:,}")
     return progress
+
+
+def _load_again(trainer: Any) -> None:
+    """For a run that is resumed before its first checkpoint: the weights of --adapter, if there is one.
+
+    Raises:
+        ValueError: they are not those that the run began with.
+    """
+    if trainer.start is None:
+        return
+    weights = Path(trainer.config.adapter) / WEIGHTS
+    if not weights.is_file() or sha256(weights) != trainer.start["sha256"]:
+        raise ValueError(
+            f"--resume {trainer.folder}: it has no checkpoint yet, and '{weights}' is no longer the file that it began "
+            "with; put that back, or start a new run"
+        )
+    load_weights(weights.parent, trainer.base.model)

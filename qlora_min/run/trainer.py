@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from .. import loop
-from ..base import load_base
+from ..adapter import AdapterConfig, attach
+from ..base import add_lora, load_base
 from ..batches import Schedule, balance
 from ..config import Config
 from ..data.readers import GIVEN
@@ -31,9 +32,10 @@ from ..system import console
 from ..system.console import say
 from ..system.device import available, pick_device, resolve_precision
 from ..system.files import write_json
+from ..system.peft_files import ADAPTER, PerLayer, named_targets
 from ..system.started import command
 from ..system.text import refusing
-from . import checkpoint, forecast, resume, start
+from . import checkpoint, forecast, resume
 from .boards import BOARDS, shown_on
 from .datasets import Data, encoder_of, read_data, table
 from .ending import finish
@@ -87,7 +89,7 @@ class Trainer:
 
     def _prepare(self, c: Config, resume_from: Path | None, data: Data | None) -> None:
         recorded = from_main(lambda: resume.unfinished(resume_from)) if resume_from else {}
-        self.start = recorded.get("adapter") if recorded else from_main(lambda: start.describe(c))
+        self.start = recorded.get("adapter") if recorded else from_main(lambda: resume.describe_adapter(c))
         revision = (recorded["base"] if recorded else self.start or {}).get("revision")
         self.device = pick_device()
         self.precision = resolve_precision(c.precision, self.device)
@@ -137,13 +139,20 @@ class Trainer:
         return rows, [len(part.rows) for part in train]
 
     def _load(self, c: Config, revision: str | None, encoder: Any, new: bool) -> None:
-        """Load the base and inject LoRA."""
+        """Load the base and inject LoRA, with the weights of --adapter if the run is new."""
         torch.manual_seed(c.seed)  # initialises A; order, dropout and the split have generators of their own
         how = shard if self.processes.sharded else None
         self.base = load_base(c.model, c.quantization, self.precision, self.device, revision, encoder, how)
         if self.device.type == "cpu" and self.base.model.config.get_text_config().hidden_size <= SMALL:
             torch.set_num_threads(1)
-        self.lora, self.wrapped = start.inject(self.base, c, self.start, new)
+        recorded = self.start["per_layer"] if self.start else {}
+        lora = replace(c.lora, per_layer=PerLayer(**{k: ADAPTER[k][3](value) for k, value in recorded.items()}))
+        if new and c.adapter:
+            own = Path(c.adapter)
+            self.wrapped = attach(self.base, own, replace(AdapterConfig.read(own), lora=lora))
+        else:
+            self.wrapped = add_lora(self.base, lora)
+        self.lora = replace(lora, targets=named_targets(lora.targets, self.wrapped))
 
     def _choose_how_to_compute(self) -> None:
         """Choose the engine, and the largest micro-batches that fit the memory of every process, by measuring."""
