@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from qlora_min.cli import shapes
+from qlora_min.cli import bench
 from qlora_min.demo import world
 
 
@@ -330,7 +330,7 @@ def test_bench_on_a_cpu(script):
 
 def test_bench_of_a_shape_whose_weights_are_not_on_disk(script, monkeypatch):
     tiny = ("qwen2", (1024, 64, 192, 2, 4, 2), {"tie_word_embeddings": False})
-    monkeypatch.setitem(shapes.SHAPES, "7b", tiny)
+    monkeypatch.setitem(bench.SHAPES, "7b", tiny)
     (first, *_) = script("bench.py", *BENCH[2:], "--shape", "7b", "--max-length", 96, "--json").stdout.splitlines()
     assert json.loads(first)["tokens_per_second"] > 0
 

@@ -12,6 +12,7 @@ import argparse
 import io
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -23,11 +24,11 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from ..config import Config
 from ..system.console import aligned, say
 from .options import Emit, Parser, add_options, given_options
-from .shapes import LARGE, SHAPES, random_base, random_weights
 
 # (tokens, supervised tokens) of 48 MedQA questions in Qwen2's template, evenly spaced in order of length.
 LENGTHS = [
@@ -37,6 +38,20 @@ LENGTHS = [
     (302, 16), (308, 10), (313, 16), (319, 11), (325, 19), (334, 10), (341, 10), (348, 9), (358, 12), (372, 8),
     (384, 11), (404, 8), (428, 7), (468, 6), (530, 17),
 ]  # fmt: skip
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads")  # fmt: skip
+SHAPES = {  # name -> (family, SIZES, differences from Qwen2-0.5B)
+    "0.5b": ("qwen2", (151936, 896, 4864, 24, 14, 2), {}),
+    "1.5b": ("qwen2", (151936, 1536, 8960, 28, 12, 2), {}),
+    "3b": ("qwen2", (151936, 2048, 11008, 36, 16, 2), {}),
+    "7b": ("qwen2", (152064, 3584, 18944, 28, 28, 4), {"tie_word_embeddings": False}),
+    "32b": ("qwen2", (152064, 5120, 27648, 64, 40, 8), {"tie_word_embeddings": False}),
+    "qwen3-0.6b": ("qwen3", (151936, 1024, 3072, 28, 16, 8), {"head_dim": 128}),
+    "llama3.2-1b": ("llama", (128256, 2048, 8192, 16, 32, 8), {"head_dim": 64}),
+    "gemma3-270m": ("gemma3_text", (262144, 640, 2048, 18, 4, 1),
+                    {"head_dim": 256, "sliding_window": 512, "query_pre_attn_scalar": 256}),
+}  # fmt: skip
+LARGE = ("1.5b", "3b", "7b", "32b")  # whose weights are not written to disk
 FAMILIES = [(shape, "fp16", ("fused", "modules")) for shape in ("0.5b", "qwen3-0.6b", "llama3.2-1b")]
 FAMILIES += [("gemma3-270m", "bf16", ("modules",))]  # (shape, precision, the engines that compute it)
 PROFILED = 3  # steps whose kernels are counted
@@ -112,6 +127,52 @@ def prepared(args: argparse.Namespace, **changes: Any) -> Iterator[argparse.Name
         args.config = Config(**given, eval_fraction=0.0, epochs=1, save_minutes=0, eval_every=10**9)
         with random_weights() if not args.model and args.shape in LARGE else nullcontext():
             yield args
+
+
+def random_base(folder: str, shape: str) -> str:
+    """Save a model of a shape, and the demo's tokenizer, in a folder; returns the folder. Its weights are random, fp16;
+    a LARGE model is saved without them, to be loaded within `random_weights`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from ..demo import world
+    from ..system.device import release
+
+    torch.manual_seed(0)
+    family, sizes, more = SHAPES[shape]
+    same = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 32768}
+    config = AutoConfig.for_model(family, **dict(zip(SIZES, sizes)) | same | more)
+    config.save_pretrained(folder)
+    if shape not in LARGE:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(folder)
+    release()
+    return folder
+
+
+@contextmanager
+def random_weights() -> Iterator[None]:
+    """Within this context models have weights that are not on disk: random, in fp16, each made when it is read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..system import weights
+
+    few = 0.02 * torch.randn(997, generator=torch.Generator().manual_seed(0))  # the same in all processes
+
+    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+    def read(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in shapes(folder).items():
+            values = (torch.ones(1) if "norm" in name else few).half()
+            yield name, values.repeat(-(-math.prod(shape) // len(values)))[: math.prod(shape)].view(shape)
+
+    with patch.multiple(weights, read_weights=read, weight_shapes=shapes):
+        yield
 
 
 def draw_rows(args: argparse.Namespace, count: int) -> list[tuple[list[int], int]]:
