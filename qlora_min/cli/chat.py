@@ -24,9 +24,7 @@ def options(parser: Parser) -> None:
     parser.add_argument("--system", type=typed, metavar="TEXT", help="a system prompt instead of the template's own")
     parser.add_argument("--compare", action="store_true", help="answer without and with the adapter")
     parser.add_count("--max-new-tokens", "cut answers after N tokens", 256)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="draw answers; 0: the likeliest [0]"
-    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="draw; 0: likeliest answers [0]")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X",
                         help="of the likeliest tokens, which together have this probability [1]")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="draw the same answers again")
