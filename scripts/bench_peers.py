@@ -70,7 +70,7 @@ def train(args: argparse.Namespace, who: str, batch_size: int, grad_accum: int, 
             trainer.utils._ChunkedLogProbFunction = LogProb
         count = batch_size * grad_accum
         most = max(1, config.max_length // min(n for n, _ in args.lengths)) if best else 1  # rows packed into one
-        drawn = draw_rows(args, most * count * clock.steps)
+        drawn = draw_rows(config, args.lengths, most * count * clock.steps)
         rows = [{"input_ids": ids, "completion_mask": [0] * (len(ids) - n) + [1] * n} for ids, n in drawn]
         own = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if who == "trl" and not best else {}
         options = SFTConfig(

@@ -175,13 +175,13 @@ def random_weights() -> Iterator[None]:
         yield
 
 
-def draw_rows(args: argparse.Namespace, count: int) -> list[tuple[list[int], int]]:
+def draw_rows(config: Config, lengths: Sequence[tuple[int, int]], count: int) -> list[tuple[list[int], int]]:
     """Draw `count` rows of random tokens: (input_ids, the number of supervised tokens, which are the last ones)."""
     from transformers import AutoConfig
 
-    rng, vocab = random.Random(0), AutoConfig.from_pretrained(args.config.model).vocab_size
-    chosen = rng.choices(args.lengths, k=count)
-    return [([rng.randrange(vocab) for _ in range(min(n, args.config.max_length))], last) for n, last in chosen]
+    rng, vocab = random.Random(0), AutoConfig.from_pretrained(config.model).vocab_size
+    chosen = rng.choices(lengths, k=count)
+    return [([rng.randrange(vocab) for _ in range(min(n, config.max_length))], last) for n, last in chosen]
 
 
 def measure(args: argparse.Namespace, name: str, **options: Any) -> dict[str, Any]:
@@ -196,14 +196,13 @@ def measure(args: argparse.Namespace, name: str, **options: Any) -> dict[str, An
     from ..scale.processes import world_size
     from ..system.device import GIB, release
 
-    args = argparse.Namespace(**vars(args))
-    args.config = config = replace(args.config, output_dir=tempfile.mkdtemp(), **options)
+    config = replace(args.config, output_dir=tempfile.mkdtemp(), **options)
     release()  # the memory of the previous trainer
     graphs = torch.cuda.is_available() and not (config.shard and world_size() > 1)
     clock = Clock(args, 40 if graphs else 1)  # in the warm-up, a graph is captured for each shape
     rows = Rows.write(
         Row(torch.tensor(ids, dtype=torch.int32), torch.arange(len(ids)) >= len(ids) - n, "")
-        for ids, n in draw_rows(args, config.batch_size * config.grad_accum * clock.steps)
+        for ids, n in draw_rows(config, args.lengths, config.batch_size * config.grad_accum * clock.steps)
     )
     data = Encoded("drawn", rows, np.zeros(len(rows), np.uint64), np.ones(len(rows), bool))
     with redirect_stdout(io.StringIO()):
