@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from qlora_min.cli import page
+from qlora_min.cli.options import new_file
 from qlora_min.cli.scores import Answer, Choices, between
 from qlora_min.cli.tables import Comparison
 from qlora_min.evaluation import Choice, Evaluation
@@ -212,9 +213,9 @@ def test_a_missing_matplotlib_is_said_before_any_work(script, monkeypatch):
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
-    page.check(str(tmp_path / "r.html"))
+    new_file("--html", str(tmp_path / "r.html"))
     (tmp_path / "r.html").write_text("saved")
     for bad, why in ((tmp_path / "nowhere" / "r.html", "can't be written; expected"), (tmp_path, "exists"),
                      (tmp_path / "r.html", "exists, and is never overwritten")):  # fmt: skip
         with pytest.raises(ValueError, match=f"^--html {re.escape(str(bad))}: {why}"):
-            page.check(str(bad))
+            new_file("--html", str(bad))

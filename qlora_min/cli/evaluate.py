@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .options import Emit, Parser, load_given, needed, one_given
+from .options import Emit, Parser, load_given, needed, new_file, one_given
 
 
 def options(parser: Parser) -> None:
@@ -41,7 +41,9 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
             import rouge_score.rouge_scorer  # noqa: F401
             import sacrebleu  # noqa: F401
     if args.html:
-        page.check(args.html)
+        new_file("--html", args.html)
+        with needed("--html", "plot"):
+            import matplotlib  # noqa: F401
     adapter = args.adapter and Path(args.adapter)
     parts = evaluation_data(adapter, args.model, args.dataset, args.limit, args.max_length, args.columns)
     print(table(parts) + "\n", flush=True)

@@ -24,7 +24,6 @@ from ..run import checkpoint
 from ..run.cards import beside, named
 from ..run.curves import draw_curves
 from .chat import samples
-from .options import needed, new_file
 from .scores import Answer, Choices, between
 from .tables import Comparison, by_letter
 
@@ -43,13 +42,6 @@ ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
 ENVIRONMENT.globals.update(beside=beside, between=between, by_letter=by_letter)
 ENVIRONMENT.filters.update(scored=lambda result: Choices(result.choices), named=named)
 ENVIRONMENT.filters["pieces"] = re.compile(r"(<\|[^|]{1,40}\|>)").split  # at control tokens
-
-
-def check(path: str) -> None:
-    """Raise ValueError if a report can't be made or written. Called before the evaluation, which may take hours."""
-    new_file("--html", path)
-    with needed("--html", "plot"):
-        import matplotlib  # noqa: F401
 
 
 def evaluation(evaluated: Path | str, found: Comparison, precision: str) -> str:
