@@ -31,9 +31,8 @@ Record = Mapping[str, Any]  # a run's config.json
 
 def adapter_card(config: AdapterConfig, record: Record, before: dict | None, best: dict | None, best_step: int) -> str:
     """The card of an adapter: the run that trained it, and the results on held-out rows without and with it."""
-    front = {"library_name": "peft", "tags": ["qlora", "lora"]}
-    results = {"before": before, "best": best, "best_step": best_step}
-    return _card(config, record, front, **results, torch_dtype=DTYPES[record["precision"]], merged=None)
+    end = {"before": before, "best": best, "best_step": best_step}
+    return _card(config, record, end, torch_dtype=DTYPES[record["precision"]], merged=None)
 
 
 def merged_card(adapter: Path) -> Callable[[Merged], str]:
@@ -42,23 +41,16 @@ def merged_card(adapter: Path) -> Callable[[Merged], str]:
     if is_run(adapter.parent):
         record = read_record(adapter.parent)
         end = next((e for e in reversed(read_metrics(adapter.parent)) if e["event"] == "end"), {})
-    front = {"library_name": "transformers", "tags": ["qlora"]}
-    results = {"before": end.get("before"), "best": end.get("best"), "best_step": end.get("best_step", 0)}
-    return lambda merged: _card(config, record, front, **results, merged=merged)
+    return lambda merged: _card(config, record, end, merged=merged)
 
 
-def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values: Any) -> str:
+def _card(config: AdapterConfig, record: Record, end: dict[str, Any], **values: Any) -> str:
     from jinja2 import Environment, StrictUndefined
 
     options = {k: v for k, v in record.get("options", {}).items() if k != "output_dir" and v is not None and v != []}
     data = dict.fromkeys([*options.get("dataset", []), *options.get("eval_dataset", [])])
+    on_hub = list(dict.fromkeys(HUB_NAME.fullmatch(name)["name"] for name in filter(is_hub_id, data)))
     hub_id = config.base_model if is_hub_id(config.base_model) else None
-    front = {
-        "base_model": hub_id,
-        **front,
-        "pipeline_tag": "text-generation",
-        "datasets": list(dict.fromkeys(HUB_NAME.fullmatch(name)["name"] for name in filter(is_hub_id, data))),
-    }
     for key in {"model", "adapter", "chat_template", "dataset", "eval_dataset"} & options.keys():
         options[key] = [named(name) for name in options[key]] if "dataset" in key else named(options[key])
 
@@ -67,7 +59,7 @@ def _card(config: AdapterConfig, record: Record, front: dict[str, Any], **values
     jinja.filters.update(json=functools.partial(json.dumps, ensure_ascii=False), named=named)
     template = jinja.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
     text = template.render(
-        config=config, record=record, front=front, options=options, hub_id=hub_id, version=__version__,
+        config=config, record=record, end=end, options=options, hub_id=hub_id, on_hub=on_hub, version=__version__,
         four_bit=config.quantization in ("nf4", "fp4"), measures=MEASURES, beside=beside, **values,
     )  # fmt: skip
     return redacted(text)
