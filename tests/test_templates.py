@@ -368,7 +368,7 @@ def test_chatml_by_name(tmp_path):
     )
     (tmp_path / "own.jinja").write_text("\ufeff" + CHATML, encoding="utf-8")
     assert named_template(str(tmp_path / "own.jinja"), plain) == CHATML
-    with pytest.raises(ValueError, match=r"--chat-template alpaca: No such file.*expected a file.*or chatml"):
+    with pytest.raises(ValueError, match=r"--chat-template alpaca: can't be read .No such file.*expected.*or chatml"):
         named_template("alpaca", plain)
 
 

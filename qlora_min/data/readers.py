@@ -90,13 +90,12 @@ def read(
 def _open(source: str, columns: Columns) -> Raw:
     """The raw rows of a path that exists, or else of what the name says."""
     path, kinds = Path(source), "/".join(FILE_KINDS)
-    try:
-        mode = path.stat().st_mode
+    with refusing(f"data set '{source}': can't be read", f"expected a {kinds} file", OSError):
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+            return _open_name(source, columns)
         inside = [p for p in path.iterdir() if p.name[0] != "."] if stat.S_ISDIR(mode) else []
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
-        return _open_name(source, columns)
-    except OSError as e:
-        raise ValueError(f"data set '{source}': can't be read ({e.strerror}); expected a {kinds} file") from None
     if stat.S_ISDIR(mode):
         return _read_saved(source, path, "", columns) if _is_saved(path) else _read_files(source, inside, columns)
     if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
@@ -141,7 +140,7 @@ def _read_files(source: str, paths: Iterable[Path], columns: Columns) -> Raw:
 def _examples(source: str, raw: Raw, limit: int | None, bad: BadRows | None, columns: Columns) -> Iterator[Example]:
     """Convert raw rows to examples, and count those that are bad."""
     mine, seen = bad or BadRows(), 0
-    with contextlib.closing(raw):  # closes the file and its progress bar
+    with contextlib.closing(raw), refusing(f"{source}: can't be read", errors=OSError):  # closes the file and its bar
         try:
             for seen, (row, location) in enumerate(itertools.islice(raw, limit), 1):  # noqa: B007 (used below)
                 try:
@@ -152,8 +151,6 @@ def _examples(source: str, raw: Raw, limit: int | None, bad: BadRows | None, col
                     mine.add(BadRow(f"{location}: nested too deeply"), location)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise ValueError(f"{source}: not a readable .gz file (damaged, cut short, or of another kind)") from None
-        except OSError as e:
-            raise ValueError(f"{source}: can't be read ({e.strerror or e})") from None
     if not seen:
         raise ValueError(f"{source}: no rows; expected at least one in a layout of {EXPECTED}")
     columns.check(source)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa  # comes with datasets
 import torch
 
+from ..system.text import refusing
 from .examples import Example
 
 
@@ -92,21 +93,19 @@ class Rows(Sequence[Row]):
             ValueError: the file can't be written, for example because the disk is full.
         """
         lengths, supervised, rows = array("i"), array("i"), iter(rows)
-        try:
-            with tempfile.TemporaryFile(prefix="qlora_min-") as file:
-                with pa.ipc.new_stream(file, SCHEMA) as writer:
-                    while part := list(itertools.islice(rows, ROWS_A_BATCH)):
-                        columns = list(zip(*map(_columns_of, part)))
-                        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-                        lengths.extend(map(len, part))
-                        supervised.extend(np.count_nonzero(r.supervised.numpy()[1:]) for r in part)
-                file.flush()
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps the file open
-        except OSError as e:
-            raise ValueError(
-                f"the encoded rows can't be written to {tempfile.gettempdir()} ({e.strerror or e}); set TMPDIR to a "
-                "folder with space, about 5 bytes a token"
-            ) from None
+        full = f"the encoded rows can't be written to {tempfile.gettempdir()}"
+        with (
+            refusing(full, "set TMPDIR to a folder with space, about 5 bytes a token", OSError),
+            tempfile.TemporaryFile(prefix="qlora_min-") as file,
+        ):
+            with pa.ipc.new_stream(file, SCHEMA) as writer:
+                while part := list(itertools.islice(rows, ROWS_A_BATCH)):
+                    columns = list(zip(*map(_columns_of, part)))
+                    writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+                    lengths.extend(map(len, part))
+                    supervised.extend(r.n_supervised for r in part)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps the file open
         table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
         if hasattr(mmap, "MADV_DONTNEED"):  # free the pages that opening has read, at least one of each batch
             mapped.madvise(mmap.MADV_DONTNEED)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..system.console import say
-from ..system.text import clipped
+from ..system.text import clipped, refusing
 from .examples import Example, Message
 
 CHATML = (
@@ -44,11 +44,8 @@ def named_template(name: str, tokenizer: Any) -> str:
     if name == "chatml":
         known = {token.content for token in tokenizer.added_tokens_decoder.values()}
         return CHATML if "<|im_end|>" in known else CHATML.replace("<|im_end|>", tokenizer.eos_token or "<|im_end|>")
-    try:
+    with refusing(f"--chat-template {name}: can't be read", "expected a file with a Jinja template, or chatml"):
         return Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as e:
-        why = getattr(e, "strerror", None) or "not UTF-8 text"
-        raise ValueError(f"--chat-template {name}: {why}; expected a file with a Jinja template, or chatml") from None
 
 
 def tokenizer_to_save(encoder: Any) -> Any:

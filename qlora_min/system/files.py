@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .text import clipped, shown
+from .text import refusing, shown
 
 # The errors of a file system that does not support locks, or flushing a folder.
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
@@ -135,13 +135,10 @@ def read_json(path: Path) -> dict[str, Any]:
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    try:
+    with refusing(f"{path}: not readable JSON", errors=(OSError, ValueError, RecursionError)):
         if path.stat().st_size > 2**26:
             raise ValueError("larger than 64 MiB")
         value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once, parse_constant=no_constant)
-    except (OSError, ValueError, RecursionError) as e:
-        why = "nested too deeply" if isinstance(e, RecursionError) else clipped(e)
-        raise ValueError(f"{path}: not readable JSON ({why})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON {type(value).__name__}, expected an object")
     return value

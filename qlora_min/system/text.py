@@ -35,7 +35,7 @@ def refusing(what: str, fix: str = "", errors: type | tuple[type, ...] = Excepti
     try:
         yield
     except errors as e:
-        why = getattr(e, "strerror", None) or first_line(e)
+        why = "nested too deeply" if isinstance(e, RecursionError) else getattr(e, "strerror", None) or first_line(e)
         raise ValueError(f"{what} ({clipped(why)}){fix and '; '}{fix}") from None
 
 

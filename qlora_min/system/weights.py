@@ -27,11 +27,9 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
+        with refusing(f"{index}: no readable index of weights", "copy or download the model again"):
             names = sorted(set(read_json(index)["weight_map"].values()))
             elsewhere = [n for n in names if Path(n).name != n or "\0" in n or not 1 <= len(n) <= 255]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index}: no readable index of weights; copy or download the model again") from None
         if elsewhere:
             raise ValueError(f"{index}: names {shown(elsewhere[0])}; expected files beside the index")
         if lost := [n for n in names if not (folder / n).is_file()]:
