@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import transformers
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import parse_ratelimit_headers
 
 from . import console
 from .files import check_links, read_json
@@ -57,9 +60,6 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     """snapshot_download, asking again if the hub is busy."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     bars, waits = [], iter(WAITS)  # bars that the library leaves open
 
     class Bar(console.Bar):
@@ -78,8 +78,8 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     how = {"revision": revision, "allow_patterns": patterns, "local_files_only": constants.is_offline_mode()}
     while True:
         try:
-            return Path(snapshot_download(name, **how, tqdm_class=Bar))
-        except HFValidationError:
+            return Path(huggingface_hub.snapshot_download(name, **how, tqdm_class=Bar))
+        except errors.HFValidationError:
             raise ValueError(f"model '{name}': no local folder, and no valid hub id") from None
         except Exception as e:  # of the HTTP library, of the disk, or of hf_xet
             answer, least = _refusal(e, name, "model"), next(waits, 0)
@@ -97,8 +97,6 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _asked_to_wait(answer: Any) -> int:
     """The seconds that the hub asks to wait (an HfHubHTTPError); 0 if it does not say."""
-    from huggingface_hub.utils import parse_ratelimit_headers
-
     headers = answer.response.headers
     if (limit := parse_ratelimit_headers(headers)) and not limit.remaining:
         return limit.reset_in_seconds
@@ -114,18 +112,15 @@ def why_not_loaded(
         error: what huggingface_hub or datasets raised. name: OWNER/NAME. kind: model or dataset.
         instead: what local file or folder can be given.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError
-
     for e in _chain(error):
         if isinstance(e, OSError) and e.errno in OF_THE_DISK:
             return (
                 f"can't be written to the cache {constants.HF_HOME} ({e.strerror}); make room there, or set HF_HOME to "
                 "another folder"
             )
-    if answer := hub_answer(error, name, kind):
-        return answer
-    lost = (ConnectionError, TimeoutError, HTTPError, *([FileNotFoundError] if kind == "model" else []))
+    if answer := _refusal(error, name, kind):
+        return _meaning(answer, name, kind)
+    lost = (ConnectionError, TimeoutError, errors.HTTPError, *([FileNotFoundError] if kind == "model" else []))
     if any(isinstance(e, lost) for e in _chain(error)):
         return (
             f"no local {'folder' if kind == 'model' else 'file'} of this name, and the Hugging Face hub can't be "
@@ -142,50 +137,35 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def hub_answer(error: BaseException, name: str, kind: str = "model") -> str:
-    """What the Hugging Face hub refused, and what to do, in one line; "" if it was not reached, or refused nothing.
-
-    Args:
-        error: what huggingface_hub or datasets raised. name: OWNER/NAME. kind: model or dataset.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    answer = _refusal(error, name, kind)
-    if answer is None:
-        return ""
-    code, wait = answer.response.status_code, _asked_to_wait(answer)
+def _meaning(seen: Any, name: str, kind: str) -> str:
+    """What the hub's answer (an HfHubHTTPError) means, and what to do, in one line."""
+    code, wait = seen.response.status_code, _asked_to_wait(seen)
     when = f"in {wait} s" if wait else "later"
-    address = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    url = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     local, log_in = "file" if kind == "dataset" else "folder", "log in (`hf auth login` or HF_TOKEN)"
-    hub, unknown = "the Hugging Face hub", isinstance(answer, RepositoryNotFoundError)
+    hub, unknown = "the Hugging Face hub", isinstance(seen, errors.RepositoryNotFoundError)
     meanings = (  # the first that is true
-        (isinstance(answer, GatedRepoError), f"access is restricted; accept the licence at {address}, then {log_in}"),
-        (isinstance(answer, RevisionNotFoundError), f"{hub} has no such revision of it"),
+        (isinstance(seen, errors.GatedRepoError), f"access is restricted; accept the licence at {url}, then {log_in}"),
+        (isinstance(seen, errors.RevisionNotFoundError), f"{hub} has no such revision of it"),
         (unknown, f"not on the Hugging Face hub, and no local {local}; if it is private, {log_in}"),
         (code == 401, f"{hub} wants a valid token (HTTP 401), and got none or a wrong one; {log_in}"),
-        (code == 403, f"the token may not read it (HTTP 403); look at {address}, then {log_in} with one that may"),
+        (code == 403, f"the token may not read it (HTTP 403); look at {url}, then {log_in} with one that may"),
         (code == 429, f"too many requests to {hub} (HTTP 429); try again {when}, or {log_in} to be allowed more"),
         (code >= 500, f"{hub} is not available (HTTP {code}); try again {when}"),
-        (True, f"{hub} answers HTTP {code} ({clipped(answer, 80)})"),
+        (True, f"{hub} answers HTTP {code} ({clipped(seen, 80)})"),
     )
     return next(text for applies, text in meanings if applies)
 
 
 def _refusal(error: BaseException, name: str, kind: str) -> Any:
     """The hub's answer (an HfHubHTTPError) that led to an error, or None."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
-
-    answers = (e for e in _chain(error) if isinstance(e, HfHubHTTPError) and not isinstance(e, EntryNotFoundError))
-    seen = next(answers, None)
+    answers = [e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)]
+    seen = next((e for e in answers if not isinstance(e, errors.EntryNotFoundError)), None)
     if seen is None and kind == "dataset":  # datasets drops the cause, so ask again
         try:
-            HfApi().auth_check(name, repo_type=kind)
-        except HfHubHTTPError as e:
-            return e
-        except (HTTPError, OSError, ValueError):
-            return None
+            huggingface_hub.HfApi().auth_check(name, repo_type=kind)
+        except (errors.HTTPError, OSError, ValueError) as e:
+            return e if isinstance(e, errors.HfHubHTTPError) else None
     return seen
 
 
