@@ -15,7 +15,7 @@ control token: `<|im_end|>` written in a question is tokenised as ordinary text.
 import functools
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,19 +104,19 @@ class ChatEncoder:
         Supervised are the answers from their prompt on, each with its end token. Not supervised are those in
         `Example.unlearned`, and those whose prompt, as a server makes it, is not how the row's text begins.
         """
-        rows: list[Any] = [None] * len(examples)
-        segments = {}
-        for i, example in enumerate(examples):
+
+        def tried(compute: Callable[..., Any], example: Example, *given: Any) -> Any:
             try:
-                segments[i] = self.template.segments(example)
+                return compute(example, *given)
             except ValueError as error:
-                rows[i] = BadRow(f"{example.location}: {error}")
-        for i, encoded in zip(segments, self._encode_segments([*segments.values()])):
-            try:
-                rows[i] = self._row(examples[i], segments[i], encoded)
-            except ValueError as error:
-                rows[i] = BadRow(f"{examples[i].location}: {error}")
-        return rows
+                return BadRow(f"{example.location}: {error}")
+
+        found = [tried(self.template.segments, example) for example in examples]
+        encoded = iter(self._encode_segments([part for part in found if not isinstance(part, BadRow)]))
+        return [
+            part if isinstance(part, BadRow) else tried(self._row, example, part, next(encoded))
+            for example, part in zip(examples, found)
+        ]
 
     def _row(self, example: Example, segments: Sequence[Segment], encoded: Sequence[list[int]]) -> Row:
         answers = [i for i, m in enumerate(example.messages) if m["role"] == "assistant"]
