@@ -108,8 +108,7 @@ class Config:
         "auto", ("auto", "on", "off"), "recompute activations: less memory, more time; auto: where they do not fit"
     )
     micro_batch_tokens: int | None = positive(
-        None,
-        "tokens of a micro-batch, which changes no result (default: what fits)",
+        None, "tokens of a micro-batch, which changes no result (default: what fits)"
     )
     engine: str = choice(
         "auto",
