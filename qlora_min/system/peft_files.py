@@ -36,20 +36,16 @@ REVISION = r"\w[\w-]*([./]\w[\w-]*)*"  # a commit, a branch or "refs/pr/1"
 Good = Callable[[Any], bool]
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # not NaN or infinity (1e999)
-
-
 def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and value > 0
+    return type(value) in (int, float) and 0 < value < 1e30  # not NaN or infinity (1e999)
 
 
 def _is_rank(value: Any) -> bool:
     return type(value) is int and 1 <= value < 2**63
 
 
-def _is_text(value: Any, pattern: str) -> bool:
-    return isinstance(value, str) and len(value) <= 200 and bool(re.fullmatch(pattern, value))
+def _text(pattern: str) -> Good:
+    return lambda value: isinstance(value, str) and len(value) <= 200 and bool(re.fullmatch(pattern, value))
 
 
 def _is_quick(expression: Any) -> bool:
@@ -78,10 +74,6 @@ def _pattern_of(good: Good) -> Good:
     return lambda v: v in (None, {}) or (isinstance(v, dict) and named([*v]) and all(map(good, v.values())))
 
 
-def _is_targets(value: Any) -> bool:
-    return value == "all-linear" or _list_of(lambda t: _is_text(t, r"\w+(\.\w+)*"))(value)
-
-
 def _is_name(value: Any) -> bool:
     """Whether a value is a hub id or a path without "..", so that it leads only where it seems to."""
     if not isinstance(value, str) or not value.isprintable():
@@ -101,21 +93,22 @@ PATTERN = "a mapping of names of layers, or of simple regular expressions for th
 ADAPTER: dict[str, Check] = {
     "rank": ("r", _is_rank, "an integer of at least 1", int),
     "alpha": ("lora_alpha", _is_alpha, "a number above 0", float),
-    "dropout": ("lora_dropout", lambda v: v is None or (_is_number(v) and 0 <= v < 1), "a number in [0, 1)",
-                lambda v: float(v or 0.0)),
-    "targets": ("target_modules", _is_targets, "a list of at most 1,000 names of layers, or 'all-linear'", _tuple),
+    "dropout": ("lora_dropout", lambda v: v is None or (type(v) in (int, float) and 0 <= v < 1),
+                "a number in [0, 1)", lambda v: float(v or 0.0)),
+    "targets": ("target_modules", lambda v: v == "all-linear" or _list_of(_text(r"\w+(\.\w+)*"))(v),
+                "a list of at most 1,000 names of layers, or 'all-linear'", _tuple),
     "rslora": ("use_rslora", lambda v: v in (None, False, True), "true or false", bool),
     "rank_pattern": ("rank_pattern", _pattern_of(_is_rank), f"{PATTERN} ranks", lambda v: v or {}),
     "alpha_pattern": ("alpha_pattern", _pattern_of(_is_alpha), f"{PATTERN} alphas", lambda v: v or {}),
     "layers_to_transform": ("layers_to_transform", _one_or_more(lambda v: type(v) is int and v >= 0),
                             "the index of a decoder layer, or a list of them", _tuple),
-    "layers_pattern": ("layers_pattern", _one_or_more(lambda v: _is_text(v, r"\w+")), "a name", _tuple),
+    "layers_pattern": ("layers_pattern", _one_or_more(_text(r"\w+")), "a name", _tuple),
     "base_model": ("base_model_name_or_path", _is_name, "the base's hub id or full path, without '..'", str),
-    "revision": ("revision", _none_or(lambda v: _is_text(v, REVISION)), "a commit or branch", lambda v: v),
+    "revision": ("revision", _none_or(_text(REVISION)), "a commit or branch", lambda v: v),
 }  # fmt: skip
 OURS: dict[str, Check] = {
-    "fingerprint": ("fingerprint", _none_or(lambda v: _is_text(v, "[0-9a-f]{64}")), "a sha256", lambda v: v),
-    "date": ("date", _none_or(lambda v: _is_text(v, r"\d{4}-\d\d-\d\d")), "a date as YYYY-MM-DD", lambda v: v),
+    "fingerprint": ("fingerprint", _none_or(_text("[0-9a-f]{64}")), "a sha256", lambda v: v),
+    "date": ("date", _none_or(_text(r"\d{4}-\d\d-\d\d")), "a date as YYYY-MM-DD", lambda v: v),
     "quantization": ("quantization", lambda v: v in (None, "nf4", "fp4", "none"), "nf4, fp4 or none", lambda v: v),
 }
 UNSEEN = ("alpha", "rslora", "alpha_pattern")  # an edited rank or target would not match the weights; these would
