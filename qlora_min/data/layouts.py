@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from .examples import BadRow, Example, Message
@@ -45,8 +46,7 @@ ROLE_NAMES = {"role", "from"}
 KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "weight")  # of a message, beside role and content
 REFUSED = {  # fields of a message that would change what is learned -> what to write instead
     "function_call": "expected tool_calls",
-    "thinking": "expected reasoning_content",
-    "reasoning": "expected reasoning_content",
+    **dict.fromkeys(("thinking", "reasoning"), "expected reasoning_content"),
     **dict.fromkeys(("train", "training", "trainable", "loss", "mask"), "expected weight, 0 or 1"),
 }
 PARTS = ("text", "input_text", "output_text")  # the types of a content's parts that are text
@@ -131,10 +131,9 @@ class Columns:
 
     def fits(self, names: Iterable[Any]) -> bool:
         """Whether `find` finds a layout."""
-        try:
+        with suppress(BadRow):
             return bool(Columns(self.given).find(names, ""))
-        except BadRow:
-            return False
+        return False
 
     def ignore(self, names: Iterable[Any], within: str = "") -> None:
         """Remember names that are not used."""
@@ -259,11 +258,9 @@ def _kind(value: Any) -> str:
 def _parsed(value: Any) -> Any:
     """A value, or what it is as JSON, if it is a text that is a JSON list or object: the cell of a table, say."""
     if isinstance(value, str):
-        try:
+        with suppress(ValueError, RecursionError):
             found = json.loads(value) if value.strip() else None
             return found if isinstance(found, list | dict | None) else value
-        except (ValueError, RecursionError):
-            pass
     return value
 
 
