@@ -25,7 +25,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,7 @@ def sum_(tensor: Tensor) -> None:
         return
     with _answered():
         dist.all_reduce(tensor)
-        if tensor.is_cuda:
-            torch.cuda.synchronize()  # raise errors of the collective here, not at some later call
+        synchronize()  # raise errors of the collective here, not at some later call
 
 
 def all_gather(whole: Tensor, mine: Tensor) -> Callable[[], None]:
@@ -271,14 +270,10 @@ def _answered() -> Iterator[None]:
 
 
 def _is_gone(host: str, process: int) -> bool:
-    """Whether a process is known to have ended; False for processes of other hosts."""
-    if host != socket.gethostname() or os.name != "posix":
+    """Whether a process is known to have ended; False for processes of other hosts, and where there is no /proc."""
+    if host != socket.gethostname() or not Path("/proc/self").exists():
         return False
-    try:
-        os.kill(process, 0)
+    with suppress(OSError):
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "Z"  # a zombie: its parent has not waited for it yet
+        return stat.rpartition(")")[2].split()[0] == "Z"  # a zombie: its parent has not waited for it yet
+    return True
