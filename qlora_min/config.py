@@ -47,9 +47,7 @@ class Config:
     limit: int | None = positive(None, "use at most the first N rows of each training data set")
     eval_limit: int | None = positive(None, "use at most the first N held-out rows (of each held-out data set)")
     skip_bad_rows: bool = option(False, "leave rows that can't be used out, and count them, instead of ending")
-    shuffle_options: bool = option(
-        False, "multiple choice: another order of a training row's options each epoch; the answer's letter follows"
-    )
+    shuffle_options: bool = option(False, "multiple choice: reorder options each epoch; the answer's letter follows")
     mix: tuple[float, ...] = option(
         (),
         "a weight for each data set: 2 shows each row twice in an epoch, 0.5 half of the rows, then the other half",
@@ -77,11 +75,7 @@ class Config:
         "r: a layer's update is a product of two matrices of rank r; QLoRA saw no effect of 8 to 256 (appendix A)",
         group="LoRA and its base",
     )
-    alpha: float = option(
-        32.0,
-        "the update is scaled by alpha / rank, so that another rank hardly needs another learning rate (LoRA, 4.1)",
-        **ABOVE_0,
-    )
+    alpha: float = option(32.0, "the update is scaled by alpha / rank: one learning rate suits many ranks", **ABOVE_0)
     dropout: float = option(0.05, "dropout on the update's input; QLoRA took 0.1 up to 13B, 0.05 above", **FRACTION)
     targets: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -93,9 +87,7 @@ class Config:
     rslora: bool = option(False, "scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)")
     adapter: str | None = option(None, "go on from an adapter, ours or PEFT's: its rank, alpha, targets and base")
     quantization: str = choice(
-        "nf4",
-        ("nf4", "fp4", "none"),
-        "the frozen base's 4-bit type, doubly quantised; or none. QLoRA: nf4 loses less (section 4)",
+        "nf4", ("nf4", "fp4", "none"), "the frozen base's 4-bit type, doubly quantised; or none. QLoRA: nf4 loses less"
     )
 
     precision: str = choice(
@@ -107,17 +99,11 @@ class Config:
     gradient_checkpointing: str = choice(
         "auto", ("auto", "on", "off"), "recompute activations: less memory, more time; auto: where they do not fit"
     )
-    micro_batch_tokens: int | None = positive(
-        None, "tokens of a micro-batch, which changes no result (default: what fits)"
-    )
+    micro_batch_tokens: int | None = positive(None, "tokens of a micro-batch; changes no result (default: what fits)")
     engine: str = choice(
-        "auto",
-        ("auto", "modules", "fused"),
-        "modules: the model's own, by autograd; fused: by hand, with kernels; auto: fused where it can",
+        "auto", ("auto", "modules", "fused"), "modules: by autograd; fused: with own kernels; auto: fused where it can"
     )
-    shard: bool = option(
-        False, "several GPUs: each keeps a part of the frozen base, and gathers a layer where it computes"
-    )
+    shard: bool = option(False, "several GPUs: each keeps a part of the frozen base, and gathers layers as it computes")
 
     eval_every: int | None = positive(
         None, "steps between evaluations (default: a quarter of an epoch)", group="evaluating, saving, stopping"
