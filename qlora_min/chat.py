@@ -42,9 +42,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Any, train_on: str = "all", date: str | None = None, vocab_size: int | None = None):
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "the model's tokenizer has no chat template; use an instruction-tuned model, or --chat-template"
-            )
+            raise ValueError("the tokenizer has no chat template; use an instruction-tuned model, or --chat-template")
         self.tokenizer, self.train_on, self.vocab_size = tokenizer, train_on, vocab_size or len(tokenizer)
         self.template = Template(tokenizer, date)
         self.special_ids = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}

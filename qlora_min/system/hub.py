@@ -188,11 +188,9 @@ def _check_folder(folder: Path, name: str) -> None:
             f"{transformers.__version__}; expected one that it knows, since the code of a model is never executed"
         )
     _refuse_quantization(config, name)
-    layers = [v for k, v in config.items() if re.fullmatch("(num|n)(_hidden)?_layers?", k) and isinstance(v, int)]
-    if any(abs(n) > 1000 for n in layers) and max(map(abs, layers)) > len(weight_shapes(folder)):
-        raise ValueError(
-            f"model '{name}': config.json says {clipped(max(layers), 20)} layers, more than there are weights"
-        )
+    layers = [abs(v) for k, v in config.items() if re.fullmatch("(num|n)(_hidden)?_layers?", k) and isinstance(v, int)]
+    if (most := max(layers, default=0)) > 1000 and most > len(weight_shapes(folder)):
+        raise ValueError(f"model '{name}': config.json says {clipped(most, 20)} layers, more than there are weights")
 
 
 def _refuse_quantization(config: dict[str, Any], name: str) -> None:

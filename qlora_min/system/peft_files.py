@@ -240,7 +240,5 @@ def _refuse_what_is_unknown(folder: Path, peft: dict[str, Any]) -> None:
     asked = {k: v for k, v in peft.items() if k not in known and not (v is None or v is False or v in ("none", [], {}))}
     asked |= {k: peft[k] for k, allowed in ALLOWED.items() if peft.get(k) not in allowed}
     if asked:
-        fields = ", ".join(f"{k}={shown(v)}" for k, v in sorted(asked.items()))
-        raise ValueError(
-            f"adapter '{folder}': {CONFIG} asks for {clipped(fields, 200)}, which qlora_min does not implement"
-        )
+        fields = clipped(", ".join(f"{k}={shown(v)}" for k, v in sorted(asked.items())), 200)
+        raise ValueError(f"adapter '{folder}': {CONFIG} asks for {fields}, which qlora_min does not implement")

@@ -32,10 +32,8 @@ def weight_files(folder: Path) -> list[Path]:
             elsewhere = [n for n in names if Path(n).name != n or "\0" in n or not 1 <= len(n) <= 255]
         if elsewhere:
             raise ValueError(f"{index}: names {shown(elsewhere[0])}; expected files beside the index")
-        if lost := [n for n in names if not (folder / n).is_file()]:
-            raise ValueError(
-                f"model '{folder}': {clipped(', '.join(lost))} is missing; copy or download the model again"
-            )
+        if lost := ", ".join(n for n in names if not (folder / n).is_file()):
+            raise ValueError(f"model '{folder}': {clipped(lost)} is missing; copy or download the model again")
         return [folder / n for n in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
