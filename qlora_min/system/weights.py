@@ -5,7 +5,7 @@ import json
 import re
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from .files import _once, read_json
 from .text import clipped, refusing, shown
+
+Shapes = dict[str, tuple[int, ...]]  # the shape of each tensor, by its name
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -46,7 +48,7 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(path: Path) -> Shapes:
     """Name -> shape of every tensor of a safetensors file, from its header; no tensor is read.
 
     safetensors itself checks that the header fits into the file, that its JSON is valid, and that the tensors fill the
@@ -76,13 +78,13 @@ def _opened(path: Path) -> Iterator[Any]:
         yield f
 
 
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def weight_shapes(folder: Path) -> Shapes:
     """Name -> shape of every weight of a model folder.
 
     Raises:
         ValueError: as `weight_files` and `tensor_shapes`, or two files contain a weight of the same name.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: Shapes = {}
     for path in weight_files(folder):
         new = tensor_shapes(path)
         if twice := shapes.keys() & new.keys():
@@ -138,9 +140,7 @@ class PackedWeights:
         return (owner, self._read.pop(owner)) if len(self._read[owner]) == self._parts[owner] else None
 
 
-def expected_weights(
-    name: str, model: Any, stored: dict[str, tuple[int, ...]], packed: PackedWeights
-) -> dict[str, str]:
+def expected_weights(name: str, model: Any, stored: Shapes, packed: PackedWeights) -> dict[str, str]:
     """The weights to load, checked against those stored: name in the file -> name in the model, where transformers may
     call it otherwise. Parts of packed weights are not among them, and their shapes are not checked.
 
@@ -214,9 +214,7 @@ class Fingerprint:
         self.digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def read_exactly(
-    path: Path, expected: Mapping[str, tuple[int, ...]], prefix: str
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+def read_exactly(path: Path, expected: Shapes, prefix: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Read a file that should contain exactly the expected tensors, with finite values.
 
     Args:
