@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.utils.checkpoint
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .base import Base, decoder_layers
@@ -127,9 +127,7 @@ class Modules(Engine):
 
             def forward(*args, inner=plain, **kwargs):
                 if self.checkpointing and torch.is_grad_enabled():
-                    return torch.utils.checkpoint.checkpoint(
-                        inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-                    )
+                    return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
                 return inner(*args, **kwargs)
 
             layer.forward = forward
