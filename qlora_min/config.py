@@ -71,9 +71,7 @@ class Config:
     seed: int = option(42, "seed of the split, the order, the adapter and dropout", **IN_32_BITS)
 
     rank: int = positive(
-        16,
-        "r: a layer's update is a product of two matrices of rank r; QLoRA saw no effect of 8 to 256 (appendix A)",
-        group="LoRA and its base",
+        16, "r: the rank of a layer's update; QLoRA saw no effect of 8 to 256 (appendix A)", group="LoRA and its base"
     )
     alpha: float = option(32.0, "the update is scaled by alpha / rank: one learning rate suits many ranks", **ABOVE_0)
     dropout: float = option(0.05, "dropout on the update's input; QLoRA took 0.1 up to 13B, 0.05 above", **FRACTION)
