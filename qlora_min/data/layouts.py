@@ -244,9 +244,8 @@ def _history(row: dict, names: Mapping[str, Any], location: str, columns: Column
 
 def _is_conversation(value: Any) -> bool:
     """Whether a value is a list of messages."""
-    return isinstance(value, list | tuple) and bool(value) and all(
-        isinstance(m, dict) and ROLE_NAMES & m.keys() for m in value
-    )  # fmt: skip
+    messages = value if isinstance(value, list | tuple) else ()
+    return bool(messages) and all(isinstance(m, dict) and ROLE_NAMES & m.keys() for m in messages)
 
 
 def _kind(value: Any) -> str:
