@@ -470,26 +470,19 @@ def _read_saved(source: str, folder: Path, split: str, columns: Columns) -> Raw:
 
 def _read_hub(source: str, hub: Mapping[str, str | None], columns: Columns) -> Raw:
     import datasets
+    from huggingface_hub import utils
 
     revision = COMMITS.get(source) or hub["revision"]
     given = {"split": hub["split"] or "train"} | ({"revision": revision} if revision else {})
-    _choose_bars()
+    for library in (datasets, utils):  # show the bars where ours are; transformers switches the hub's off with its own
+        with warnings.catch_warnings(action="ignore"):  # "the environment variable goes before"
+            (library.enable_progress_bars if console.shows_bars() else library.disable_progress_bars)()
     try:
         data = datasets.load_dataset(*filter(None, (hub["name"], hub["config"])), **given)
     except Exception as e:  # of datasets, the HTTP library, the disk, or the card's YAML
         raise ValueError(f"data set '{source}': {_why_not_loaded(e, hub)}") from None
     COMMITS.update({source: commit} if (commit := _commit(source, data, hub["name"], revision)) else {})
     yield from _read_table(source, data, columns)
-
-
-def _choose_bars() -> None:
-    """Show the bars of datasets and its downloads where ours are; transformers switches the hub's off with its own."""
-    import datasets
-    from huggingface_hub import utils
-
-    for library in (datasets, utils):
-        with warnings.catch_warnings(action="ignore"):  # "the environment variable goes before"
-            (library.enable_progress_bars if console.shows_bars() else library.disable_progress_bars)()
 
 
 def _commit(source: str, data: Any, name: str, revision: str | None) -> str:
