@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .data.layouts import FIELDS_OF_A_ROW, parse_columns
-from .system.fields import ABOVE_0, AT_LEAST_0, BOARDS, FRACTION, IN_32_BITS, choice, option, positive
+from .system.fields import ABOVE_0, AT_LEAST_0, BOARDS, FRACTION, IN_32_BITS, WEIGHTS, choice, option, positive
 from .system.text import refuse_secrets
 
 if TYPE_CHECKING:
@@ -49,10 +49,7 @@ class Config:
     skip_bad_rows: bool = option(False, "leave rows that can't be used out, and count them, instead of ending")
     shuffle_options: bool = option(False, "multiple choice: reorder options each epoch; the answer's letter follows")
     mix: tuple[float, ...] = option(
-        (),
-        "a weight for each data set: 2 shows each row twice in an epoch, 0.5 half of the rows, then the other half",
-        check=lambda v: all(0 < w < math.inf for w in v),
-        expected="numbers above 0",
+        (), "weights of the data sets: 2 shows rows twice in an epoch, 0.5 half of them, then the other half", **WEIGHTS
     )
 
     epochs: float = option(3.0, "passes over the data", group="steps", **ABOVE_0)

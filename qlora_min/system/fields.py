@@ -27,4 +27,5 @@ ABOVE_0 = {"check": lambda v: v > 0, "expected": "a number above 0"}
 AT_LEAST_0 = {"check": lambda v: v >= 0, "expected": "a number of at least 0"}
 FRACTION = {"check": lambda v: 0 <= v < 1, "expected": "a number in [0, 1)"}
 IN_32_BITS = {"check": lambda v: 0 <= v < 2**32, "expected": "from 0 to 2**32 - 1"}
+WEIGHTS = {"check": lambda v: all(0 < w < float("inf") for w in v), "expected": "numbers above 0"}
 BOARDS = {"check": lambda v: set(v) <= {"tensorboard", "wandb"}, "expected": "tensorboard, wandb or both"}
