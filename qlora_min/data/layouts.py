@@ -346,14 +346,12 @@ def _message(m: Any, location: str, columns: Columns) -> Message:
     given = {k: v for k, v in m.items() if v is not None and k not in (said, text)}
     for field in REFUSED.keys() & given.keys():
         raise BadRow(f"{location}.{field}: unsupported, {REFUSED[field]}")
-    message = {"role": role, "content": m.get(text)} | {k: given[k] for k in KEPT if k in given}
     field = text if m[said].casefold() == "function_call" else "tool_calls"
     calls = _objects(m.get(field), f"{location}.{field}")
-    message.pop("tool_calls", None)
+    message = {"role": role, "content": None} | {k: given[k] for k in KEPT if k in given and k != "tool_calls"}
     if calls:
         message["tool_calls"] = [_call(c, location, role) for c in calls]
-        message["content"] = None if field == text else message["content"]
-    if message["content"] is not None or not calls:
+    if not calls or (field != text and m.get(text) is not None):
         message["content"] = _text(m, text, location, may_be_empty=role in ("system", "tool") or bool(calls))
     if given.get("weight", 1) not in (0, 1):
         raise BadRow(f"{location}.weight: expected 0 (carries no loss) or 1")
