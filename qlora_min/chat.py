@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .data.examples import BadRow, Example, Message
-from .data.rows import Row
+from .data.rows import Choices, Row
 from .data.templates import NO_END, NOT_A_PROMPT, Segment, Template
 
 ANSWER = "\ue000"
@@ -138,9 +138,7 @@ class ChatEncoder:
         ids = torch.frombuffer(array("i", self._checked(ids[:end])), dtype=torch.int32)
         return Row(ids, torch.frombuffer(supervised, dtype=torch.bool, count=end), example.location, choices)
 
-    def _choices(
-        self, example: Example, segments: Sequence[Segment], ids: list[int], start: int
-    ) -> tuple[tuple[int, ...], int, int] | None:
+    def _choices(self, example: Example, segments: Sequence[Segment], ids: list[int], start: int) -> Choices | None:
         """`Row.choices` of a row whose last segment, from `start` on, is its last answer."""
         choice, text = example.choice, segments[-1][0][0]
         at = text.find(example.messages[-1]["content"].strip()) if choice else -1

@@ -15,6 +15,8 @@ import torch
 from ..system.text import refusing
 from .examples import Example
 
+Choices = tuple[tuple[int, ...], int, int]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -31,7 +33,7 @@ class Row:
     input_ids: torch.Tensor
     supervised: torch.Tensor
     location: str
-    choices: tuple[tuple[int, ...], int, int] | None = None
+    choices: Choices | None = None
     text: str = ""
 
     @property
