@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,13 +151,11 @@ def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
     literal = re.search(r"\{\s*'[A-Z]'\s*:.*\}", asked, re.DOTALL)
     if not answer or not literal:
         return None
-    try:
+    with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         options = ast.literal_eval(_parsed(literal[0]))
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
-    if not isinstance(options, dict) or answer[1] not in options or not all(isinstance(k, str) for k in options):
-        return None
-    return MultipleChoice(tuple(options), answer[1], literal[0])
+        if isinstance(options, dict) and answer[1] in options and all(isinstance(k, str) for k in options):
+            return MultipleChoice(tuple(options), answer[1], literal[0])
+    return None
 
 
 # Options that refer to other options or to the order have another meaning in another order.

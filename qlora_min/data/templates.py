@@ -211,9 +211,7 @@ class Template:
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     """A tool call with its arguments as an object, which templates expect; OpenAI's form has them as JSON text."""
     function = call.get("function", call)
-    try:
-        arguments = json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError):
-        return call
-    function = {**function, "arguments": arguments}
-    return {**call, "function": function} if "function" in call else function
+    with suppress(KeyError, TypeError, ValueError):
+        function = {**function, "arguments": json.loads(function["arguments"])}
+        return {**call, "function": function} if "function" in call else function
+    return call

@@ -238,12 +238,10 @@ def _tell(error: Exception) -> None:
             traceback.print_exc()
         print(f"error: process {process_index()}: {text}", file=sys.stderr, flush=True)
         os._exit(code)
-    try:
+    with suppress(Lost):
         _exchange(((code, text), None))
-    except Lost:
-        return
-    if process_index() and explained:
-        raise SystemExit(code) from None  # process 0 prints it
+        if process_index() and explained:
+            raise SystemExit(code) from None  # process 0 prints it
 
 
 def _exchange(mine: tuple) -> list[tuple]:
