@@ -70,7 +70,7 @@ def shared_options(parser: Parser) -> None:
     parser.add_argument("--shape", choices=[*SHAPES], default="0.5b", help="the shape, without --model [0.5b]")
     parser.add_argument("--lengths", metavar="FILE", help="JSON list of [tokens, supervised] of rows [48 of MedQA's]")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU if there is one [auto]")
-    parser.add_count("--warm-up", "steps that are not timed [40, and 1 on a CPU]")
+    parser.add_count("--warm-up", "steps that are not timed [100, and 1 on a CPU]")
     parser.add_count("--steps", "steps of a timed block", 30)
     parser.add_count("--repeats", "timed blocks, whose median is shown", 3)
     add_options(parser, ("max_length", "batch_size", "grad_accum", "rank", "precision", "engine", "shard",
@@ -199,7 +199,7 @@ def measure(args: argparse.Namespace, name: str, **options: Any) -> dict[str, An
     config = replace(args.config, output_dir=tempfile.mkdtemp(), **options)
     release()  # the memory of the previous trainer
     graphs = torch.cuda.is_available() and not (config.shard and world_size() > 1)
-    clock = Clock(args, 40 if graphs else 1)  # in the warm-up, a graph is captured for each shape
+    clock = Clock(args, 100 if graphs else 1)  # in the warm-up, a graph is captured for each shape
     rows = Rows.write(
         Row(torch.tensor(ids, dtype=torch.int32), torch.arange(len(ids)) >= len(ids) - n, "")
         for ids, n in draw_rows(config, args.lengths, config.batch_size * config.grad_accum * clock.steps)

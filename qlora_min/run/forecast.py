@@ -3,7 +3,7 @@
 At the peak, in the backward pass, these are on the device:
 
     program       on a CPU, where a process's resident memory is what can be measured: all that is none of the others
-    base          the frozen weights as stored, one layer's dequantised weights, cuBLAS's workspaces
+    base          the frozen weights as stored, the dequantised weights that are kept, cuBLAS's workspaces
     adapter       A and B, their gradients and AdamW's two moments (8 bits, or fp32)
     tokens        forward and backward of a micro-batch: nearly linear in its number of tokens
 
