@@ -121,7 +121,7 @@ class Stepper:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
             self.optimizer.step()  # scaler.step would ask the device once more whether the gradients are finite
-            for now, then in before:
+            for now, then in before:  # undone on the device, if a gradient was not finite
                 now.data.copy_(torch.where(norm.isfinite(), now, then))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)  # they may be views of one flat tensor
