@@ -86,6 +86,8 @@ def packed_attention(
     more = sorted(k for k, v in given.items() if k not in HARMLESS and v is not None)
     if more or dropout or attention_mask is not None:
         raise NotImplementedError(f"its attention takes {', '.join(more) or 'a mask or dropout'}")
+    if value.shape[3] != key.shape[3]:
+        raise NotImplementedError("its values have heads of another size")
     if cu_seqlens is None:
         raise NotImplementedError("it does not tell its attention where rows end")
     kind = query.device.type

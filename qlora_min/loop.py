@@ -91,10 +91,7 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
     """
     schedule, model, ahead = feed.schedule, feed.engine.base.model, []
     initial = copies(model) if stepper.taken < MOVED_BY else {}
-
-    def compute_next() -> None:
-        ahead.append(compute_gradients(feed, stepper, config.seed, replace(progress, step=progress.step + 1), recorder))
-
+    compute_next = partial(compute_ahead, ahead, feed, stepper, config.seed, progress, recorder)
     while True:
         # The same code handles the start, a resumed run and the end of a step: evaluate and save what is due here.
         if schedule.evaluation_due(progress.step) and progress.evaluated != progress.step:
@@ -108,6 +105,8 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
         # That number is known beforehand, so no micro-batch needs a weight: their gradients simply add up.
         begun, lr = time.perf_counter(), stepper.lr
         loss = ahead.pop() if ahead else compute_gradients(feed, stepper, config.seed, progress, recorder)
+        if isinstance(loss, Exception):
+            raise loss
         batches, supervised, tokens = feed[progress.step]  # remembered; halved, if memory ran out
 
         # Unscale, clip, step: clipping scaled gradients would clip to another norm. A step whose gradients are not
@@ -118,7 +117,7 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
         except (TrainingError, RuntimeError, MemoryError) as e:
             raise recorder.failed(e, progress, batches[0] if batches else None) from None
 
-        # The step has asked the device for the gradients' norm, so all of it has been computed by now.
+        # The step has asked the device for the gradients' norm, so they have been computed by now.
         progress.count(loss, supervised, tokens, time.perf_counter() - begun)
         if initial and stepper.taken == MOVED_BY:
             check_that_all_moved(initial, model, stepper)
@@ -159,6 +158,18 @@ def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress
             f"note: step {step + 1}: out of memory; its gradients are computed again, in micro-batches of up to "
             f"{feed.n_tokens:,} tokens, or one row, from now on"
         )
+
+
+def compute_ahead(found: list, feed: Any, stepper: Stepper, seed: int, progress: Progress, recorder: Recorder) -> None:
+    """Add to `found` the loss of the step after the next one, or the error that it failed with: of a single process,
+    which first counts and saves the step that comes before it."""
+    try:
+        following = replace(progress, step=progress.step + 1)
+        found.append(compute_gradients(feed, stepper, seed, following, recorder))
+    except (RuntimeError, MemoryError) as e:
+        if feed.processes.world_size > 1:
+            raise
+        found.append(e)
 
 
 def evaluate_and_keep_the_best(

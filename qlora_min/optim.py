@@ -11,8 +11,12 @@ not finite mean that something is broken.
 blocks of 256 values with an absmax each: 2.03 bytes a parameter instead of 8. Tensors below 4,096 elements keep fp32
 state. Paging (QLoRA, section 3) lets state move to CPU memory when the GPU runs out, but bitsandbytes pages tensors of
 100,000 elements and more only: at rank 16 on Qwen2-0.5B the largest has 14,336, so nothing is paged.
+
+A GPU is not kept waiting: `Stepper.step` queues the step, and behind it whatever comes next, before it is known whether
+the gradients are finite. Adapters with a matrix of 100,000 elements wait: undoing a step takes a copy of their state.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -116,13 +120,7 @@ class Stepper:
         outcome, state = to_host(norm), self.optimizer.state.values()
         ahead = meanwhile if state and not self.waits else None
         if ahead or math.isfinite(outcome()):
-            tensors = [t for s in state for k, t in s.items() if isinstance(t, Tensor) and k != "step"]
-            before = [(t, t.clone()) for t in [*self.params, *tensors]] if ahead else []
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr
-            self.optimizer.step()  # scaler.step would ask the device once more whether the gradients are finite
-            for now, then in before:  # undone on the device, if a gradient was not finite
-                now.data.copy_(torch.where(norm.isfinite(), now, then))
+            self._step(norm.isfinite() if ahead else None)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)  # they may be views of one flat tensor
         if ahead:
@@ -136,6 +134,17 @@ class Stepper:
         if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise TrainingError(f"{SKIPS_IN_A_ROW} optimizer steps in a row had gradients that are not finite")
         return norm, taken
+
+    def _step(self, finite: Tensor | None) -> None:
+        """Take the optimizer step. If `finite` (0-dim bool) is given, undo it on the device where that is False."""
+        state = itertools.chain.from_iterable(s.items() for s in self.optimizer.state.values())
+        tensors = [*self.params, *(t for k, t in state if isinstance(t, Tensor) and k != "step")]
+        before = [] if finite is None else [(t, t.clone()) for t in tensors]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.step()  # scaler.step would ask the device once more whether the gradients are finite
+        for now, then in before:
+            now.data.copy_(torch.where(finite, now, then))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs: optimizer, scaler and counters."""

@@ -482,6 +482,6 @@ def test_a_step_computes_no_more_than_it_must(qwen2, monkeypatch):
         counts.update(logits=0, dequantised=0, tokens=0)
         activated.clear()
         by_engine("fused", base, pack(rows), checkpointing)
-        assert counts.pop("dequantised") == (2 + 2 * 2 + 2 if checkpointing else 2)  # kept before and after
+        assert counts.pop("dequantised") == (2 * 2 + 2 if checkpointing else 2)  # kept afterwards
         assert counts == {"logits": n_supervised(rows), "tokens": sum(map(len, rows))}
         assert activated[:2] == [counts["tokens"], counts["logits"]]  # of the last layer, at supervised positions alone

@@ -591,9 +591,13 @@ def test_rows_that_together_are_shorter_than_the_longest_are_taken_apart_too(mak
     assert trainer.progress.step == 1
 
 
-def test_a_row_that_does_not_fit_ends_the_run_with_advice(make, capsys):
-    trainer = make(dropout=0.0, epochs=2)
-    longest = int(trainer.schedule.rows.lengths.max())
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_row_that_does_not_fit_ends_the_run_with_advice(make, monkeypatch, waits):
+    """Also where its step is computed ahead: the step before it is counted and saved."""
+    trainer = make(dropout=0.0, epochs=2, save_every=1)
+    trainer.stepper.waits, real = waits, Schedule.__getitem__
+    monkeypatch.setattr(Schedule, "__getitem__", lambda self, step: sorted(real(self, 0), key=len)[step : step + 1])
+    longest = max(map(len, real(trainer.schedule, 0)))
     limit_memory(trainer, longest - 1)
     with pytest.raises(TrainingError) as error:
         trainer.train()
@@ -604,6 +608,9 @@ def test_a_row_that_does_not_fit_ends_the_run_with_advice(make, capsys):
     for words in (f"this micro-batch: .* {longest:,} tokens", "what would take less, in order of effect:",
                   "--max-length", r"last good checkpoint: .*step-\d", f"--resume {trainer.folder}"):  # fmt: skip
         assert re.search(words, message), words
+    failed = int(re.search(r"at step (\d+)", message)[1])
+    assert failed > 2 and trainer.progress.step == failed - 1
+    assert last_checkpoint(trainer.folder)["progress"]["step"] == failed - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

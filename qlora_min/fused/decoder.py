@@ -239,7 +239,7 @@ class Decoder(Engine):
         self._try_kernels()
         self.weights = Weights(base, self.layers, decoder.layers, self.device)
         self.sharded = base.sharded
-        self.capturable, self.checkpointing = not self.sharded, False
+        self.capturable, self._checkpointing = not self.sharded, False
 
     @property
     def checkpointing(self) -> bool:

@@ -10,9 +10,9 @@ from ..base import Base
 from ..ops import formulas
 from ..scale.sharding import prefetch, unshard
 from ..system.bits import bnb, dequantized_weight, doubly_quantized
-from ..system.device import total_bytes
+from ..system.device import available
 
-KEPT = 16  # dequantised weights are kept where they take at most 1/16 of the device's memory
+KEPT = 8  # dequantised weights are kept where they take at most 1/8 of the memory that a plan may use
 
 
 class Weights:
@@ -47,8 +47,8 @@ class Weights:
         otherwise there is room for those of one layer, and `fetch` dequantises it."""
         if self.stored:
             return
-        size, total = len(self.layers) * self.scratch[0].nbytes, total_bytes(self.scratch.device)
-        wanted = wanted and not self.base.sharded and KEPT * size <= total
+        size, room = len(self.layers) * self.scratch[0].nbytes, available(self.scratch.device)
+        wanted = wanted and not self.base.sharded and (self.kept or KEPT * size <= room)
         if wanted != self.kept:
             self.kept = wanted
             self._make_room(len(self.layers) if wanted else 1)

@@ -2,7 +2,8 @@
 
 Rows of fine-tuning are short: of a row of 265 tokens, 64 x 64 tiles cover half as many scores as 128 x 128 tiles do.
 Gradients of keys are computed head by head and then summed, so that they are bit-identical every time. One program
-computes one tile of one row and one head; `cu` (R + 1,) says where rows begin and end.
+computes one tile of one row and one head; `cu` (R + 1,) says where rows begin and end. N varies from batch to batch and
+is not specialised: a kernel must not be compiled anew while a CUDA graph is captured.
 
 Forward, for a tile of queries: S = Q K^T, P = softmax(S), O = P V, and the log-sum-exp of S, base 2.
 Backward, with D = rowsum(dO * O), dP = dO V^T and dS = P * (dP - D): dQ = dS K, dK = dS^T Q, dV = P^T dO.
@@ -43,7 +44,7 @@ def _bounds(cu):
     return first, (tl.load(cu + tl.program_id(1) + 1) - first).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     q, k, v, out, lse, cu, STRIDE, N, H, P, GROUP, WINDOW, scale, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -69,7 +70,7 @@ def _forward_kernel(
         tl.store(lse + head * N + first + i, high + tl.log2(total), mask=i < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _query_kernel(
     q, k, v, out, lse, dout, dq, delta, cu, STRIDE, N, H, P, GROUP, WINDOW, scale, factor,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -96,7 +97,7 @@ def _query_kernel(
         _save(dq, acc * factor, first, i, n, STRIDE, head, P, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _key_kernel(
     q, k, v, lse, dout, dk, dv, delta, cu, STRIDE, N, H, P, GROUP, WINDOW, scale, factor,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr,

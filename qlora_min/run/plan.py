@@ -148,7 +148,7 @@ def explain_memory(trainer: Any, step: int, batch: Packed) -> str:
     trainer.feed.engine.release()
     ways = []
     if not trainer.processes.sharded:  # measuring a sharded base takes all processes
-        with suppress(MemoryError):
+        with suppress(MemoryError, torch.OutOfMemoryError):
             lengths, room = trainer.schedule.rows.lengths.tolist(), 0.9 * total_bytes(trainer.device)
             ways = forecast.ways_to_save(trainer.engine, trainer.work, trainer.footprint, lengths, room)
     return "\n".join([

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -73,7 +73,8 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> Iterator[t
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    damaged = refusing(f"{path}: damaged or missing weights", "copy or download the file again")
+    errors = OSError, SafetensorError, ValueError  # not for want of memory
+    damaged = refusing(f"{path}: damaged or missing weights", "copy or download the file again", errors)
     with damaged, safe_open(path, framework="pt") as f:
         yield f
 
