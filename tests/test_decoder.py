@@ -15,7 +15,7 @@ from qlora_min.batches import cut, dropout_seed, pack
 from qlora_min.data.rows import Row
 from qlora_min.demo import world
 from qlora_min.engine import Modules
-from qlora_min.fused import decoder, select
+from qlora_min.fused import decoder, select, weights
 from qlora_min.fused.decoder import Decoder, unsupported
 from qlora_min.fused.graphs import shape
 from qlora_min.fused.select import make_engine, modules_of
@@ -462,12 +462,13 @@ def test_what_does_not_fit_is_said(models, family, config, length, why, tmp_path
 
 
 def test_a_step_computes_no_more_than_it_must(qwen2, monkeypatch):
-    """Counted, not timed: tokens padded, positions with logits, dequantisations of a layer."""
+    """Counted, not timed: tokens padded, positions with logits, dequantisations of a layer, kept as on a GPU."""
+    monkeypatch.setitem(weights.KEPT, "cpu", 8)
     rows = make_rows(16)
     base = make_base(qwen2)
     counts = {"logits": 0, "dequantised": 0, "tokens": 0}
     logits, dequantize, forward, swiglu = Decoder.logits, Weights._dequantize, Decoder._forward, formulas.swiglu
-    activated = []
+    activated, found = [], []
 
     def count(name, by):
         counts[name] += by
@@ -481,7 +482,9 @@ def test_a_step_computes_no_more_than_it_must(qwen2, monkeypatch):
     for checkpointing in (False, True):
         counts.update(logits=0, dequantised=0, tokens=0)
         activated.clear()
-        by_engine("fused", base, pack(rows), checkpointing)
+        found.append(by_engine("fused", base, pack(rows), checkpointing))
         assert counts.pop("dequantised") == (2 * 2 + 2 if checkpointing else 2)  # kept afterwards
         assert counts == {"logits": n_supervised(rows), "tokens": sum(map(len, rows))}
         assert activated[:2] == [counts["tokens"], counts["logits"]]  # of the last layer, at supervised positions alone
+    (kept, grads), (fetched, same) = found
+    assert kept == fetched and all(torch.equal(grads[n], same[n]) for n in grads)

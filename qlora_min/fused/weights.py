@@ -1,5 +1,6 @@
 """The frozen weights of a decoder's layers in the compute dtype: as they are, dequantised, or gathered."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from ..scale.sharding import prefetch, unshard
 from ..system.bits import bnb, dequantized_weight, doubly_quantized
 from ..system.device import available
 
-KEPT = 8  # dequantised weights are kept where they take at most 1/8 of the memory that a plan may use
+# Dequantised weights are kept where they take at most 1/8 of the memory that a plan may use: on a GPU, where that is 4%
+# faster, but not on a CPU, where it is 2% for half a GiB.
+KEPT = {"cuda": 8, "cpu": math.inf}
 
 
 class Weights:
@@ -47,8 +50,9 @@ class Weights:
         otherwise there is room for those of one layer, and `fetch` dequantises it."""
         if self.stored:
             return
-        size, room = len(self.layers) * self.scratch[0].nbytes, available(self.scratch.device)
-        wanted = wanted and not self.base.sharded and (self.kept or KEPT * size <= room)
+        size, device = len(self.layers) * self.scratch[0].nbytes, self.scratch.device
+        fits = self.kept or KEPT[device.type] * size <= available(device)
+        wanted = wanted and fits and not self.base.sharded
         if wanted != self.kept:
             self.kept = wanted
             self._make_room(len(self.layers) if wanted else 1)
