@@ -126,10 +126,10 @@ def _key_kernel(
 
 
 def _tiles(qkv: Tensor) -> tuple[int, int]:
-    """(tokens, columns) of a tile; smaller ones where a GPU has less shared memory than an A100."""
+    """(tokens, columns) of a tile, of which eight fit into a multiprocessor's shared memory."""
     columns = max(16, triton.next_power_of_2(qkv.shape[2]))
     shared = torch.cuda.get_device_properties(qkv.device).shared_memory_per_block_optin
-    return 64 if columns <= 64 or (columns == 128 and shared >= 160 * 1024) else 32, columns
+    return next(n for n in (64, 32, 16) if 8 * 2 * n * columns <= shared), columns  # 2 bytes an element
 
 
 def forward(qkv: Tensor, cu: Tensor, kv_heads: int, max_seqlen: int, scale: float, window: int):
