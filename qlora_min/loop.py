@@ -25,7 +25,7 @@ from .evaluation import evaluate_rows
 from .lora import lora_parameters
 from .optim import Stepper, TrainingError
 from .system.console import say
-from .system.device import is_out_of_memory, release
+from .system.device import is_out_of_memory, release, to_host
 
 MOVED_BY = 3  # steps after which every matrix must have changed: B does at step 1, A at step 2 (while B is 0, it can't)
 EVALUATED = 64  # maximum rows of an evaluation batch; fewer if they would exceed the micro-batch's tokens
@@ -38,7 +38,7 @@ class Progress:
     step: int = 0  # optimizer steps behind us, skipped ones included: the position in the data
     tokens: int = 0
     seconds: float = 0.0  # of training, without evaluations and saving
-    loss_sum: float | Tensor = 0.0  # these four: since the last line of the log
+    loss_sum: float = 0.0  # these four: since the last line of the log
     supervised: int = 0
     window_tokens: int = 0
     window_seconds: float = 0.0
@@ -49,7 +49,7 @@ class Progress:
     bad_evaluations: int = 0  # in a row, without improvement
     stopped_early: bool = False
 
-    def count(self, loss: Tensor, supervised: int, tokens: int, seconds: float) -> None:
+    def count(self, loss: float, supervised: int, tokens: int, seconds: float) -> None:
         """Add an optimizer step."""
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
         self.loss_sum, self.supervised = self.loss_sum + loss, self.supervised + supervised
@@ -107,6 +107,7 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
         loss = ahead.pop() if ahead else compute_gradients(feed, stepper, config.seed, progress, recorder)
         if isinstance(loss, Exception):
             raise loss
+        loss_here = to_host(loss)  # which does not wait for what is queued after it
         batches, supervised, tokens = feed[progress.step]  # remembered; halved, if memory ran out
 
         # Unscale, clip, step: clipping scaled gradients would clip to another norm. A step whose gradients are not
@@ -118,7 +119,7 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
             raise recorder.failed(e, progress, batches[0] if batches else None) from None
 
         # The step has asked the device for the gradients' norm, so they have been computed by now.
-        progress.count(loss, supervised, tokens, time.perf_counter() - begun)
+        progress.count(loss_here(), supervised, tokens, time.perf_counter() - begun)
         if initial and stepper.taken == MOVED_BY:
             check_that_all_moved(initial, model, stepper)
             initial = {}

@@ -97,7 +97,7 @@ class RunWriter(Recorder):
         if skipped:
             say(f"step {p.step}: skipped, a gradient is not finite")
         if p.step % trainer.config.log_every == 0 or trainer.schedule.evaluation_due(p.step):
-            loss, tokens_per_second = float(p.loss_sum) / p.supervised, p.window_tokens / p.window_seconds
+            loss, tokens_per_second = p.loss_sum / p.supervised, p.window_tokens / p.window_seconds
             peak = max(gather(peak_gib(trainer.device)))
             self.record(
                 "train", p, loss=loss, lr=lr, grad_norm=grad_norm, skipped=trainer.stepper.skipped,
@@ -217,7 +217,7 @@ class RunWriter(Recorder):
         return {
             # A run's directory may be moved.
             "options": {k: v for k, v in self.trainer.record["options"].items() if k != "output_dir"},
-            "progress": asdict(progress) | {"loss_sum": float(progress.loss_sum)},  # fp32 -> double is exact
+            "progress": asdict(progress),
             "adapter": {n: w.detach() for n, w in lora_parameters(self.trainer.base.model).items()},
             "best_adapter": self.best,  # so that any one checkpoint can restore adapter/
             "stepper": self.trainer.stepper.state_dict(),

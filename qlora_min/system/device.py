@@ -98,7 +98,7 @@ def to_host(value: torch.Tensor) -> Callable[[], float]:
     """Start to copy a number to the CPU; what is returned waits for it, and not for what is queued after it."""
     if value.device.type != "cuda":
         return value.item
-    copy, copied = torch.empty((), pin_memory=True), torch.cuda.Event()
+    copy, copied = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
     copy.copy_(value, non_blocking=True)
     copied.record()
 
