@@ -536,7 +536,7 @@ def test_a_signal_to_the_script(tmp_path, script, number):
 def test_a_signal_while_loading(tmp_path):
     for number in (signal.SIGTERM, signal.SIGINT):
         process = start(tmp_path, "--output-dir", "run")
-        time.sleep(3)
+        process.stdout.readline()  # the data have been read
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number

@@ -7,7 +7,6 @@ programs, and turns off text and progress bars.
 """
 
 import argparse
-import gc
 import inspect
 import json
 import os
@@ -71,7 +70,6 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     first one shows them.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: no process is forked after tokenizing
-    gc.set_threshold(*gc.get_threshold()[:2], 1000)  # a pass over all that PyTorch's modules hold takes 0.2 s
     show_everything()
     try:
         sys.exit(main() or 0)
