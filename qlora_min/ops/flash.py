@@ -38,6 +38,12 @@ def _save(x, value, first, rows, n, stride, head, P, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _seen(i, j, WINDOW):
+    """Whether token i attends to token j."""
+    return (i >= j) & (i - j < WINDOW)
+
+
+@triton.jit
 def _bounds(cu):
     """(where this program's row begins, its number of tokens)"""
     first = tl.load(cu + tl.program_id(1)).to(tl.int64)
@@ -60,7 +66,7 @@ def _forward_kernel(
         for at in range(tl.maximum(0, start - WINDOW + 1) // BLOCK * BLOCK, start + BLOCK, BLOCK):
             j = at + tl.arange(0, BLOCK)
             s = tl.dot(a, tl.trans(_tile(k, first, j, n, STRIDE, head // GROUP, P, COLUMNS))) * scale
-            s = tl.where((i[:, None] >= j[None, :]) & (i[:, None] - j[None, :] < WINDOW), s, LOW)
+            s = tl.where(_seen(i[:, None], j[None, :], WINDOW), s, LOW)
             new = tl.maximum(high, tl.max(s, 1))
             p, shrink = tl.exp2(s - new[:, None]), tl.exp2(high - new)
             b = _tile(v, first, j, n, STRIDE, head // GROUP, P, COLUMNS)
@@ -91,7 +97,7 @@ def _query_kernel(
             j = at + tl.arange(0, BLOCK)
             b = _tile(k, first, j, n, STRIDE, head // GROUP, P, COLUMNS)
             p = tl.exp2(tl.dot(a, tl.trans(b)) * scale - level[:, None])
-            p = tl.where((i[:, None] >= j[None, :]) & (i[:, None] - j[None, :] < WINDOW), p, 0.0)
+            p = tl.where(_seen(i[:, None], j[None, :], WINDOW), p, 0.0)
             dp = tl.dot(da, tl.trans(_tile(v, first, j, n, STRIDE, head // GROUP, P, COLUMNS)))
             acc = tl.dot((p * (dp - d[:, None])).to(b.dtype), b, acc)
         _save(dq, acc * factor, first, i, n, STRIDE, head, P, COLUMNS)
@@ -117,7 +123,7 @@ def _key_kernel(
             level = tl.load(lse + head * N + first + i, mask=i < n, other=0.0)
             d = tl.load(delta + head * N + first + i, mask=i < n, other=0.0)
             p = tl.exp2(tl.dot(b, tl.trans(a)) * scale - level[None, :])
-            p = tl.where((i[None, :] >= j[:, None]) & (i[None, :] - j[:, None] < WINDOW), p, 0.0)
+            p = tl.where(_seen(i[None, :], j[:, None], WINDOW), p, 0.0)
             of_v = tl.dot(p.to(da.dtype), da, of_v)
             dp = tl.dot(c, tl.trans(da))
             of_k = tl.dot((p * (dp - d[None, :])).to(a.dtype), a, of_k)

@@ -122,7 +122,7 @@ def estimate(trainer: Any) -> dict[str, Any]:
         for _ in range(2):  # the first one also compiles kernels and captures graphs
             start = time.perf_counter()
             factor = trainer.stepper.scaled(1 / max(1, batch.n_supervised))
-            feed.engine.loss_and_gradients(batch, factor, dropout_seed(trainer.config.seed, step).to(trainer.device))
+            feed.engine.loss_and_gradients(batch, factor, dropout_seed(trainer.config.seed, step, trainer.device))
             synchronize()
             seconds = time.perf_counter() - start
     trainer.engine.adapter.grads.zero_()
