@@ -111,7 +111,6 @@ def load_adapter(
     bits = trained_on(folder, config.quantization, quantization)
     base = load_base(name, bits, precision, device, revision, load_encoder(name, revision, adapter=folder))
     attach(base, folder, config)
-    base.model.eval()
     return base
 
 

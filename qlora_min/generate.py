@@ -47,16 +47,11 @@ def _generate(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     ends = end_ids(base)
     settings = GenerationConfig(**{"do_sample": False} | how, max_new_tokens=max_new_tokens, use_cache=True,
                                 eos_token_id=sorted(ends), pad_token_id=encoder.end_id)  # fmt: skip
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast(device, base.dtype), sdpa_kernel(BACKENDS):
-            out = model.generate(
-                input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer,
-                synced_gpus=base.sharded,  # processes that gather layers together go on until the last answer ends
-            )  # fmt: skip
-    finally:
-        model.train(was_training)
+    with autocast(device, base.dtype), sdpa_kernel(BACKENDS):
+        out = model.generate(
+            input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer,
+            synced_gpus=base.sharded,  # processes that gather layers together go on until the last answer ends
+        )  # fmt: skip
     answers = (itertools.takewhile(lambda t: t not in ends, ids) for ids in out[:, width:].tolist())  # (B, new)
     return [encoder.tokenizer.decode([*ids], skip_special_tokens=True).strip() for ids in answers]
 
