@@ -7,14 +7,11 @@ The command line, a TOML file and a run's config.json are all made from the fiel
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .data.layouts import FIELDS_OF_A_ROW, parse_columns
 from .system.fields import ABOVE_0, AT_LEAST_0, BOARDS, FRACTION, IN_32_BITS, WEIGHTS, choice, option, positive
 from .system.text import refuse_secrets
-
-if TYPE_CHECKING:
-    from .lora import LoraSpec
 
 
 @dataclass(frozen=True)
@@ -129,13 +126,6 @@ class Config:
             raise ValueError("--warmup-ratio and --warmup-steps: got both, expected one of them")
         if self.mix and len(self.mix) != (n := len(set(self.dataset))):
             raise ValueError(f"--mix: got {len(self.mix)} weights, expected {n}, one for each data set of --dataset")
-
-    @property
-    def lora(self) -> "LoraSpec":
-        """The adapter to train."""
-        from .lora import LoraSpec  # imports torch, which --help does without
-
-        return LoraSpec(self.rank, self.alpha, self.dropout, self.targets, self.rslora)
 
     def as_dict(self) -> dict[str, Any]:
         """Field -> value, ready for JSON."""

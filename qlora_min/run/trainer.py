@@ -24,6 +24,7 @@ from ..data.readers import GIVEN
 from ..data.rows import Rows
 from ..fused.select import captured, make_engine
 from ..loop import Progress
+from ..lora import LoraSpec
 from ..optim import Stepper
 from ..scale.feed import Feed
 from ..scale.processes import Processes, from_main, gather, in_step, join, process_index, together, world_size
@@ -146,7 +147,8 @@ class Trainer:
         if self.device.type == "cpu" and self.base.model.config.get_text_config().hidden_size <= SMALL:
             torch.set_num_threads(1)
         recorded = self.start["per_layer"] if self.start else {}
-        lora = replace(c.lora, per_layer=PerLayer(**{k: ADAPTER[k][3](value) for k, value in recorded.items()}))
+        per_layer = PerLayer(**{k: ADAPTER[k][3](value) for k, value in recorded.items()})
+        lora = LoraSpec(c.rank, c.alpha, c.dropout, c.targets, c.rslora, per_layer)
         if new and c.adapter:
             own = Path(c.adapter)
             self.wrapped = attach(self.base, own, replace(AdapterConfig.read(own), lora=lora))
