@@ -59,7 +59,7 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
     from qlora_min.lora import lora_parameters
     from qlora_min.run import checkpoint
     from qlora_min.run.datasets import evaluation_data
-    from qlora_min.run.resume import resume_config
+    from qlora_min.run.resume import run_config
     from qlora_min.run.trainer import Trainer
     from qlora_min.system.files import write_json
 
@@ -73,7 +73,7 @@ def run(common: Config, change: dict[str, Any]) -> dict[str, Any]:
     if not checkpoint.is_run(folder):
         Trainer(replace(changed, output_dir=str(folder))).train()
     elif not checkpoint.is_finished(folder):
-        Trainer(*resume_config(str(folder), {})).train()
+        Trainer(*run_config(str(folder), {})).train()
     gc.collect()
     parts = evaluation_data(adapter, changed.model, changed.eval_dataset, changed.eval_limit, changed.max_length)
     base = load_adapter(adapter, changed.model, changed.precision)

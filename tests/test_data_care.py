@@ -31,7 +31,7 @@ from qlora_min.demo import world
 from qlora_min.run import datasets
 from qlora_min.run.datasets import read_data
 from qlora_min.run.plan import describe
-from qlora_min.run.resume import resume_config
+from qlora_min.run.resume import run_config
 from qlora_min.run.trainer import Trainer
 
 
@@ -253,8 +253,8 @@ def test_a_shuffled_and_mixed_run_resumes_bit_for_bit(make, write_rows, monkeypa
         m.setattr(loop, "compute_gradients", crash)
         killed.train()
     with pytest.raises(ValueError, match=r"--mix was .* when the run began"):
-        resume_config(str(killed.folder), {"mix": (1.0, 1.0)})
-    resumed = Trainer(*resume_config(str(killed.folder), {}))
+        run_config(str(killed.folder), {"mix": (1.0, 1.0)})
+    resumed = Trainer(*run_config(str(killed.folder), {}))
     assert resumed.progress.step == 5
     resumed.train()
     states = [last_checkpoint(r) for r in (whole.folder, killed.folder)]

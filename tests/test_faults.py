@@ -26,7 +26,7 @@ import qlora_min.run.trainer
 from qlora_min.optim import TrainingError
 from qlora_min.run import checkpoint, ending, writer
 from qlora_min.run import resume as resuming
-from qlora_min.run.resume import resume_config
+from qlora_min.run.resume import run_config
 from qlora_min.run.trainer import Trainer
 from qlora_min.system import files
 from qlora_min.system.files import write_json
@@ -148,7 +148,7 @@ def test_a_disk_that_stays_away_ends_the_run_after_ten_tries(make, no_waiting, c
     assert str(end.value).endswith(f"once it can be, continue with: qlora-min train --resume {trainer.folder}")
     assert sum(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines()) == 9
     assert last_checkpoint(trainer.folder)["progress"]["step"] == 4
-    resumed = Trainer(*resume_config(str(trainer.folder), {}))
+    resumed = Trainer(*run_config(str(trainer.folder), {}))
     assert resumed.progress.step == 4
 
 
@@ -247,7 +247,7 @@ def flip(path: Path) -> None:
 def test_a_damaged_checkpoint_is_set_aside_and_its_step_written_again(cut, make, capsys):  # noqa: F811
     flip(cut / "checkpoints" / "step-6" / checkpoint.TENSORS)
     damaged = (cut / "checkpoints" / "step-6" / checkpoint.TENSORS).read_bytes()
-    resumed = Trainer(*resume_config(str(cut), {}))
+    resumed = Trainer(*run_config(str(cut), {}))
     assert resumed.progress.step == 4
     assert "tensors.safetensors not as it was saved" in capsys.readouterr().err
     (aside,) = (cut / "checkpoints").glob("step-6.damaged-*")
@@ -267,7 +267,7 @@ def test_the_adapter_is_made_again(cut, lost):
         shutil.rmtree(cut / lost)
     else:
         flip(cut / lost)
-    resumed = Trainer(*resume_config(str(cut), {}))
+    resumed = Trainer(*run_config(str(cut), {}))
     resumed.writer.write_all(resumed.progress)
     assert_same(saved_adapter(cut), expected)
     json.loads((cut / "adapter" / "adapter_config.json").read_text())
@@ -279,7 +279,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_keeps_its_adapter(cut):
         flip(cut / "checkpoints" / f"step-{step}" / checkpoint.STATE)
     for _ in range(2):  # also when they are set aside already
         with pytest.raises(ValueError, match="all of its checkpoints are damaged"):
-            Trainer(*resume_config(str(cut), {}))
+            Trainer(*run_config(str(cut), {}))
     assert_same(saved_adapter(cut), before)
 
 
@@ -287,18 +287,18 @@ def test_what_changed_is_named(cut, make, monkeypatch, tmp_path):  # noqa: F811
     rows = (tmp_path / "train.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(rows[:-1]) + "\n")
     with pytest.raises(ValueError, match=r"train\.jsonl was 6 rows, sha256 \w+, now 5 rows"):
-        Trainer(*resume_config(str(cut), {}))
+        Trainer(*run_config(str(cut), {}))
     (tmp_path / "train.jsonl").write_text("\n".join(reversed(rows)) + "\n")
     with pytest.raises(ValueError, match=r"train\.jsonl was 6 rows, sha256 \w+, now 6 rows"):
-        Trainer(*resume_config(str(cut), {}))
+        Trainer(*run_config(str(cut), {}))
     (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
     for option, value in {"save_every": 7, "rank": 8, "dataset": ("x.jsonl",)}.items():
         with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} was"):
-            resume_config(str(cut), {option: value})
+            run_config(str(cut), {option: value})
     load = qlora_min.base.load_base
     monkeypatch.setattr(qlora_min.run.trainer, "load_base", lambda *args: replace(load(*args), fingerprint="another"))
     with pytest.raises(ValueError, match="the base changed: fingerprint was"):
-        Trainer(*resume_config(str(cut), {}))
+        Trainer(*run_config(str(cut), {}))
 
 
 @pytest.mark.parametrize(("option", "value"), [("seed", 43), ("dropout", 0.2), ("save_every", 3)])
@@ -308,15 +308,15 @@ def test_an_option_changed_in_the_record_is_named(cut, option, value):
     record["options"][option] = value
     write_json(cut / "config.json", record)
     with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} was .* now config.json says {value}; put it"):
-        Trainer(*resume_config(str(cut), {}))
+        Trainer(*run_config(str(cut), {}))
 
 
 def test_what_the_command_of_the_beginning_gave_is_no_change(cut, tmp_path):
-    resume_config(str(cut), {"output_dir": str(cut), "gradient_checkpointing": "auto", "engine": "auto"})
+    run_config(str(cut), {"output_dir": str(cut), "gradient_checkpointing": "auto", "engine": "auto"})
     with pytest.raises(ValueError, match=r"--output-dir .*elsewhere: --resume continues in .*cut"):
-        resume_config(str(cut), {"output_dir": str(tmp_path / "elsewhere")})
+        run_config(str(cut), {"output_dir": str(tmp_path / "elsewhere")})
     moved = cut.rename(tmp_path / "moved")
-    Trainer(*resume_config(str(moved), {}))
+    Trainer(*run_config(str(moved), {}))
 
 
 @pytest.mark.parametrize("part", checkpoint.RECORDED)
@@ -324,14 +324,14 @@ def test_a_damaged_record_is_one_error(cut, part):
     record = json.loads((cut / "config.json").read_text())
     write_json(cut / "config.json", {k: v for k, v in record.items() if k != part})
     with pytest.raises(ValueError, match=r"holds no run .*damaged"):
-        Trainer(*resume_config(str(cut), {}))
+        Trainer(*run_config(str(cut), {}))
 
 
 @pytest.mark.parametrize("commits", ["abc", [1], {"a/b": 5}, {"a/b": "main"}, None])
 def test_damaged_commits_are_one_error(cut, commits):
     write_json(cut / "config.json", json.loads((cut / "config.json").read_text()) | {"commits": commits})
     with pytest.raises(ValueError, match="holds no run"):
-        Trainer(*resume_config(str(cut), {}))
+        Trainer(*run_config(str(cut), {}))
 
 
 @pytest.mark.parametrize("key", ["precision", "engine", "base.revision", "base.fingerprint", "data.sha256"])
@@ -342,7 +342,7 @@ def test_a_record_that_lost_a_value_is_no_traceback(cut, key):
     kept = part.pop(last)
     write_json(cut / "config.json", record)
     try:
-        Trainer(*resume_config(str(cut), {})).lock.file.close()
+        Trainer(*run_config(str(cut), {})).lock.file.close()
         assert kept is None
     except ValueError as e:
         assert str(e).startswith(f"--resume {cut}: ")
@@ -351,7 +351,7 @@ def test_a_record_that_lost_a_value_is_no_traceback(cut, key):
 def test_another_version_or_gpu_is_a_note(cut, monkeypatch, capsys):
     now = {**resuming.versions(), "torch": "0.1", "gpu": "another"}
     monkeypatch.setattr(resuming, "versions", lambda: now)
-    Trainer(*resume_config(str(cut), {}))
+    Trainer(*run_config(str(cut), {}))
     out = capsys.readouterr().out
     assert "now 0.1: the run continues, but not bit for bit" in out and "note: gpu was None, now another" in out
     assert out.count("note: ") == 2
@@ -369,7 +369,7 @@ def test_a_damaged_line_of_metrics_is_passed_over(cut, line):
 
 def test_metrics_that_lost_their_end_are_named(cut, capsys):
     os.truncate(cut / "metrics.jsonl", 10)
-    Trainer(*resume_config(str(cut), {}))
+    Trainer(*run_config(str(cut), {}))
     assert "was cut short (10 bytes" in capsys.readouterr().err
 
 
@@ -463,7 +463,7 @@ def test_a_directory_that_cannot_be_written_to_names_its_option(make, cut, monke
 
     monkeypatch.setattr(checkpoint, "Lock", refuse)
     with pytest.raises(ValueError, match=r"--resume .*cut: can't be written to \(Read-only file system\)"):
-        Trainer(*resume_config(str(cut), {}))
+        Trainer(*run_config(str(cut), {}))
     monkeypatch.undo()
     monkeypatch.setattr(qlora_min.run.trainer, "write_json", refuse)
     with pytest.raises(ValueError, match=r"--output-dir .*new: can't be written to \(Read-only"):

@@ -26,7 +26,7 @@ from qlora_min.lora import LoraSpec, lora_parameters
 from qlora_min.ops import formulas, masks
 from qlora_min.ops.attention import attention
 from qlora_min.run import checkpoint
-from qlora_min.run.resume import resume_config
+from qlora_min.run.resume import run_config
 from qlora_min.run.trainer import Trainer
 from qlora_min.system import device
 from qlora_min.system.bits import dequantized_weight
@@ -120,7 +120,7 @@ def test_resume_is_bitwise(demo_data, tmp_path, monkeypatch, precision, engine):
         part.train()
     assert part.progress.step < total
     torch.cuda.manual_seed_all(0)  # the checkpoint's own state must come back
-    again = Trainer(*resume_config(str(tmp_path / "part"), {}))
+    again = Trainer(*run_config(str(tmp_path / "part"), {}))
     again.train()
     for (name, a), b in zip(lora_parameters(whole.base.model).items(), lora_parameters(again.base.model).values()):
         assert torch.equal(a, b), name

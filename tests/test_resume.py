@@ -34,7 +34,7 @@ from qlora_min.lora import lora_layers
 from qlora_min.optim import TrainingError
 from qlora_min.run import checkpoint, ending, writer
 from qlora_min.run import resume as resuming
-from qlora_min.run.resume import resume_config, with_adapter
+from qlora_min.run.resume import run_config, with_adapter
 from qlora_min.run.trainer import Trainer
 from qlora_min.system.files import write_json
 
@@ -90,7 +90,7 @@ def hard(trainer: Trainer, also=lambda trainer: None) -> Trainer:
 def resume(run: Path, monkeypatch) -> Trainer:
     """As another process would: with other random numbers, which nothing may depend on."""
     random.seed(999), np.random.seed(999), torch.manual_seed(999)
-    config, run = resume_config(str(run), {})
+    config, run = run_config(str(run), {})
     with monkeypatch.context() as m:  # `hard` has to come before the checkpoint's state
         restore = resuming.restore
         m.setattr(resuming, "restore", lambda trainer: restore(hard(trainer)))
@@ -434,7 +434,7 @@ def test_another_way_to_compute_is_refused(make, key, value, words):  # noqa: F8
     trainer.lock.file.close()
     record = checkpoint.read_record(run)
     write_json(run / "config.json", record | {key: value})
-    config, run = resume_config(str(run), {})
+    config, run = run_config(str(run), {})
     with pytest.raises(ValueError, match=words):
         Trainer(config, resume=run)
 
@@ -447,9 +447,9 @@ def test_the_engine_is_recorded_and_kept(make, asked, resolved):  # noqa: F811
     trainer.lock.file.close()
     other = {"modules": "fused", "fused": "modules"}[resolved]
     with pytest.raises(ValueError, match=f"--engine was '{resolved}' when the run began, now '{other}'"):
-        resume_config(str(trainer.folder), {"engine": other})
+        run_config(str(trainer.folder), {"engine": other})
     for given in ({}, {"engine": "auto"}, {"engine": resolved}):
-        resumed = Trainer(*resume_config(str(trainer.folder), given))
+        resumed = Trainer(*run_config(str(trainer.folder), given))
         assert type(resumed.engine) is type(trainer.engine) and resumed.config.engine == resolved
         resumed.lock.file.close()
 
@@ -611,4 +611,4 @@ def test_a_checkpoint_of_another_version_is_refused(make, monkeypatch):  # noqa:
     trainer.lock.file.close()
     monkeypatch.setattr(writer.RunWriter, "state", lambda self, progress: {"progress": {"step": 0}, "stepper": {}})
     with pytest.raises(ValueError, match="another version of qlora_min"):
-        Trainer(*resume_config(str(trainer.folder), {}))
+        Trainer(*run_config(str(trainer.folder), {}))

@@ -23,7 +23,7 @@ from qlora_min.data.examples import BadRow, Example
 from qlora_min.data.templates import NOT_A_PROMPT, named_template
 from qlora_min.demo import world
 from qlora_min.run.datasets import data_hash, evaluation_data
-from qlora_min.run.resume import resume_config
+from qlora_min.run.resume import run_config
 from qlora_min.run.trainer import Trainer
 
 ASK = "{% if add_generation_prompt %}"
@@ -316,7 +316,7 @@ def test_a_run_keeps_its_date(dated, make, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(templates, "datetime", SimpleNamespace(date=Friday))
     (held,) = evaluation_data(trainer.folder / "adapter", None, None, None)
     assert data_hash(held.rows) == data_hash(trainer.held_out)
-    resumed = Trainer(*resume_config(str(copied), {}))
+    resumed = Trainer(*run_config(str(copied), {}))
     resumed.train()
     assert "Today is Thursday" in (copied / "samples.jsonl").read_text()
     assert_same(load_file(copied / "adapter" / WEIGHTS), load_file(trainer.folder / "adapter" / WEIGHTS))

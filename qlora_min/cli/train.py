@@ -36,23 +36,20 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     # Until training sets its own handler. No SystemExit: raised while garbage is collected, it would be lost.
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     given = config_options(args)
-    config = Config(**given)
+    Config(**given)  # what is wrong with an option is said at once
 
     from ..optim import TrainingError
     from ..run.plan import describe, estimate
-    from ..run.resume import resume_config, with_adapter
+    from ..run.resume import run_config
     from ..run.trainer import Trainer
     from ..scale.processes import from_main, join, together
 
     gc.freeze()  # what has been imported is no garbage: passing over it takes 0.2 s each time
     try:
-        folder, repository = None, None
+        repository = None
         with together():
             join()
-            if args.resume is not None:
-                config, folder = from_main(lambda: resume_config(args.resume, given))
-            else:
-                config = Config(**with_adapter(given))
+            config, folder = from_main(lambda: run_config(args.resume, given))
             if not args.dry_run and not args.preview:
                 repository = from_main(lambda: checked_repository(args, config.model))
         if args.preview:

@@ -14,7 +14,6 @@ from typing import Any
 
 from ..adapter import load_adapter
 from ..base import Base, load_base
-from ..config import Config
 from ..data.examples import Message
 from ..data.measures import Evaluation
 from ..data.readers import give
@@ -27,8 +26,8 @@ from ..system.text import shown
 from .cards import merged_card
 from .checkpoint import read_metrics
 from .datasets import evaluation_data
-from .options import parse_values, sampling
-from .resume import resume_config, with_adapter
+from .options import sampling
+from .resume import run_config
 from .trainer import Trainer
 
 __all__ = ["MergeError", "Model", "Run", "TrainingError", "evaluate", "load", "merge", "train"]
@@ -79,10 +78,7 @@ def train(
     convert = {"dataset": _names, "eval_dataset": _names, "model": str, "adapter": str, "output_dir": str}
     given = {k: v for k, v in {**options, "model": model, "dataset": dataset}.items() if v is not None}
     given = {k: convert[k](v) if k in convert else v for k, v in given.items()}
-    if resume is None:
-        trainer = Trainer(Config(**with_adapter(parse_values(given, "train"))), on_event=on_event)
-    else:
-        trainer = Trainer(*resume_config(str(resume), given), on_event=on_event)
+    trainer = Trainer(*run_config(None if resume is None else str(resume), given), on_event=on_event)
     trainer.train()
     return Run(trainer.folder, trainer.folder / "adapter", read_metrics(trainer.folder))
 

@@ -89,16 +89,18 @@ def unfinished(folder: Path) -> dict[str, Any]:
     return record
 
 
-def resume_config(directory: str, given: dict[str, Any]) -> tuple[Config, Path]:
-    """The (options, directory) of a run to continue.
+def run_config(directory: str | None, given: dict[str, Any]) -> tuple[Config, Path | None]:
+    """The (options, directory) of a run to continue, or (options, None) of a new one.
 
     Args:
-        directory: the run's directory, or "" for the newest unfinished run under runs/.
-        given: the options that the user gives; each must have the value with which the run began.
+        directory: the run's directory, or "" for the newest unfinished run under runs/. None: a new run.
+        given: the options that the user gives. Of a run to continue, each must have the value with which it began.
 
     Raises:
         ValueError: there is no such run, it is finished, or an option differs.
     """
+    if directory is None:
+        return Config(**with_adapter(parse_values(given, "train"))), None
     folder = Path(directory) if directory else checkpoint.newest_unfinished(Path("runs"))
     config = config_from(unfinished(folder)["options"], str(folder / "config.json"))
     for name, value in parse_values(given, f"--resume {folder}").items():
