@@ -162,11 +162,9 @@ def _examples(source: str, raw: Raw, limit: int | None, bad: BadRows | None, col
         mine.check()
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> BinaryIO:
     """A file, decompressed if its name ends with .gz."""
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-        yield file
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
