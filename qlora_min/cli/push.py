@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..system.text import clipped, refuse_secrets
+from ..system.text import clipped, refuse_secrets, refusing
 from .options import Emit, Parser
 
 
@@ -44,15 +44,11 @@ def checked_repository(args: argparse.Namespace, base: str | None = None) -> str
         return None
     refuse_secrets(repo, "--push-to-hub")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repo if repo.count("/") == 1 else "")
-    except HFValidationError:
-        raise ValueError(
-            f"--push-to-hub: got '{clipped(repo)}', expected OWNER/NAME, of letters, digits, '-', '_' and '.'"
-        ) from None
+    with refusing(f"--push-to-hub: got '{clipped(repo)}'", "expected OWNER/NAME"):
+        validate_repo_id(repo if "/" in repo else "")
     with _reaching(repo, "nothing has been done yet; check network and token, or leave the option out"):
         me = HfApi().whoami()
         owners = [me["name"], *(org["name"] for org in me.get("orgs", []))]
