@@ -104,8 +104,7 @@ class Trainer:
             rows = "".join(f", {name}=..." for name in self.in_memory)
             self.command = f"qlora_min.train(resume={str(self.folder)!r}{rows})"
         self.advice = f"continue with: {self.command}"
-        self.signals = Signals(self.advice, index=process_index() if world_size() > 1 else None)
-        signals = self.signals
+        self.signals = signals = Signals(self.advice, index=process_index() if world_size() > 1 else None)
         self.processes = Processes(lambda: signals.received, c.shard and world_size() > 1)
         if c.shard and not self.processes.sharded:
             say("note: --shard: a single process holds the whole base; start several with torchrun")

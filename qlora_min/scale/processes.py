@@ -113,9 +113,7 @@ def from_main(action: Callable[[], Any]) -> Any:
 
 
 def sum_(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over all processes, in place. The result is bit-identical in all of them."""
-    if world_size() == 1:
-        return
+    """Replace a tensor by its sum over several processes, in place. The result is bit-identical in all of them."""
     with _answered():
         dist.all_reduce(tensor)
         synchronize()  # raise errors of the collective here, not at some later call
