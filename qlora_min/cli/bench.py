@@ -136,7 +136,6 @@ def random_base(folder: str, shape: str) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from ..demo import world
-    from ..system.device import release
 
     torch.manual_seed(0)
     family, sizes, more = SHAPES[shape]
@@ -147,7 +146,6 @@ def random_base(folder: str, shape: str) -> str:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(world.MODEL_DIR).save_pretrained(folder)
-    release()
     return folder
 
 
