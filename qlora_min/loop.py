@@ -182,9 +182,8 @@ def evaluate_and_keep_the_best(
     processes.check_equal_adapters(engine.adapter.weights)
     if any(processes.gather(len(held_out))):
         label = None if processes.index else "evaluating"
-        parts = processes.gather(
-            recorder.guarded(partial(evaluate_rows, engine, held_out, EVALUATED, label, feed.n_tokens))
-        )
+        compute = partial(evaluate_rows, engine, held_out, EVALUATED, label, feed.n_tokens)
+        parts = processes.gather(recorder.guarded(compute))
         if None in parts:
             return
         evaluation = parts[0] if processes.sharded else Evaluation.join(parts)

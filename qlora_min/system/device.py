@@ -51,9 +51,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device ran out of memory; libraries report this in several ways."""
     words = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(w in str(error) for w in words)
-    )
+    says_so = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return says_so or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def unless_out_of_memory(compute: Callable[[], Any], base: Any, n_rows: int, several: str, one: str, fix: str) -> Any:
