@@ -32,12 +32,13 @@ from .system.device import DTYPES
 from .system.files import atomic_folder, write_text
 from .system.peft_files import said_to_merge
 from .system.serving import own_dtype, save_rounded
+from .system.text import Failed
 
 BOUND = 1e-4  # between two ways to compute the same in fp32
 CPU = torch.device("cpu")
 
 
-class MergeError(RuntimeError):
+class MergeError(Failed):
     """The merged checkpoint does not compute what the adapter does; nothing was kept."""
 
 

@@ -29,12 +29,13 @@ from .config import Config
 from .ops.flat import FlatLoRA
 from .system.bits import AdamW8bit
 from .system.device import to_host
+from .system.text import Failed
 
 SKIPS_IN_A_ROW = 20  # steps without finite gradients before the run ends
 PAGED_FROM = 100_000  # elements of a tensor from which bitsandbytes pages its state
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Failed):
     """Training can't go on; the message says why, and what is saved."""
 
 

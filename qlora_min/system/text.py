@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+
+class Failed(RuntimeError):
+    """Work that can't go on, for a reason that is said in full: a command prints the message, and exits with 1."""
+
+
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
 
