@@ -194,7 +194,7 @@ def measure(args: argparse.Namespace, name: str, **options: Any) -> dict[str, An
     from ..scale.processes import world_size
     from ..system.device import GIB, release
 
-    config = replace(args.config, output_dir=tempfile.mkdtemp(), **options)
+    config = replace(args.config, **options)
     release()  # the memory of the previous trainer
     graphs = torch.cuda.is_available() and not (config.shard and world_size() > 1)
     clock = Clock(args, 100 if graphs else 1)  # in the warm-up, a graph is captured for each shape
@@ -204,7 +204,7 @@ def measure(args: argparse.Namespace, name: str, **options: Any) -> dict[str, An
     )
     data = Encoded("drawn", rows, np.zeros(len(rows), np.uint64), np.ones(len(rows), bool))
     with redirect_stdout(io.StringIO()):
-        trainer = Trainer(config, data=([data], []))
+        trainer = Trainer(config, data=([data], []), write=False)
 
     class Timed(loop.Recorder):
         def step_ended(self, progress: Any, *_: Any, **__: Any) -> None:
@@ -212,8 +212,7 @@ def measure(args: argparse.Namespace, name: str, **options: Any) -> dict[str, An
             between = {"waited_ms": 1000 * p.waited, "summed_ms": 1000 * p.summed} if p.world_size > 1 else {}
             clock.step_ended(progress.step, progress.tokens, **between)
 
-    with trainer.lock:
-        loop.train(trainer.feed, trainer.stepper, trainer.held_out, config, trainer.progress, Timed())
+    loop.train(trainer.feed, trainer.stepper, trainer.held_out, config, trainer.progress, Timed())
     name = ", ".join([name, *(f"{k.replace('_', ' ')} {v}" for k, v in options.items())])
     result = {"name": name, **clock.figures(), "forecast_gib": trainer.footprint.total(trainer.feed.n_tokens) / GIB,
               "ranks": world_size()}  # fmt: skip
