@@ -212,9 +212,7 @@ def check_that_all_moved(initial: dict[str, Tensor], model: torch.nn.Module, ste
     still = [n for n, w in initial.items() if torch.equal(w, now[n])]
     why = "those layers take no part in the model's output, or get no gradient"
     if not any(n.replace("lora_A", "lora_B") in still for n in still):
-        why = (
-            f"a learning rate of {lr:.1e} is lost in fp32's rounding; raise --learning-rate, or warm up in fewer steps"
-        )
+        why = f"a learning rate of {lr:.1e} is lost in fp32's rounding; raise --learning-rate, or shorten the warm-up"
     if still:
         raise TrainingError(
             f"after {MOVED_BY} optimizer steps {len(still)} of {len(now)} trained matrices did not move: "

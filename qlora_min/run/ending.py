@@ -49,10 +49,8 @@ def _write_end(trainer: Any, peak: float, answers: list[list[Answer]] | None) ->
             if p.best[key] is not None
         ]
     if p.best and not p.best_step:
-        untrained = "the one that it began with" if trainer.start else "which changes nothing"
-        lines.append(
-            f"note: no evaluation was better than that of step 0, so the adapter kept is step 0's, {untrained}"
-        )
+        kept = "step 0's, the one that it began with" if trainer.start else "step 0's, which changes nothing"
+        lines.append(f"note: no evaluation was better than that of step 0, so the adapter kept is {kept}")
     lines += [
         f"adapter, metrics{', samples' if trainer.held_out else ''} and curves: {trainer.folder}",
         *([note] if note else []),
