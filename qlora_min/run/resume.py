@@ -9,7 +9,6 @@ import platform
 import re
 import secrets
 import shlex
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..scale.processes import from_main
 from ..system.bits import bnb
 from ..system.console import say
 from ..system.files import sha256
+from ..system.peft_files import trained_on
 from . import checkpoint
 from .datasets import data_hash
 from .options import config_from, parse_values
@@ -126,13 +126,9 @@ def with_adapter(given: dict[str, Any]) -> dict[str, Any]:
     folder = Path(given["adapter"])
     config = AdapterConfig.read(folder)
     own = {name: getattr(config.lora, name) for name in (*STRUCTURE, "dropout")}
-    own |= {"model": config.base_model, "quantization": config.quantization}
-    if not config.quantization and "quantization" not in given:
-        say(
-            f"note: adapter '{folder}' does not say which weights it was trained on; it goes on in --quantization "
-            f"{Config.quantization}, the default",
-            sys.stderr,
-        )
+    default = f"it goes on in --quantization {Config.quantization}, the default"
+    bits = trained_on(folder, config.quantization, given.get("quantization"), default)
+    own |= {"model": config.base_model, "quantization": bits}
     return {k: v for k, v in own.items() if v is not None} | given
 
 

@@ -111,6 +111,7 @@ OURS: dict[str, Check] = {
     "date": ("date", _none_or(_text(r"\d{4}-\d\d-\d\d")), "a date as YYYY-MM-DD", lambda v: v),
     "quantization": ("quantization", lambda v: v in (None, "nf4", "fp4", "none"), "nf4, fp4 or none", lambda v: v),
 }
+AS_STORED = "the base's own are taken, as PEFT does; --quantization nf4 (or fp4) if it was trained on 4 bits"
 UNSEEN = ("alpha", "rslora", "alpha_pattern")  # an edited rank or target would not match the weights; these would
 
 
@@ -156,15 +157,11 @@ def named_targets(targets: tuple[str, ...], layers: Iterable[str]) -> tuple[str,
     return tuple(sorted({name.rpartition(".")[2] for name in layers})) if "all-linear" in targets else targets
 
 
-def trained_on(folder: Path, recorded: str | None, given: str | None = None) -> str | None:
-    """The quantization of the base for an adapter: the given one, or what its files say. If they don't, None: the base
-    is taken as it is stored, as PEFT does, and a note says so."""
+def trained_on(folder: Path, recorded: str | None, given: str | None = None, instead: str = AS_STORED) -> str | None:
+    """The quantization of the base for an adapter: the given one, or what its files say. If they don't, None, and a
+    note says what is taken instead."""
     if not (recorded or given):
-        say(
-            f"note: adapter '{folder}' does not say which weights it was trained on: the base's own are taken, as PEFT "
-            "does; --quantization nf4 (or fp4) if it was trained on 4 bits",
-            sys.stderr,
-        )
+        say(f"note: adapter '{folder}' does not say which weights it was trained on: {instead}", sys.stderr)
     return given or recorded
 
 
