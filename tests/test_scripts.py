@@ -125,7 +125,7 @@ def test_eval_merge_chat(demo_run, process, script, tmp_path):
     one_line = question.replace("\n", " ")
     said = script("chat.py", "--adapter", run / "adapter", "--prompt", one_line).stdout
     talk = script("chat.py", "--adapter", run / "adapter", input=f"{one_line}\n\n").stdout
-    assert said.strip() and talk.replace("you> ", "").strip() == said.strip()
+    assert said.strip() and talk.strip() == said.strip()
 
 
 def test_a_run_of_an_earlier_version_is_merged_chatted_with_and_reported_on(demo_run, script, tmp_path):

@@ -100,7 +100,7 @@ def _conversation(offered: Sequence[tuple[str, str]] | None) -> Iterator[tuple[s
                 shown = rest[0]
                 print(f"\nEnter asks this held-out question, whose answer is {shown[1]!r}:")
                 print(textwrap.indent(shown[0], "  "))
-            question = _typed_lines() if terminal else typed(input("you> ")).strip()
+            question = _typed_lines() if terminal else typed(input()).strip()
             if (terminal and question in ("exit", "quit")) or not (question or rest):
                 return
             yield (question, False) if question else (rest.pop(0)[0], True)

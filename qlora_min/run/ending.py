@@ -5,7 +5,7 @@ from typing import Any
 from ..adapter import put_weights
 from ..lora import lora_disabled
 from ..scale.processes import from_main, gather
-from ..system.console import say
+from ..system.console import say, wrapped
 from ..system.device import peak_gib
 from ..system.files import write_jsonl
 from ..system.started import command
@@ -91,4 +91,5 @@ def write_samples(trainer: Any, answers: list[list[Answer]] | None) -> None:
         for b, a in zip(*(answers or sample_answers(trainer)))
     ]
     write_jsonl(trainer.folder / "samples.jsonl", samples)
-    say("sample: expected {reference!r}\n  without the adapter {before!r}\n  with it {after!r}".format(**samples[0]))
+    lines = "sample: expected {reference!r}", "  without the adapter {before!r}", "  with it {after!r}"
+    say("\n".join(wrapped(line.format(**samples[0]), 4) for line in lines))

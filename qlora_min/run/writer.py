@@ -87,7 +87,7 @@ class RunWriter(Recorder):
         line = f"step {progress.step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.3f}"
         if evaluation.option_rows:
             line += f", option accuracy {evaluation.option_accuracy:.1%} ({beside(found)})"
-        say(line + (" *" if improved and progress.step else ""))
+        say(console.wrapped(line + (" *" if improved and progress.step else ""), 8))
         measures = {k: found[k] for k in ("perplexity", "token_accuracy", "option_accuracy")}
         self.record("eval", progress, eval_loss=evaluation.loss, **measures)
 

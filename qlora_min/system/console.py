@@ -73,15 +73,24 @@ class Bar(tqdm):
     """tqdm's bar. Where the terminal is narrow, details are left out from the last, to leave the bar 10 characters.
 
     Attributes:
+        label: what is done; None for a bar that has lines of its own.
         told_at: when the last line was printed, where stderr is no terminal.
     """
 
+    label: str | None = None
     told_at = 0.0
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Advance; where stderr is no terminal, say from time to time how much is done."""
+        if self.disable and self.label and self.total:
+            self.n += n
+            self.tell("", lambda: f"{self.label}: {self.n / self.total:.0%}")
+        return super().update(n)
 
     def tell(self, details: str, line: Callable[[], str]) -> None:
         """Show details behind the bar; or where stderr is no terminal print the line, but not every few moments."""
         self.set_postfix_str(details)
-        if self.disable and not hidden() and time.monotonic() - self.told_at >= TOLD_SECONDS:
+        if self.disable and time.monotonic() - self.told_at >= TOLD_SECONDS and not hidden():
             self.told_at = time.monotonic()
             say(line(), sys.stderr)
 
@@ -109,7 +118,7 @@ def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep
     disable = not show or hidden() or (not keep if "ipykernel" in sys.modules else None)
     made = Bar(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=keep, dynamic_ncols=True,
                 disable=disable, **kwargs)  # fmt: skip
-    made.told_at = time.monotonic()
+    made.label, made.told_at = label, time.monotonic()
     return made
 
 
