@@ -321,6 +321,8 @@ def test_conversions_that_lose_nothing(tmp_path):
         ("max_seq_length", "max_length"),
         ("target_modules", "targets"),
         ("optim", "optimizer"),
+        ("gradient_clipping", "max_grad_norm"),
+        ("deepspeed", "shard"),
         ("train_file", "dataset"),
         ("model_name_or_path", "model"),
     ],
@@ -352,23 +354,25 @@ def test_a_word_may_mean_an_option_with_a_value(tmp_path, capsys):
 
 SIMILAR = {  # words that their spelling leads from
     "max_steps": "max_train_steps",
-    "batch_size": "per_device_train_batch_size train_batch_size micro_batch_size",
+    "batch_size": "train_batch_size micro_batch_size",
     "schedule": "lr_scheduler_type lr_scheduler scheduler",
     "warmup_steps": "num_warmup_steps",
     "optimizer": "optim",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
-    "targets": "target_modules lora_target_modules lora_target",
+    "targets": "target_modules lora_target",
     "rslora": "use_rslora",
     "gradient_checkpointing": "use_gradient_checkpointing",
     "report": "report_to",
-    "max_new_tokens": "max_tokens max_length",
+    "max_new_tokens": "max_tokens",
 }
 
 
 def test_the_words_of_others_are_not_our_own_and_lead_to_options():
     options = {name: {s for a in make_parser(name)._actions for s in a.option_strings} for name in COMMANDS}
-    for meant, words in (WORDS | SIMILAR).items():
+    for word, some in itertools.product(WORDS[""].split(), options.values()):
+        assert nearest(flag(word), sorted(some)) == "", word
+    for meant, words in ({k: words for k, words in WORDS.items() if k} | SIMILAR).items():
         option, _, value = meant.partition(" ")
         having = [some for some in options.values() if flag(option) in some]
         assert having, meant

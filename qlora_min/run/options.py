@@ -12,21 +12,25 @@ from ..config import FIELDS, Config
 from ..system.text import refusing
 
 REMOVED = {"packing": "--engine modules|fused"}  # options of earlier versions -> what there is instead
-# Option, or option and value -> what transformers, peft, trl and the tools built on them call it, where that is not
-# spelled alike.
+# Option, or option and value, or "" for none -> what transformers, peft, trl and the tools built on them call it, where
+# that is not spelled alike.
 WORDS = {
     "model": "model_name_or_path model_name model_id base_model",
     "dataset": "dataset_name dataset_path data_path train_file train_dataset",
     "eval_dataset": "validation_file test_file",
     "eval_fraction": "val_size val_set_size validation_split_percentage",
     "max_length": "max_seq_length max_seq_len model_max_length sequence_len cutoff_len",
+    "max_new_tokens": "max_length",
     "limit": "max_samples max_train_samples",
     "eval_limit": "max_eval_samples",
     "epochs": "num_train_epochs num_epochs",
+    "batch_size": "per_device_train_batch_size per_device_eval_batch_size",
     "grad_accum": "gradient_accumulation_steps",
+    "max_grad_norm": "gradient_clipping clip_grad_norm gradient_clip_val",
     "learning_rate": "lr",
-    "seed": "random_state",
+    "seed": "random_state data_seed",
     "rank": "r lora_r lora_rank",
+    "targets": "lora_target_modules",
     "adapter": "adapter_name_or_path lora_path lora_model_dir adapter_path peft_model",
     "quantization nf4": "load_in_4bit",
     "quantization": "bnb_4bit_quant_type quantization_bit",
@@ -39,6 +43,9 @@ WORDS = {
     "patience": "early_stopping_patience",
     "output_dir": "save_path",
     "resume": "resume_from_checkpoint resume_from",
+    "push_to_hub": "hub_model_id",
+    "shard": "fsdp deepspeed",
+    "": "save_total_limit do_train lora qlora",  # spelled like options that mean something else
 }
 
 
@@ -50,7 +57,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
         if word in words.split() and option in names:
             as_value = f" {value}" if names[option].startswith("--") else f' = "{value}"'
             return f", did you mean {names[option]}{as_value if value else ''}?"
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    close = word not in WORDS[""].split() and difflib.get_close_matches(word, names, n=1)
     return f", did you mean {names[close[0]]}?" if close else ""
 
 
