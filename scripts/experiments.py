@@ -22,6 +22,7 @@ from qlora_min.cli.main import run_parsed
 from qlora_min.cli.options import Emit, Parser, add_options, config_options, demo_options
 from qlora_min.cli.scores import between
 from qlora_min.config import Config
+from qlora_min.system.started import command
 
 EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
     "rank": [{"rank": r, "alpha": 2.0 * r} for r in (4, 8, 16, 32, 64)],
@@ -109,6 +110,7 @@ def markdown(results: list[tuple[str, dict[str, Any]]]) -> str:
 
 if __name__ == "__main__":
     what, _, more = __doc__.partition("\n\n")
+    more = more.replace("experiments.py", command("experiments"))
     parser = Parser(usage="%(prog)s [options]", description=what, epilog=more)
     demo_options(parser, "the demo's model, data and settings: half a minute a run")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from qlora_min.cli.main import COMMANDS, make_parser
+from qlora_min.cli.main import COMMANDS, main, make_parser
 from qlora_min.config import Config
 from qlora_min.data.layouts import Columns, to_example
 from qlora_min.demo import world
@@ -24,10 +24,10 @@ PAGES = [README, *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("qlora_min
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 
 
-def commands() -> list[list[str]]:
-    """Every command of the pages' shell snippets, as words."""
+def commands(text: str = "\n".join(TEXTS.values())) -> list[list[str]]:
+    """Every command of a text's shell snippets, as words; by default of all pages."""
     found = []
-    for block in re.findall(r"^```sh\n(.*?)^```", "\n".join(TEXTS.values()), re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line.lstrip("!"), posix=True, punctuation_chars="&|;")
             lexer.whitespace_split = True
@@ -57,7 +57,8 @@ def test_every_command_is_one(words):
     for word in words:
         if re.match(r"(scripts|tests)/", word):
             assert (ROOT / word).exists(), word
-    known = {"python", "python3", ".", "pip", "pytest", "git", "cd", "qlora-min", "eval", "torchrun", "time", "env"}
+    known = {"python", "python3", ".", "pip", "pytest", "git", "cd", "qlora-min", "eval", "torchrun", "time", "env",
+             "printf"}  # fmt: skip
     assert words[0] in known, words
 
 
@@ -70,11 +71,34 @@ def test_the_rows_of_the_readme_are_rows():
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git clone")
 def test_what_the_commands_write_is_ignored_by_git():
-    names = {"--output-dir", "--output", "--html", "--gguf", "--outfile"}
+    names = {"--output-dir", "--output", "--html", "--gguf", "--outfile", ">"}
     written = {words[i + 1] for words in commands() for i, word in enumerate(words[:-1]) if word in names}
-    assert written >= {"merged", "merged.gguf", "runs.png", "report.html"}
+    assert written >= {"merged", "merged.gguf", "runs.png", "report.html", "mine.jsonl", "german.csv"}
+    written |= {"mine.toml", "dist/"}  # of --config, and of python -m build
     done = subprocess.run(["git", "check-ignore", *written], cwd=ROOT, capture_output=True, text=True, check=False)
     assert set(done.stdout.split()) == written
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_their_order(script, monkeypatch, tmp_path):
+    """Those on data of one's own and of daily work, with the demo's model: each file is made by one before."""
+    _, _, rest = TEXTS[README].partition("## Your own data")
+    ran = []
+    for words in commands(rest.partition("## From Python")[0]):
+        name = words[1].removeprefix("scripts/")
+        demo = [] if "--demo" in words or name not in ("train.py", "data.py") else ["--demo"]
+        if words[0] == "python":  # nothing was stopped, so nothing goes on
+            ran.append(script(name, *words[2:], *demo, expect=2 if words[2:] == ["--resume"] else 0).stderr)
+        elif words[0] == "qlora-min":
+            monkeypatch.setattr("sys.argv", words)
+            with pytest.raises(SystemExit, match="0"):
+                main()
+        else:
+            subprocess.run(["sh", "-c", f"printf {shlex.quote(words[1])} > {words[3]}"], cwd=tmp_path, check=True)
+    assert len(ran) == 11 and [err for err in ran if err] == [
+        "error: --resume: no unfinished run under 'runs'; name its directory: --resume DIR\n"
+    ]
+    assert {"mine.jsonl", "clean.jsonl", "german.csv", "merged", "runs.png"} <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_option_files_are_ones(tmp_path):

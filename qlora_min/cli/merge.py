@@ -39,7 +39,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     """Merge an adapter into its base: an ordinary checkpoint, read back and compared before it is kept.
 
     merge --adapter runs/NAME/adapter --output-dir merged
-    merge --adapter runs/NAME/adapter --output-dir out --gguf out.gguf
+    merge --adapter runs/NAME/adapter --output-dir merged --gguf m.gguf
     merge --adapter runs/NAME/adapter --compare             held-out loss of each way to merge; writes nothing
     """
     if args.compare:
