@@ -39,6 +39,7 @@ from qlora_min.lora import LoraSpec
 from qlora_min.merging import merge_adapter
 from qlora_min.run import cards
 from qlora_min.run.options import read_toml
+from qlora_min.system import console
 from qlora_min.system import hub as hub_module
 
 SHORT = {"rows": 6, "held": 2, "batch_size": 1, "grad_accum": 1, "eval_every": 6, "epochs": 1.0}
@@ -452,13 +453,16 @@ def cache(fake, monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def test_a_model_is_downloaded_its_weights_last(fake, cache):
+def test_a_model_is_downloaded_its_weights_last(fake, cache, monkeypatch, capsys):
+    monkeypatch.setattr(console, "TOLD_SECONDS", 0)
     commit = fake.add("models/some/model", world.MODEL_DIR)
     load_encoder("some/model")
     assert not any("safetensors" in asked for asked in fake.asked)
     base = load_base("some/model", device=torch.device("cpu"))
     assert base.fingerprint == load_base(str(world.MODEL_DIR), device=torch.device("cpu")).fingerprint
     assert f"GET /large/{commit}/model.safetensors" in fake.asked
+    told = re.findall(r"^some/model: (\d+)%$", capsys.readouterr().err, re.MULTILINE)
+    assert told and told[-1] == "100"
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,11 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         """Of the library's bars, the one that counts the bytes on disk is shown, as our bars are."""
 
         def __init__(self, *args: Any, **kwargs: Any):
-            shown = kwargs.get("unit") == "B" and kwargs.get("desc") != "Downloading bytes" and console.shows_bars()
+            counts = kwargs.get("unit") == "B" and kwargs.get("desc") != "Downloading bytes"
+            shown = counts and console.shows_bars()
             fixed = {"desc": name, "leave": False, "dynamic_ncols": True, "disable": not shown}
             super().__init__(*args, **kwargs | fixed)
+            self.label, self.told_at = name if counts else None, time.monotonic()
             bars.append(self)
 
         def set_description(self, *args: Any, **kwargs: Any) -> None:
