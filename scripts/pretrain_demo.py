@@ -89,8 +89,7 @@ def encode(docs: list[str], tokenizer: Tokenizer) -> list[list[tuple[int, float]
 
 def batch(tokenizer: Tokenizer, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw BATCH documents: tokens (B, T), padded on the right, and the weights of the losses (B, T), 0 on padding"""
-    kinds = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=BATCH)
-    docs = encode([kind(rng) for kind in kinds], tokenizer)
+    docs = encode([kind(rng) for kind in rng.choices([*MIXTURE], [*MIXTURE.values()], k=BATCH)], tokenizer)
     longest = max(map(len, docs))
     pairs = torch.tensor([doc + [(0, 0.0)] * (longest - len(doc)) for doc in docs])  # (B, T, 2)
     return pairs[..., 0].long(), pairs[..., 1]
@@ -132,8 +131,7 @@ def main() -> None:
         if step % 250 == 0 or step == options.steps:
             follows = weights[:, 1:] == 1.0  # from the text before it
             right = (logits.argmax(-1) == tokens[:, 1:])[follows].float().mean()
-            figures = f"step {step} {time.time() - start:.0f} s loss {loss:.3f}"
-            print(f"{figures}, {right:.0%} of the tokens in brackets predicted", flush=True)
+            print(f"step {step} {time.time() - start:.0f} s loss {loss:.3f}, {right:.0%} right in brackets", flush=True)
     model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
     model.half().save_pretrained(options.output_dir)
 

@@ -294,10 +294,10 @@ def test_runs_beside_each_other(tmp_path, capsys, monkeypatch):
     rows = compare.compare_runs(runs, tmp_path / "out.png")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["best", "loss", "at", "step", "option", "accuracy", "tokens/s", "peak", "GiB"]
-    assert lines[1].split() == ["rank", "8", "0.5000", "10", "5.0%", "1,234", "1.15"]
-    assert lines[2].split("  ")[0] == "rank 16 (unfinished, step 10)"
-    assert lines[2].split()[5:] == ["0.7000", "10", "7.0%", "1,010", "1.10"]
-    assert lines[3:] == [f"wrote {tmp_path / 'out.png'}"] and drawn == [["rank 8", "rank 16"]]
+    assert lines[1].split() == ["a,", "rank", "8", "0.5000", "10", "5.0%", "1,234", "1.15"]
+    assert lines[2].split("  ")[0] == "b, rank 16 (unfinished, step 10)"
+    assert lines[2].split()[6:] == ["0.7000", "10", "7.0%", "1,010", "1.10"]
+    assert lines[3:] == [f"wrote {tmp_path / 'out.png'}"] and drawn == [["a, rank 8", "b, rank 16"]]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert [r["best_loss"] for r in rows] == [0.5, 0.7]
 
@@ -324,16 +324,16 @@ def test_a_label_is_what_differs(tmp_path):
         records = [{"options": {"rank": 16, "learning_rate": 2e-4, "targets": ["q", "v"], **o}} for o in options]
         return compare.labels([tmp_path / f"run{i}" for i in range(len(records))], records)
 
-    assert labels({"rank": 8}, {}, {"rank": 64}) == ["rank 8", "rank 16", "rank 64"]
+    assert labels({"rank": 8}, {}, {"rank": 64}) == ["run0, rank 8", "run1, rank 16", "run2, rank 64"]
     assert labels({"rank": 8, "learning_rate": 1e-3}, {}) == [
-        "rank 8, learning rate 0.001",
-        "rank 16, learning rate 0.0002",
+        "run0, rank 8, learning rate 0.001",
+        "run1, rank 16, learning rate 0.0002",
     ]
-    assert labels({"targets": ["q"]}, {}) == ["targets q", "targets q+v"]
+    assert labels({"targets": ["q"]}, {}) == ["run0, targets q", "run1, targets q+v"]
     assert labels({}, {"output_dir": "x"}) == ["run0", "run1"]
-    assert labels({}, {}, {"rank": 8}) == ["rank 16, run0", "rank 16, run1", "rank 8, run2"]
-    assert labels({"model": "/home/me/smollm2"}, {"model": "a/b"}) == ["model smollm2", "model b"]
-    assert labels({"of_the_future": 3}, {}) == ["of the future 3", "of the future None"]
+    assert labels({}, {}, {"rank": 8}) == ["run0, rank 16", "run1, rank 16", "run2, rank 8"]
+    assert labels({"model": "/home/me/smollm2"}, {"model": "a/b"}) == ["run0, model smollm2", "run1, model b"]
+    assert labels({"of_the_future": 3}, {}) == ["run0, of the future 3", "run1, of the future None"]
     assert labels({}) == ["run0"]
     assert labels({"model": "m" * 60}, {"model": "n"}) == ["run0", "run1"]  # too long for a legend
     same = compare.labels([Path("a/run"), Path("b/run")], [{"options": {"rank": 8}}] * 2)
@@ -353,7 +353,7 @@ def test_runs_without_evaluations_or_events(tmp_path, capsys):
     (runs[1] / "metrics.jsonl").unlink()
     compare.compare_runs(runs, tmp_path / "out.png")
     assert capsys.readouterr().out.splitlines()[2].split() == [
-        "rank", "8", "(unfinished,", "step", "0)", "-", "-", "-", "-", "-"
+        "b,", "rank", "8", "(unfinished,", "step", "0)", "-", "-", "-", "-", "-"
     ]  # fmt: skip
 
 

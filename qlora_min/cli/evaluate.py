@@ -49,8 +49,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     print(table(parts) + "\n", flush=True)
     found, precision = _evaluated(args, parts), resolve_precision(args.precision, pick_device())
     print(found)
-    rows = sum(len(part.rows) for part in parts)
-    emit({"adapter": args.adapter, "rows": rows, "precision": precision, **found.as_dict()})
+    emit({"adapter": args.adapter, "rows": sum(len(p.rows) for p in parts), "precision": precision, **found.as_dict()})
     if args.html:
         write_text(Path(args.html), page.evaluation(adapter or args.model, found, precision))
         print(f"\nwrote {args.html}")

@@ -52,8 +52,7 @@ class Row:
     @property
     def answer_start(self) -> int:
         """The index of the first token of the last answer."""
-        begins = self.supervised & ~self.supervised.roll(1)
-        return int(begins.nonzero()[-1])
+        return int((self.supervised & ~self.supervised.roll(1)).nonzero()[-1])
 
 
 INTEGERS, FLAGS, BYTES = pa.list_(pa.int32()), pa.list_(pa.uint8()), pa.binary()
@@ -102,8 +101,7 @@ class Rows(Sequence[Row]):
         ):
             with pa.ipc.new_stream(file, SCHEMA) as writer:
                 while part := list(itertools.islice(rows, ROWS_A_BATCH)):
-                    columns = list(zip(*map(_columns_of, part)))
-                    writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+                    writer.write_batch(pa.RecordBatch.from_arrays([*zip(*map(_columns_of, part))], schema=SCHEMA))
                     lengths.extend(map(len, part))
                     supervised.extend(r.n_supervised for r in part)
             file.flush()
@@ -131,8 +129,7 @@ class Rows(Sequence[Row]):
     def __getitem__(self, i):
         if isinstance(i, slice | np.ndarray):
             return Rows(self._table, self._index[i], self.lengths[i], self.supervised[i])
-        at = int(self._index[i])
-        input_ids, supervised, location, choices, text = (column[at] for column in self._columns)
+        input_ids, supervised, location, choices, text = (c[int(self._index[i])] for c in self._columns)
         *letters, correct, position = choices.as_py() or [None, None]
         return Row(
             torch.from_numpy(input_ids.values.to_numpy().copy()),

@@ -173,8 +173,7 @@ class Trainer:
         self.engine.checkpointing = on
         resolved = {"engine": name, "gradient_checkpointing": "on" if on else "off", "micro_batch_tokens": n_tokens}
         self.config = replace(c, **resolved)
-        computing = captured(self.engine, longest_of_all, n_tokens)
-        self.feed = Feed(self.schedule, computing, self.processes, n_tokens)
+        self.feed = Feed(self.schedule, captured(self.engine, longest_of_all, n_tokens), self.processes, n_tokens)
 
     def _begin(self) -> None:
         """Create the run's directory, lock it and write config.json."""

@@ -136,8 +136,8 @@ def peak_bytes(device: torch.device) -> int:
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     import resource  # missing on Windows
 
-    scale = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    # In bytes on a Mac, in KiB elsewhere.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_gib(device: torch.device) -> float:

@@ -66,11 +66,10 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         """Of the library's bars, the one that counts the bytes on disk is shown, as our bars are."""
 
         def __init__(self, *args: Any, **kwargs: Any):
-            counts = kwargs.get("unit") == "B" and kwargs.get("desc") != "Downloading bytes"
-            shown = counts and console.shows_bars()
-            fixed = {"desc": name, "leave": False, "dynamic_ncols": True, "disable": not shown}
-            super().__init__(*args, **kwargs | fixed)
-            self.label, self.told_at = name if counts else None, time.monotonic()
+            whole = kwargs.get("unit") == "B" and kwargs.get("desc") != "Downloading bytes"
+            how = {"desc": name, "leave": False, "dynamic_ncols": True, "disable": not (whole and console.shows_bars())}
+            super().__init__(*args, **kwargs | how)
+            self.label, self.told_at = name if whole else None, time.monotonic()
             bars.append(self)
 
         def set_description(self, *args: Any, **kwargs: Any) -> None:

@@ -76,10 +76,9 @@ def _pattern_of(good: Good) -> Good:
 
 def _is_name(value: Any) -> bool:
     """Whether a value is a hub id or a path without "..", so that it leads only where it seems to."""
-    if not isinstance(value, str) or not value.isprintable():
+    if not isinstance(value, str) or not value.isprintable() or not 1 <= len(value) <= 1000:
         return False
-    parts = re.split(r"[/\\]", value)
-    return 1 <= len(value) <= 1000 and all(part != ".." and len(part) <= 255 for part in parts)
+    return all(part != ".." and len(part) <= 255 for part in re.split(r"[/\\]", value))
 
 
 def _tuple(value: Any) -> tuple:

@@ -33,6 +33,5 @@ def _is_ours(script: Path) -> bool:
 def _typed(program: str) -> str:
     """A program's name if a shell finds it by that, else its path."""
     name = Path(program).name.removesuffix(".exe")
-    found = shutil.which(name) or ""
-    same = {os.path.normcase(path).removesuffix(".exe") for path in (found, program)}
+    same = {os.path.normcase(path).removesuffix(".exe") for path in (shutil.which(name) or "", program)}
     return name if len(same) == 1 else Path(program).as_posix()
