@@ -43,8 +43,7 @@ class AdapterConfig:
         """Read what an adapter is, without its weights; raises as `peft_files.read_adapter_config`."""
         values = peft_files.read_adapter_config(folder)
         values["per_layer"] = PerLayer(**{f.name: values.pop(f.name) for f in fields(PerLayer)})
-        spec = LoraSpec(**{f.name: values.pop(f.name) for f in fields(LoraSpec)})
-        return cls(spec, **values)
+        return cls(LoraSpec(**{f.name: values.pop(f.name) for f in fields(LoraSpec)}), **values)
 
 
 def save_adapter(

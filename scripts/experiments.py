@@ -109,8 +109,7 @@ def markdown(results: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    what, _, more = __doc__.partition("\n\n")
-    more = more.replace("experiments.py", command("experiments"))
+    what, _, more = __doc__.replace("experiments.py", command("experiments")).partition("\n\n")
     parser = Parser(usage="%(prog)s [options]", description=what, epilog=more)
     demo_options(parser, "the demo's model, data and settings: half a minute a run")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME",
