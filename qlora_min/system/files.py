@@ -83,7 +83,8 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
     is written as "?"."""
     new = path.with_name(f".{path.name}.new")
     with new.open("w", encoding="utf-8", errors="replace") as f:
-        f.writelines([text] if isinstance(text, str) else text)
+        for part in [text] if isinstance(text, str) else text:
+            f.write(part)
     _fsync(new)
     new.replace(path)
     _fsync(path.parent)
