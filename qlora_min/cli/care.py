@@ -98,7 +98,8 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
     found = {what: len(some) for what, some in pairs.items()}
     found |= {f"{what.removesuffix('s')}_pairs": some[:SHOWN] for what, some in pairs.items()}
 
-    low, high = (f([*rows.lengths.tolist(), *apart.lengths.tolist()], default=0) for f in (min, max))
+    tokens = [*rows.lengths.tolist(), *apart.lengths.tolist()]
+    low, high = min(tokens, default=0), max(tokens, default=0)
     width = next(w for k in itertools.count() for w in (10**k, 2 * 10**k, 5 * 10**k) if high // w - low // w < BINS)
     edges = [width * i for i in range(low // width, high // width + 2)]
     lengths = {side: np.histogram(part.lengths, edges)[0].tolist() for side, part in sides.items()}

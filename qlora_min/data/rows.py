@@ -129,7 +129,8 @@ class Rows(Sequence[Row]):
     def __getitem__(self, i):
         if isinstance(i, slice | np.ndarray):
             return Rows(self._table, self._index[i], self.lengths[i], self.supervised[i])
-        input_ids, supervised, location, choices, text = (c[int(self._index[i])] for c in self._columns)
+        at = int(self._index[i])
+        input_ids, supervised, location, choices, text = (column[at] for column in self._columns)
         *letters, correct, position = choices.as_py() or [None, None]
         return Row(
             torch.from_numpy(input_ids.values.to_numpy().copy()),
