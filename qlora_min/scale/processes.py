@@ -13,8 +13,8 @@ Small objects are exchanged by one collective only, `gather`. It always uses the
 that a process has ended. A process that fails takes part in the others' next `gather`, its error in place of a value
 (`together`), so an error in one process ends all of them and none waits forever. This requires that every process calls
 the same collectives in the same order, and that a `gather` precedes any other collective. Between that `gather` and the
-end of the other collective, while the device may still report an error, and wherever each layer needs a collective
-(sharding.py), a process that fails exits alone: see `in_step`.
+end of the other collective, which on GPUs is queued and may last until the next, and wherever each layer needs a
+collective (sharding.py), a process that fails exits alone: see `in_step`.
 """
 
 import atexit
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..optim import TrainingError
-from ..system.device import synchronize
+from ..system.device import moment, seconds
 
 TIMEOUT = 600.0  # seconds to wait for another process
 _processes: list[tuple[str, int]] = []  # (host, process id) of each
@@ -112,13 +112,6 @@ def from_main(action: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def sum_(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over several processes, in place. The result is bit-identical in all of them."""
-    with _answered():
-        dist.all_reduce(tensor)
-        synchronize()  # raise errors of the collective here, not at some later call
-
-
 def all_gather(whole: Tensor, mine: Tensor) -> Callable[[], None]:
     """Start to fill `whole` with the `mine` of all processes, concatenated in their order; what is returned waits."""
     with _answered():
@@ -140,7 +133,7 @@ class Processes:
 
     Attributes:
         stopping: the signal on which all processes stop after the current step, or None.
-        waited, summed: seconds spent so far waiting for the slowest process, and summing gradients.
+        waited, summed: seconds spent waiting for the slowest process, and summing gradients, up to the step before.
     """
 
     def __init__(self, received: Callable[[], int | None] = lambda: None, sharded: bool = False):
@@ -148,6 +141,7 @@ class Processes:
         self.index, self.world_size = process_index(), world_size()
         self.stopping: int | None = None
         self.waited = self.summed = 0.0
+        self._moments: list[Any] = []  # before and after each sum of the last step
 
     def gather(self, value: Any) -> list[Any]:
         """`gather`, which also tells all processes of a signal that any of them has received."""
@@ -156,20 +150,23 @@ class Processes:
         return list(values)
 
     def sum_step(self, loss: Tensor, grads: Tensor) -> Tensor:
-        """Sum a step's gradients over all processes, in place, and return the sum of their losses.
+        """Sum a step's gradients over all processes, in place, and return the sum of their losses. GPUs queue it.
 
-        A gradient that is not finite in one process is not finite in the sum, so all processes skip the same steps.
+        The sums are bit-identical in all processes. A gradient that is not finite in one process is not finite in the
+        sum, so all processes skip the same steps.
         """
         if self.world_size == 1:
             return loss
+        if self._moments:
+            before, between, after = self._moments
+            self.waited, self.summed = self.waited + seconds(before, between), self.summed + seconds(between, after)
         in_step(True)
-        synchronize()
-        start, loss = time.perf_counter(), loss.double()
-        sum_(loss)  # a single number, so the time is that of waiting for the slowest process
-        then = time.perf_counter()
-        sum_(grads)
-        self.waited, self.summed = self.waited + then - start, self.summed + time.perf_counter() - then
-        in_step(self.sharded)
+        loss, self._moments = loss.double(), [moment()]
+        for tensor in (loss, grads):  # first a single number, whose time is that of waiting for the slowest process
+            with _answered():
+                dist.all_reduce(tensor)
+            self._moments.append(moment())
+        in_step(self.sharded or grads.is_cuda)
         return loss
 
     def check_equal_adapters(self, weights: Tensor) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -91,6 +92,23 @@ def synchronize() -> None:
     """Wait until the GPU, if there is one, has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def moment() -> Any:
+    """The time at which the GPU, if there is one, reaches this place in its queue; for `seconds`."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(start: Any, end: Any) -> float:
+    """The time between two moments. Waits for the second."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def to_host(value: torch.Tensor) -> Callable[[], float]:
