@@ -89,7 +89,8 @@ def encode(docs: list[str], tokenizer: Tokenizer) -> list[list[tuple[int, float]
 
 def batch(tokenizer: Tokenizer, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw BATCH documents: tokens (B, T), padded on the right, and the weights of the losses (B, T), 0 on padding"""
-    docs = encode([kind(rng) for kind in rng.choices([*MIXTURE], [*MIXTURE.values()], k=BATCH)], tokenizer)
+    kinds = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=BATCH)
+    docs = encode([kind(rng) for kind in kinds], tokenizer)
     pairs = torch.nn.utils.rnn.pad_sequence([torch.tensor(doc) for doc in docs], batch_first=True)  # (B, T, 2)
     return pairs[..., 0].long(), pairs[..., 1]
 

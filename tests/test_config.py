@@ -313,6 +313,7 @@ def test_conversions_that_lose_nothing(tmp_path):
         ("ranks", "rank"),
         ("data-set", "dataset"),
         ("lr", "learning_rate"),
+        ("lrate", "learning_rate"),
         ("lora-alpha", "alpha"),
         ("r", "rank"),
         ("num_train_epochs", "epochs"),

@@ -292,6 +292,17 @@ def test_what_is_typed(monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_the_prompt_is_no_part_of_piped_answers(monkeypatch, capsys):
+    from qlora_min.cli import chat
+
+    for typing in (True, False):
+        lines = iter(["a", ""])
+        monkeypatch.setattr("builtins.input", lambda lines=lines: next(lines))
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda typing=typing: typing))
+        assert list(chat._conversation(None)) == [("a", False)]
+        assert capsys.readouterr() == ("", "you> you> " if typing else "")
+
+
 def test_only_a_question_alone_is_offered(tmp_path):
     base = qlora_min.load(world.MODEL_DIR).base
     (tmp_path / "adapter").mkdir()

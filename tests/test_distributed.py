@@ -509,6 +509,38 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(run):
     assert "step 2: skipped, a gradient is not finite" in done.out[0]
 
 
+def test_what_a_process_waits_for_another_is_counted(run):
+    def change(index):
+        inner, sums = processes.Processes.sum_step, []
+
+        def late(self, loss, grads):
+            sums.append(loss)
+            if index == 1 and len(sums) == 3:
+                time.sleep(0.5)
+            return inner(self, loss, grads)
+
+        processes.Processes.sum_step = late
+
+    waited = [e["waited"] for e in events(run(2, change=change, max_steps=5).run, "train")]
+    assert waited[2] < 0.4 <= waited[3] <= waited[4]  # up to the step before
+    assert waited == sorted(waited)
+
+
+def test_a_process_whose_gpu_failed_exits_alone(run):
+    """The sums that it has queued may never end, so it can not have the others wait for its error."""
+
+    def fail(trainer):
+        def failing():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        processes.synchronize = failing
+        failing()
+
+    done = run(2, change=before_step(4, fail), expect=1)
+    assert "error: process 1: CUDA error: an illegal memory access was encountered" in done.err[1]
+    assert "error: process 0: process 1 has ended" in done.err[0]
+
+
 def test_processes_that_part_are_noticed(run):
     def nudge(trainer):
         trainer.stepper.params[0].data.view(-1)[0] += 1e-6

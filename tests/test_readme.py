@@ -82,6 +82,7 @@ def test_what_the_commands_write_is_ignored_by_git():
 @pytest.mark.slow
 def test_the_commands_run_in_their_order(script, monkeypatch, tmp_path):
     """Those on data of one's own and of daily work, with the demo's model: each file is made by one before."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # notebooks, for which a process counts once it has run one, have bars
     _, _, rest = TEXTS[README].partition("## Your own data")
     ran = []
     for words in commands(rest.partition("## From Python")[0]):

@@ -100,6 +100,8 @@ def _conversation(offered: Sequence[tuple[str, str]] | None) -> Iterator[tuple[s
                 shown = rest[0]
                 print(f"\nEnter asks this held-out question, whose answer is {shown[1]!r}:")
                 print(textwrap.indent(shown[0], "  "))
+            if not terminal and sys.stdin.isatty():  # and answers go to a file
+                print("you> ", end="", file=sys.stderr, flush=True)
             question = _typed_lines() if terminal else typed(input()).strip()
             if (terminal and question in ("exit", "quit")) or not (question or rest):
                 return

@@ -32,14 +32,13 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
 def labels(runs: Sequence[Path], records: Sequence[dict[str, Any]]) -> list[str]:
     """A label for each run: its name, and the options in which the runs differ ("rank 8") unless they are too long."""
     options = [{k: v for k, v in r["options"].items() if k != "output_dir"} for r in records]
-    names = dict.fromkeys(k for o in options for k in o)
-    differ = [k for k in names if any(o.get(k) != options[0].get(k) for o in options)]
-    made = [", ".join(f"{k.replace('_', ' ')} {_short(o.get(k))}" for k in differ) for o in options]
-    if max(map(len, made)) > LABEL:
-        made = [""] * len(runs)
+    known = dict.fromkeys(k for o in options for k in o)
+    differ = [k for k in known if any(o.get(k) != options[0].get(k) for o in options)]
     names = [run.resolve().name for run in runs]
     names = names if len(set(names)) == len(names) else list(map(str, runs))
-    return [f"{name}, {label}".removesuffix(", ") for label, name in zip(made, names)]
+    values = [[f"{k.replace('_', ' ')} {_short(o.get(k))}" for k in differ] for o in options]
+    made = [", ".join([name, *own]) for name, own in zip(names, values)]
+    return made if max(map(len, made)) <= LABEL else names
 
 
 def _short(value: Any) -> str:

@@ -62,7 +62,8 @@ def evaluation(evaluated: Path | str, found: Comparison, precision: str) -> str:
         adapter = f"{run_dir.name}/{folder.name}" if run_dir else folder.name
         title = f"{named(AdapterConfig.read(evaluated).base_model)} with {adapter}"
     events = _drawn(checkpoint.read_metrics(run_dir)) if run_dir else []
-    return ENVIRONMENT.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).render(
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return ENVIRONMENT.from_string(template).render(
         found=found,
         title=title,
         precision=precision,

@@ -47,8 +47,10 @@ def checked_repository(args: argparse.Namespace, base: str | None = None) -> str
     from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
+    if "/" not in repo:
+        raise ValueError(f"--push-to-hub: got '{clipped(repo)}', expected OWNER/NAME")
     with refusing(f"--push-to-hub: got '{clipped(repo)}'", "expected OWNER/NAME"):
-        validate_repo_id(repo if "/" in repo else "")
+        validate_repo_id(repo)
     with _reaching(repo, "nothing has been done yet; check network and token, or leave the option out"):
         me = HfApi().whoami()
         owners = [me["name"], *(org["name"] for org in me.get("orgs", []))]

@@ -50,11 +50,13 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
         if not args.dry_run and not args.preview:
             repository = from_main(lambda: checked_repository(args, config.model))
     if args.preview:
-        return _preview(config, args.preview, folder)
+        _preview(config, args.preview, folder)
+        return
     trainer = Trainer(config, folder, write=not args.dry_run, on_event=emit)
     if args.dry_run:
         print(describe(trainer))
-        return emit({"event": "plan", **estimate(trainer)})
+        emit({"event": "plan", **estimate(trainer)})
+        return
     trainer.train()
     if is_first_process():
         push_if_asked(trainer.folder / "adapter", repository, args, emit)

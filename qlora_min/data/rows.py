@@ -52,7 +52,8 @@ class Row:
     @property
     def answer_start(self) -> int:
         """The index of the first token of the last answer."""
-        return int((self.supervised & ~self.supervised.roll(1)).nonzero()[-1])
+        begins = self.supervised & ~self.supervised.roll(1)
+        return int(begins.nonzero()[-1])
 
 
 INTEGERS, FLAGS, BYTES = pa.list_(pa.int32()), pa.list_(pa.uint8()), pa.binary()
@@ -101,7 +102,8 @@ class Rows(Sequence[Row]):
         ):
             with pa.ipc.new_stream(file, SCHEMA) as writer:
                 while part := list(itertools.islice(rows, ROWS_A_BATCH)):
-                    writer.write_batch(pa.RecordBatch.from_arrays([*zip(*map(_columns_of, part))], schema=SCHEMA))
+                    columns = list(zip(*map(_columns_of, part)))
+                    writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
                     lengths.extend(map(len, part))
                     supervised.extend(r.n_supervised for r in part)
             file.flush()

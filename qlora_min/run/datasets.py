@@ -140,6 +140,8 @@ def leave_out_shared(train: Encoded, held: Encoded, bad: BadRows) -> Encoded:
     """
     known, first = np.unique(held.questions[held.fits], return_index=True)
     shared = train.fits & np.isin(train.questions, known)
+    if not shared.any():
+        return train
     same = first[np.searchsorted(known, train.questions[shared])]  # the first row of `held` with the same question
     for row, other in zip(train.rows[shared[train.fits]], held.rows[same]):
         bad.add(BadRow(f"{row.location}: the same question is in {other.location}, which is held out"), row.location)

@@ -145,7 +145,8 @@ def plan(
             micro-batch, if the user gives them.
     """
     longest = work.max_seqlen
-    sizes = [max(longest, tokens or min(MOST_TOKENS[engine.device.type], work.n_rows * longest))]
+    most = tokens or min(MOST_TOKENS[engine.device.type], work.n_rows * longest)
+    sizes = [max(longest, most)]
     while sizes[-1] > longest and not tokens:
         sizes.append(max(longest, sizes[-1] // 2))
     for on in {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]:

@@ -27,7 +27,7 @@ WORDS = {
     "batch_size": "per_device_train_batch_size per_device_eval_batch_size",
     "grad_accum": "gradient_accumulation_steps",
     "max_grad_norm": "gradient_clipping clip_grad_norm gradient_clip_val",
-    "learning_rate": "lr",
+    "learning_rate": "lr lrate",
     "seed": "random_state data_seed",
     "rank": "r lora_r lora_rank",
     "targets": "lora_target_modules",
@@ -57,7 +57,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
         if word in words.split() and option in names:
             as_value = f" {value}" if names[option].startswith("--") else f' = "{value}"'
             return f", did you mean {names[option]}{as_value if value else ''}?"
-    close = word not in WORDS[""].split() and difflib.get_close_matches(word, names, n=1)
+    if word in WORDS[""].split():
+        return ""
+    close = difflib.get_close_matches(word, names, n=1)
     return f", did you mean {names[close[0]]}?" if close else ""
 
 

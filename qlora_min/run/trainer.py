@@ -104,7 +104,8 @@ class Trainer:
             rows = "".join(f", {name}=..." for name in self.in_memory)
             self.command = f"qlora_min.train(resume={str(self.folder)!r}{rows})"
         self.advice = f"continue with: {self.command}"
-        self.signals = signals = Signals(self.advice, index=process_index() if world_size() > 1 else None)
+        self.signals = Signals(self.advice, index=process_index() if world_size() > 1 else None)
+        signals = self.signals
         self.processes = Processes(lambda: signals.received, c.shard and world_size() > 1)
         if c.shard and not self.processes.sharded:
             say("note: --shard: a single process holds the whole base; start several with torchrun")
@@ -173,7 +174,8 @@ class Trainer:
         self.engine.checkpointing = on
         resolved = {"engine": name, "gradient_checkpointing": "on" if on else "off", "micro_batch_tokens": n_tokens}
         self.config = replace(c, **resolved)
-        self.feed = Feed(self.schedule, captured(self.engine, longest_of_all, n_tokens), self.processes, n_tokens)
+        computing = captured(self.engine, longest_of_all, n_tokens)
+        self.feed = Feed(self.schedule, computing, self.processes, n_tokens)
 
     def _begin(self) -> None:
         """Create the run's directory, lock it and write config.json."""

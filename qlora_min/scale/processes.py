@@ -13,8 +13,8 @@ Small objects are exchanged by one collective only, `gather`. It always uses the
 that a process has ended. A process that fails takes part in the others' next `gather`, its error in place of a value
 (`together`), so an error in one process ends all of them and none waits forever. This requires that every process calls
 the same collectives in the same order, and that a `gather` precedes any other collective. Between that `gather` and the
-end of the other collective, which on GPUs is queued and may last until the next, and wherever each layer needs a
-collective (sharding.py), a process that fails exits alone: see `in_step`.
+end of the other collective, wherever each layer needs a collective (sharding.py), and if its GPU fails, on which sums
+are only queued, a process that fails exits alone: see `in_step`.
 """
 
 import atexit
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..optim import TrainingError
-from ..system.device import moment, seconds
+from ..system.device import moment, seconds, synchronize
 
 TIMEOUT = 600.0  # seconds to wait for another process
 _processes: list[tuple[str, int]] = []  # (host, process id) of each
@@ -166,7 +166,7 @@ class Processes:
             with _answered():
                 dist.all_reduce(tensor)
             self._moments.append(moment())
-        in_step(self.sharded or grads.is_cuda)
+        in_step(self.sharded)
         return loss
 
     def check_equal_adapters(self, weights: Tensor) -> None:
@@ -225,7 +225,7 @@ def _tell(error: Exception) -> None:
     """Take part in the others' next `gather` with an error in place of a value."""
     code, text = 2 if isinstance(error, ValueError | OSError) else 1, str(error) or type(error).__name__
     explained = code == 2 or isinstance(error, MemoryError | TrainingError)  # otherwise the traceback matters
-    if _in_step:
+    if _in_step or _gpu_failed():
         atexit.unregister(dist.destroy_process_group)  # it would wait for the others
         if process_index() == 0:
             return
@@ -237,6 +237,15 @@ def _tell(error: Exception) -> None:
         _exchange(((code, text), None))
         if process_index() and explained:
             raise SystemExit(code) from None  # process 0 prints it
+
+
+def _gpu_failed() -> bool:
+    """Whether what this process's GPU has queued, sums with other processes' GPUs among it, ends with an error."""
+    try:
+        synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _exchange(mine: tuple) -> list[tuple]:

@@ -73,7 +73,7 @@ class Bar(tqdm):
     """tqdm's bar. Where the terminal is narrow, details are left out from the last, to leave the bar 10 characters.
 
     Attributes:
-        label: what is done; None for a bar that has lines of its own.
+        label: what is done; None for a bar that has lines of its own, or none.
         told_at: when the last line was printed, where stderr is no terminal.
     """
 
@@ -118,7 +118,7 @@ def bar(total: int | None, label: str | None, unit: str, show: bool = True, keep
     disable = not show or hidden() or (not keep if "ipykernel" in sys.modules else None)
     made = Bar(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=keep, dynamic_ncols=True,
                 disable=disable, **kwargs)  # fmt: skip
-    made.label, made.told_at = label, time.monotonic()
+    made.label, made.told_at = label if disable is None else None, time.monotonic()
     return made
 
 
