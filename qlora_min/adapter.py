@@ -43,7 +43,8 @@ class AdapterConfig:
         """Read what an adapter is, without its weights; raises as `peft_files.read_adapter_config`."""
         values = peft_files.read_adapter_config(folder)
         values["per_layer"] = PerLayer(**{f.name: values.pop(f.name) for f in fields(PerLayer)})
-        return cls(LoraSpec(**{f.name: values.pop(f.name) for f in fields(LoraSpec)}), **values)
+        spec = LoraSpec(**{f.name: values.pop(f.name) for f in fields(LoraSpec)})
+        return cls(spec, **values)
 
 
 def save_adapter(

@@ -160,6 +160,23 @@ def before_step(at: int, action, where: int = 1):
     return change
 
 
+def before_sum(number: int, action):
+    """A change for `run`: `action(grads)` in process 1, before it sums the gradients for the number-th time."""
+
+    def change(index: int) -> None:
+        inner, sums = processes.Processes.sum_step, []
+
+        def wrapped(self, loss, grads):
+            sums.append(loss)
+            if index == 1 and len(sums) == number:
+                action(grads)
+            return inner(self, loss, grads)
+
+        processes.Processes.sum_step = wrapped
+
+    return change
+
+
 def events(run: Path, kind: str) -> list[dict]:
     return [e for e in checkpoint.read_metrics(run) if e["event"] == kind]
 
@@ -493,35 +510,17 @@ def test_a_signal_during_an_evaluation_abandons_it_on_all(run):
 def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(run):
     """The adapters would part otherwise, which the next evaluation checks."""
 
-    def change(index):
-        inner, sums = processes.Processes.sum_step, []
+    def spoil(grads):
+        grads[0] = math.inf
 
-        def broken(self, loss, grads):
-            sums.append(loss)
-            if index == 1 and len(sums) == 2:
-                grads[0] = math.inf
-            return inner(self, loss, grads)
-
-        processes.Processes.sum_step = broken
-
-    done = run(2, change=change, max_steps=4)
+    done = run(2, change=before_sum(2, spoil), max_steps=4)
     assert [e["skipped"] for e in events(done.run, "train")] == [0, 1, 1, 1]
     assert "step 2: skipped, a gradient is not finite" in done.out[0]
 
 
 def test_what_a_process_waits_for_another_is_counted(run):
-    def change(index):
-        inner, sums = processes.Processes.sum_step, []
-
-        def late(self, loss, grads):
-            sums.append(loss)
-            if index == 1 and len(sums) == 3:
-                time.sleep(0.5)
-            return inner(self, loss, grads)
-
-        processes.Processes.sum_step = late
-
-    waited = [e["waited"] for e in events(run(2, change=change, max_steps=5).run, "train")]
+    done = run(2, change=before_sum(3, lambda grads: time.sleep(0.5)), max_steps=5)
+    waited = [e["waited"] for e in events(done.run, "train")]
     assert waited[2] < 0.4 <= waited[3] <= waited[4]  # up to the step before
     assert waited == sorted(waited)
 

@@ -92,8 +92,8 @@ def look(train: Sequence[Encoded], held: Sequence[Encoded] = ()) -> Care:
     letters = {side: dict(sorted(Counter(letter for letter, _ in found).items())) for side, found in choices.items()}
     options = {side: dict(sorted(Counter(n for _, n in found).items())) for side, found in choices.items()}
 
-    asked = (row.example for row in rows)
-    can_shuffle = sum(bool(e.choice and permute_options(e, range(len(e.choice.letters)))) for e in asked)
+    examples = (row.example for row in rows)
+    can_shuffle = sum(bool(e.choice and permute_options(e, range(len(e.choice.letters)))) for e in examples)
     pairs, drops = _compare(rows, apart)
     found = {what: len(some) for what, some in pairs.items()}
     found |= {f"{what.removesuffix('s')}_pairs": some[:SHOWN] for what, some in pairs.items()}
