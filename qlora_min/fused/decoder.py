@@ -10,8 +10,8 @@ Backward, for y = W u + (alpha/r) B h, h = A drop(u):
 
     dB += (alpha/r) dy^T h      dh = (alpha/r) dy B      dA += dh^T drop(u)      du = dy W + drop'(dh A)
 
-Nothing else trains, so a layer saves only the values in these lines for its backward: 33 KB per token and layer of
-Qwen2-0.5B in 16 bits. With checkpointing it saves x alone (3.6 KB) and recomputes the rest.
+Nothing else trains, so a layer saves only the values in these lines for its backward: 34 KB per token and layer of
+Qwen2-0.5B in 16 bits. With checkpointing it saves x and each h (3.7 KB) and recomputes the rest.
 
 A step of a small model by autograd takes tens of thousands of kernel launches. What makes this engine faster:
 
@@ -50,6 +50,7 @@ LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  #
 ROTARY = ("default", "linear", "llama3", "yarn")  # the types whose angles do not depend on the rows' lengths
 PROJECTIONS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
                ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
+CHECKPOINT = ("x", "h_qkv", "h_o", "h_gate_up", "h_down")  # what a layer keeps if it is computed again
 
 
 def unsupported(base: Base, max_length: int) -> str | None:
@@ -100,19 +101,25 @@ class Projections:
     def enabled(self) -> bool:
         return any(m.enabled for m in self.loras)
 
-    def forward(self, x: Tensor, p: float, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (N, in) -> y (N, out), and h = A drop(x) (N, R)."""
+    def drop(self, x: Tensor, p: float, keys: Tensor) -> Tensor:
+        return formulas.dropout(x, p, keys, self.stream) if p else x
+
+    def forward(
+        self, x: Tensor, p: float, keys: Tensor, h: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x (N, in) -> y (N, out), drop(x), and h = A drop(x) (N, R), which is computed unless it is given."""
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
-            return y, None
-        h = F.linear(formulas.dropout(x, p, keys, self.stream) if p else x, self.A)  # (N, in) @ (in, R) -> (N, R)
+            return y, None, None
+        x = self.drop(x, p, keys)
+        h = F.linear(x, self.A) if h is None else h  # (N, in) @ (in, R) -> (N, R)
         for lora, rows, ranks, B in zip(self.loras, self.rows, self.ranks, self.B):
             if lora.enabled:
                 y[:, rows].addmm_(h[:, ranks], B.T, alpha=lora.spec.scaling)  # (N, r) @ (r, out) -> (N, out)
-        return y, h
+        return y, x, h
 
     def backward(self, dy: Tensor, x: Tensor | None, h: Tensor | None, p: float, keys: Tensor) -> Tensor:
-        """dy (N, out) -> dx (N, in). Adds to dA and dB."""
+        """dy (N, out), and x and h as `forward` returned them -> dx (N, in). Adds to dA and dB."""
         dx = dy @ self.weight  # (N, out) @ (out, in) -> (N, in)
         if not self.enabled:
             return dx
@@ -124,7 +131,7 @@ class Projections:
                 continue
             _add_product(dB, dy[:, rows].T, h[:, ranks], lora.spec.scaling)  # (out, N) @ (N, r)
             torch.addmm(part, dy[:, rows], B, beta=0, alpha=lora.spec.scaling, out=part)  # (N, out) @ (out, r)
-        _add_product(self.dA, dh.T, formulas.dropout(x, p, keys, self.stream) if p else x)  # (R, N) @ (N, in)
+        _add_product(self.dA, dh.T, x)  # (R, N) @ (N, in)
         if p:
             formulas.dropout_backward_(dx, dh @ self.A, p, keys, self.stream)
         else:
@@ -157,14 +164,17 @@ class Layer:
             norms = [m for m, n in zip(pair, self.heads) for _ in range(n)]
             self.qk_norm = torch.stack([m.weight.data for m in norms]).float(), norms[0].variance_epsilon
 
-    def until_gate(self, x: Tensor, delta: Tensor | None, ctx: "Context") -> dict:
+    def until_gate(self, x: Tensor, delta: Tensor | None, ctx: "Context", known: dict) -> dict:
         """All but the last projection: x (N, D), and delta (N, D), the previous layer's output to add -> saved.
 
         In training the last layer goes on after attention with the S supervised positions alone.
+
+        Args:
+            known: what the layer has kept (`CHECKPOINT`), if it is computed again.
         """
         p, keys = ctx.dropout, ctx.keys
         x, n, r = formulas.add_norm(x, delta, self.norm1.weight, self.norm1.variance_epsilon, self.dtype)
-        qkv, h_qkv = self.qkv.forward(n, p, keys)  # (N, q + k + v)
+        qkv, x_qkv, h_qkv = self.qkv.forward(n, p, keys, known.get("h_qkv"))  # (N, q + k + v)
         turned = formulas.rotate(qkv, *ctx.angles, self.heads[0] + self.heads[1], self.qk_norm)
         with torch.set_grad_enabled(ctx.keep):
             leaf = turned.unflatten(1, (-1, self.head_dim)).detach().requires_grad_(ctx.keep)
@@ -173,36 +183,37 @@ class Layer:
         if self.last and ctx.keep:
             a, residual = (t[ctx.batch.loss_positions] for t in (a, x))
             keys = keys[ctx.batch.loss_positions] if p else None
-        o, h_o = self.o.forward(a, p, keys)
+        o, x_o, h_o = self.o.forward(a, p, keys, known.get("h_o"))
         x2, n2, r2 = formulas.add_norm(residual, o, self.norm2.weight, self.norm2.variance_epsilon, self.dtype)
-        gate_up, h_gate_up = self.gate_up.forward(n2, p, keys)
+        gate_up, x_gate_up, h_gate_up = self.gate_up.forward(n2, p, keys, known.get("h_gate_up"))
         return {
-            "x": x, "n": n, "r": r, "qkv": qkv, "h_qkv": h_qkv, "leaf": leaf, "attended": attended, "a": a,
-            "h_o": h_o, "x2": x2, "n2": n2, "r2": r2, "gate_up": gate_up, "h_gate_up": h_gate_up, "keys": keys,
+            "x": x, "r": r, "x_qkv": x_qkv, "h_qkv": h_qkv, "qkv": qkv, "leaf": leaf, "attended": attended, "x_o": x_o,
+            "h_o": h_o, "x2": x2, "r2": r2, "x_gate_up": x_gate_up, "h_gate_up": h_gate_up, "gate_up": gate_up,
+            "keys": keys,
         }  # fmt: skip
 
     def forward(self, x: Tensor, delta: Tensor | None, ctx: "Context") -> tuple[Tensor, Tensor, dict]:
         """-> x (N, D), the output (N, D) still to be added to it, and saved; (S, D) where `until_gate` selects."""
-        saved = self.until_gate(x, delta, ctx)
-        out, saved["h_down"] = self.down.forward(formulas.swiglu(saved["gate_up"]), ctx.dropout, saved["keys"])
+        saved = self.until_gate(x, delta, ctx, {})
+        out, _, saved["h_down"] = self.down.forward(formulas.swiglu(saved["gate_up"]), ctx.dropout, saved["keys"])
         return saved["x2"], out, saved
 
     def backward(self, saved: dict, dx: Tensor, dx_low: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
         """The gradient of the layer's output stream, (N, D), or (S, D) of the last layer, in fp32 and in the compute
         dtype -> that of its input, (N, D)."""
         p, keys = ctx.dropout, saved["keys"]
-        act = formulas.swiglu(saved["gate_up"]) if self.down.enabled else None
-        dact = self.down.backward(dx_low, act, saved.get("h_down"), p, keys)
+        x_down = self.down.drop(formulas.swiglu(saved["gate_up"]), p, keys) if self.down.enabled else None
+        dact = self.down.backward(dx_low, x_down, saved["h_down"], p, keys)
         formulas.swiglu_backward_(dact, saved["gate_up"])
-        dn2 = self.gate_up.backward(saved.pop("gate_up"), saved["n2"], saved["h_gate_up"], p, keys)
+        dn2 = self.gate_up.backward(saved.pop("gate_up"), saved["x_gate_up"], saved["h_gate_up"], p, keys)
         dx, dx_low = formulas.norm_backward(dn2, saved["x2"], saved["r2"], self.norm2.weight, dx)
-        da = self.o.backward(dx_low, saved["a"], saved["h_o"], p, keys)
+        da = self.o.backward(dx_low, saved["x_o"], saved["h_o"], p, keys)
         if self.last:  # (S, D) and (S, H P) -> (N, D) and (N, H P)
             n, at = len(saved["x"]), ctx.batch.loss_positions
             dx, da = (t.new_zeros(n, t.shape[1]).index_add_(0, at, t) for t in (dx, da))
         dqkv = torch.autograd.grad(saved["attended"], saved["leaf"], da.view_as(saved["attended"]))[0].flatten(1)
         formulas.rotate_backward_(dqkv, saved["qkv"], *ctx.angles, self.heads[0] + self.heads[1], self.qk_norm)
-        dn = self.qkv.backward(dqkv, saved["n"], saved["h_qkv"], p, ctx.keys)
+        dn = self.qkv.backward(dqkv, saved["x_qkv"], saved["h_qkv"], p, ctx.keys)
         return formulas.norm_backward(dn, saved["x"], saved["r"], self.norm1.weight, dx)
 
 
@@ -312,7 +323,7 @@ class Decoder(Engine):
             self.weights.fetch(i, i + 1)
             x, delta, kept = layer.forward(x, delta, ctx)
             if ctx.keep:
-                saved.append(kept["x"] if self.checkpointing else kept)
+                saved.append({name: kept[name] for name in CHECKPOINT} if self.checkpointing else kept)
             del kept
         x, y, r = formulas.add_norm(x, delta, self.norm.weight, self.norm.variance_epsilon, self.dtype)
         return y, x, r, saved
@@ -330,10 +341,7 @@ class Decoder(Engine):
             self.weights.fetch(i, i - 1)
             kept = saved.pop()
             if self.checkpointing:
-                kept = self.layers[i].until_gate(kept, None, ctx)
-                if self.layers[i].down.enabled:
-                    act = formulas.swiglu(kept["gate_up"])
-                    kept["h_down"] = self.layers[i].down.forward(act, ctx.dropout, kept["keys"])[1]
+                kept |= self.layers[i].until_gate(kept["x"], None, ctx, kept)
             dx, dx_low = self.layers[i].backward(kept, dx, dx_low, ctx)
             del kept
         return loss
