@@ -1,8 +1,8 @@
 """Batches: rows -> optimizer steps -> micro-batches, and the one layout that every model computes on.
 
-A micro-batch is packed: its rows stand one behind the other in a single sequence of N tokens, `cu_seqlens` says where
-each begins and ends, and attention stays within a row. There is padding only at the end, and only where shapes must
-repeat (CUDA graphs): a row of its own, whose losses have weight 0.
+A micro-batch is packed: its rows are concatenated into one sequence of N tokens, `cu_seqlens` says where each begins
+and ends, and attention stays within a row. There is padding only where shapes must repeat (CUDA graphs) or be equal in
+all processes (a sharded base): tokens at the end, in a row of their own, and loss positions of weight 0.
 
 The result of an optimizer step does not depend on how its rows are cut into micro-batches or divided between
 processes: losses are summed, not averaged, and dropout's mask follows the row's place in the step (`row_ids`).
@@ -84,8 +84,8 @@ def pack(
 
     Args:
         row_ids: each row's place in its optimizer step; 0, 1, ... if not given.
-        n_tokens, n_supervised, n_rows: pad to N tokens, S supervised positions and R rows. No padding if not given.
-        max_seqlen: the bound of lengths to state, the padding's included; the least if not given.
+        n_tokens, n_supervised: N and S to pad to. n_rows: pad to R = n_rows + 1, one of them padding. Default: none.
+        max_seqlen: the upper bound to record, which covers the row of padding too; by default the smallest one.
     """
     lengths = [len(r) for r in rows]
     total = sum(lengths)

@@ -99,8 +99,8 @@ class ChatEncoder:
     def encode_examples(self, examples: Sequence[Example]) -> list[Row | BadRow]:
         """Conversations that end with an answer -> a Row of each, or why it can't be one.
 
-        Supervised are the answers from their prompt on, each with its end token. Not supervised are those in
-        `Example.unlearned`, and those whose prompt, as a server makes it, is not how the row's text begins.
+        An answer is supervised, its end token included, unless `train_on` or `Example.unlearned` excludes it, it has no
+        end token, or the row's text does not begin with its prompt as a server would render it.
         """
 
         def tried(compute: Callable[..., Any], example: Example, *given: Any) -> Any:

@@ -66,7 +66,7 @@ class Engine:
         """(S, D) -> (S, V) in fp32."""
 
     def pack(self, rows: Sequence[Row], row_ids=None, n_rows: int = 0, n_supervised: int | None = None) -> Packed:
-        """`batches.pack`, on the device; as CUDA graphs, padded to `n_rows` rows and more."""
+        """`batches.pack`, on the device. `fused.graphs.Captured` pads it (also to `n_rows`) and keeps it on the CPU."""
         return pack(rows, row_ids, n_supervised=n_supervised).to(self.device)
 
     def release(self) -> None:
@@ -79,7 +79,7 @@ def packed_attention(
     """`ops.attention` as transformers calls it: query (1, H, N, P), key and value (1, K, N, P) -> (1, N, H, P).
 
     Raises:
-        NotImplementedError: the model asks for more than it does (`softcap`, `s_aux`), or passes no `cu_seq_lens_q` on.
+        NotImplementedError: the model needs something else (`softcap`, a mask), or does not pass on `cu_seq_lens_q`.
     """
     known = ("scaling", "sliding_window", "cu_seq_lens_q", "max_length_q", "dropout")
     scaling, window, cu_seqlens, max_seqlen, dropout = (given.pop(name, None) for name in known)

@@ -36,7 +36,7 @@ class LoraSpec:
     """What an adapter is: the rank r, alpha, the probability of dropout, and the layers that get an update, by name.
 
     rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor"). per_layer: what PEFT's
-    adapters may have besides, ranks and alphas of single layers.
+    adapters may set for single layers: their rank, their alpha, and whether they get an update at all.
 
     Raises:
         ValueError: rank below 1, or dropout outside [0, 1).

@@ -46,9 +46,9 @@ class MergeError(Failed):
 class Merged:
     """What the check measured on its rows. Distances: norm(difference) / norm(reference).
 
-    exact: of the fp32 merge from the adapter. difference, agreement, loss_before, loss_after: the file against the
-    adapter, in logits, equal top-1 tokens and the answers' loss. from_trained: from the adapter on the weights that it
-    was trained on (`bits`); the same as `difference` unless merged onto others.
+    exact: of the fp32 sum from the adapter on the weights merged onto. difference, agreement, loss_before, loss_after:
+    the file against the same, in logits, equal top-1 tokens and the answers' loss. from_trained: of the file from the
+    adapter on the weights that it was trained on (`bits`); equals `difference` unless merged onto others.
     """
 
     dtype: str

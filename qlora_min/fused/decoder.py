@@ -165,7 +165,7 @@ class Layer:
             self.qk_norm = torch.stack([m.weight.data for m in norms]).float(), norms[0].variance_epsilon
 
     def until_gate(self, x: Tensor, delta: Tensor | None, ctx: "Context", known: dict) -> dict:
-        """All but the last projection: x (N, D), and delta (N, D), the previous layer's output to add -> saved.
+        """Compute the layer up to its down projection: x (N, D), and delta (N, D) to add to it, or None -> saved.
 
         In training the last layer goes on after attention with the S supervised positions alone.
 
@@ -266,7 +266,7 @@ class Decoder(Engine):
         return [self.weights.scratch, self.cos, self.sin, *([self.low] if self.low is not self.adapter.weights else [])]
 
     def _place_lora(self) -> None:
-        """Set A and B of each group of projections: views of a copy in the compute dtype.
+        """Set A and B of each group of projections, views of the weights in the compute dtype, and dA and dB in fp32.
 
         The As of a group are adjacent in `FlatLoRA`, so one view holds them all.
         """
@@ -347,7 +347,7 @@ class Decoder(Engine):
         return loss
 
     def _head(self, hidden: Tensor, batch: Packed, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (S, D) -> the loss, and its gradient (S, D). Only LOGIT_ROWS rows of logits exist at a time."""
+        """hidden (S, D) -> the summed loss, and the gradient (S, D) of factor * it; LOGIT_ROWS positions at a time."""
         dhidden, loss = torch.empty_like(hidden), torch.zeros((), device=hidden.device)
         for start in range(0, len(hidden), LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)

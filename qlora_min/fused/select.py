@@ -53,8 +53,8 @@ def modules_of(base: Base, max_seqlen: int) -> Modules:
     """The engine `Modules` of a base, which packs rows if they stay apart.
 
     Raises:
-        ValueError: the model computes its logits in a way that `Modules.logits` does not implement, or its hidden
-            states overflow.
+        ValueError: the model's forward pass fails, its hidden states overflow, or it computes its logits in a way that
+            `Modules.logits` does not implement.
     """
     engine = Modules(base)
     if engine.device.type == "cuda":

@@ -19,13 +19,13 @@ KEPT = {"cuda": 8, "cpu": math.inf}
 
 
 class Weights:
-    """Sets the `weight` of each group of projections: a view of the module's own, or of `scratch`.
+    """Sets the `weight` of each group of projections: the modules' own weights, concatenated, or a view of `scratch`.
 
     Args:
         layers: the decoder's `Layer`s. modules: the modules that they compute.
 
     Attributes:
-        scratch: (1 or all layers, elements of a layer), the dequantised weights; empty if nothing is quantised.
+        scratch: (1 or all layers, elements of a layer), the weights if the base is quantised or sharded; else empty.
     """
 
     def __init__(self, base: Base, layers: Sequence[Any], modules: nn.ModuleList, device: torch.device):
@@ -84,9 +84,9 @@ class Weights:
                 out.copy_(dequantized_weight(m))
 
     def _use_dequantizers(self) -> bool:
-        """Dequantise by our kernel from now on, one launch per layer. Return whether it agrees with bitsandbytes.
+        """Dequantise with our kernel from now on if it agrees with bitsandbytes, and return whether it does.
 
-        A layer that its file holds otherwise, in 16 bits or with another block size, has none.
+        It takes one launch per layer. A layer stored in another form, 16 bits or another block size, does not use it.
         """
         from ..ops.kernels import Dequantizer
 

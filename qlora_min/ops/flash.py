@@ -1,6 +1,6 @@
 """Causal attention on packed rows as Triton kernels: FlashAttention-2 (Dao 2023), with small tiles and grouped heads.
 
-Rows of fine-tuning are short: of a row of 265 tokens, 64 x 64 tiles cover half as many scores as 128 x 128 tiles do.
+Rows of fine-tuning are short: for a row of 265 tokens, 64 x 64 tiles compute 61,440 scores, 128 x 128 tiles 98,304.
 Gradients of keys are computed head by head and then summed, so that they are bit-identical every time. One program
 computes one tile of one row and one head; `cu` (R + 1,) says where rows begin and end. N varies from batch to batch and
 is not specialised: a kernel must not be compiled anew while a CUDA graph is captured.
@@ -132,7 +132,7 @@ def _key_kernel(
 
 
 def _tiles(qkv: Tensor) -> tuple[int, int]:
-    """(tokens, columns) of a tile, of which eight fit into a multiprocessor's shared memory."""
+    """(tokens, columns) of a tile; eight tiles fit into the shared memory of a thread block."""
     columns = max(16, triton.next_power_of_2(qkv.shape[2]))
     shared = torch.cuda.get_device_properties(qkv.device).shared_memory_per_block_optin
     return next(n for n in (64, 32, 16) if 8 * 2 * n * columns <= shared), columns  # 2 bytes an element

@@ -12,7 +12,7 @@ from ..engine import Engine
 
 
 class Feed:
-    """Maps a step (0-based) to this process's micro-batches, each of at most `n_tokens` tokens or a single longer row.
+    """Maps a step (0-based) to this process's micro-batches, each of at most max(`n_tokens`, longest row) tokens.
 
     Args:
         processes: a `Processes`; its index and world size decide which rows this process computes.
