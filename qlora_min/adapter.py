@@ -28,8 +28,8 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is, and its base: a hub id or a full path. Of other tools' adapters fingerprint and quantization
-    are None: their files do not say them."""
+    """What an adapter is, and its base: a hub id or a full path. fingerprint and quantization are None for adapters of
+    other tools, whose files do not record them."""
 
     lora: LoraSpec
     base_model: str
@@ -61,11 +61,11 @@ def save_adapter(
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Copy an adapter's tensors into the LoRA layers of `model`. The file must contain exactly those that it has.
+    """Copy an adapter's tensors into the LoRA layers of `model`. The file must hold exactly their tensors.
 
     Raises:
-        ValueError: tensors that are missing, unexpected, misshaped or not finite (one message lists them), or others
-            than were saved.
+        ValueError: tensors are missing, unexpected, misshaped or not finite (one message lists them), or the file is
+            not the one that was saved.
     """
     parameters = lora_parameters(model)
     keys = {name: f"{PEFT_PREFIX}{name}.weight" for name in parameters}
@@ -101,7 +101,7 @@ def load_adapter(
 
     Args:
         model: where the base is, if not where the adapter's files say.
-        quantization: another than the adapter was trained on, or that if its files don't say it.
+        quantization: of the base; by default as the adapter's files record it, or else as the base is stored.
 
     Raises:
         ValueError: no adapter, no base, or an adapter for another base.

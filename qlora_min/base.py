@@ -158,9 +158,9 @@ def _empty_model(name: str, folder: Path) -> tuple[PreTrainedModel, GenerationCo
 
 
 class _Place:
-    """Puts a weight from disk where it belongs, in its dtype, in 4 bits if it is a linear layer's of the decoder.
+    """Puts a weight from disk into its module, in its dtype, or in 4 bits for linear layers of the decoder.
 
-    quantization: to quantise to. Weights that will be sharded stay on the CPU.
+    quantization: nf4, fp4 or none, for those layers. Weights that will be sharded stay on the CPU.
     """
 
     def __init__(self, model: PreTrainedModel, quantization: str, dtype: torch.dtype, device, sharded: bool):

@@ -7,8 +7,8 @@ the answers begin (data/templates.py). For Qwen2 and one question (supervised to
     <|im_start|>assistant\\nE: Nitrofurantoin<|im_end|>
                            ~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-An answer is supervised together with its end token, so the model learns to stop; behind the last one a row ends. Prompt
-and answer are tokenised apart, so the prompt's ids are those that a server gives the model. A text never becomes a
+An answer is supervised together with its end token, so the model learns to stop; a row ends after the last one. Prompt
+and answer are tokenised separately, so the prompt's ids are those that a server gives the model. A text never becomes a
 control token: `<|im_end|>` written in a question is tokenised as ordinary text.
 """
 
@@ -65,8 +65,8 @@ class ChatEncoder:
         return self._tokenise([text])[0] if text else []
 
     def _tokenise_behind(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """(what stands before, text) -> the ids of the text, as they are behind that; by itself, if the two would share
-        a token."""
+        """(preceding text, text) -> the ids of the text, tokenised together with the preceding text, or by itself if a
+        token would span both."""
         out = []
         for (before, text), ids in zip(pairs, self._tokenise([before + text for before, text in pairs])):
             head = self._tokenise_one(before)
@@ -78,7 +78,7 @@ class ChatEncoder:
         return out
 
     def _pairs(self, segments: Sequence[Segment]) -> Iterator[tuple[str, str]]:
-        """Each part of the segments, with what stands before it: of a prompt, its end from a control token on."""
+        """(preceding text, part) of each part. What precedes a segment is the `_tail` of the one before it."""
         before = ""
         for parts, _ in segments:
             yield before, parts[0]
@@ -97,7 +97,7 @@ class ChatEncoder:
         ]
 
     def encode_examples(self, examples: Sequence[Example]) -> list[Row | BadRow]:
-        """Conversations that end with an answer -> a Row of each, or why it can't be one.
+        """Conversations that end with an answer -> a Row of each, or a BadRow that says why it can't be one.
 
         An answer is supervised, its end token included, unless `train_on` or `Example.unlearned` excludes it, it has no
         end token, or the row's text does not begin with its prompt as a server would render it.
@@ -165,8 +165,8 @@ class ChatEncoder:
         return row.input_ids.tolist(), row.supervised.tolist()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation that waits for its answer -> ids: what precedes it in `encode`. They are those that a server
-        makes, unless a token of the server's spans the beginning of an earlier answer."""
+        """A conversation that awaits its answer -> the ids that precede the answer in `encode`. A server makes the same
+        ids, unless one of its tokens spans the beginning of an earlier answer."""
         segments = self.template.segments(Example(tuple(messages), "messages"), ask=True)
         return self._checked(list(itertools.chain.from_iterable(self._encode_segments([segments])[0])))
 

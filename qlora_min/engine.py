@@ -5,9 +5,9 @@ There are two engines, which compute the same:
     modules   the transformers modules, LoRALinear and autograd: this file, for every family that base.py loads
     fused     forward and backward by hand, with kernels, for Llama-shaped models: fused/decoder.py
 
-transformers lets an attention function be registered by name: `packed_attention` keeps packed rows apart, so most of
-the library's decoders compute packed rows as they are. Which do is found by trying (fused/select.py); a model whose
-rows would mix is computed one row at a time. On a GPU either engine is captured as CUDA graphs (fused/graphs.py).
+transformers lets an attention function be registered by name. Ours, `packed_attention`, keeps packed rows apart, so
+most of the library's decoders compute packed rows unchanged. A trial shows whether a model does (fused/select.py); rows
+that would mix are computed one at a time. On a GPU either engine is captured as CUDA graphs (fused/graphs.py).
 """
 
 import functools
@@ -51,11 +51,11 @@ class Engine:
         """Forward and backward of one micro-batch.
 
         Args:
-            factor: 0-dim fp32; the gradients are those of factor * the summed loss (loss scale / supervised tokens).
+            factor: 0-dim fp32, loss scale / supervised tokens of the optimizer step.
             seed: 0-dim int32, of the optimizer step's dropout.
 
         Returns:
-            0-dim fp32, the sum of the supervised tokens' losses; its gradients, times factor, are added to
+            0-dim fp32, the sum of the supervised tokens' losses. The gradients of factor * this sum are added to
             `adapter.grads`.
         """
 

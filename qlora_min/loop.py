@@ -2,9 +2,9 @@
 
     evaluate and save, where due -> micro-batches: forward, masked loss, backward -> clip and step -> log
 
-What computes is handed in (`feed.engine`), as are the other processes (`feed.processes`) and what keeps a run on disk
-(`recorder`): this file knows neither files nor CUDA nor NCCL. No random state is kept: the order of rows and dropout's
-masks are functions of the seed and the step.
+The engine (`feed.engine`), the other processes (`feed.processes`) and what keeps a run on disk (`recorder`) are passed
+in: this file knows nothing of files, CUDA or NCCL. No random state is saved: the order of rows and the dropout masks
+are functions of the seed and the step.
 """
 
 import math
@@ -62,7 +62,7 @@ class Recorder:
     best: dict[str, Tensor]  # the adapter with the best evaluation so far
 
     def guarded(self, compute: Callable[[Callable[[], None] | None], Evaluation]) -> Evaluation | None:
-        """Call `compute` with what it is to call before each batch. None: it was abandoned, and leaves no trace."""
+        """Return `compute(f)`, which calls f, unless that is None, before each batch; or None if it was abandoned."""
         return compute(None)
 
     def evaluated(self, progress: Progress, evaluation: Evaluation, improved: bool) -> None:
@@ -101,8 +101,8 @@ def train(feed: Any, stepper: Stepper, held_out: Rows, config: Config, progress:
         if finished:
             return
 
-        # The step's loss is the sum over its supervised tokens, of all micro-batches and processes, over their number.
-        # That number is known beforehand, so no micro-batch needs a weight: their gradients simply add up.
+        # The step's loss is the mean over the supervised tokens of all micro-batches and processes. Their number is
+        # known beforehand and divides the summed loss of each micro-batch, so the gradients simply add up.
         begun, lr = time.perf_counter(), stepper.lr
         loss = ahead.pop() if ahead else compute_gradients(feed, stepper, config.seed, progress, recorder)
         if isinstance(loss, Exception):
@@ -162,8 +162,8 @@ def compute_gradients(feed: Any, stepper: Stepper, seed: int, progress: Progress
 
 
 def compute_ahead(found: list, feed: Any, stepper: Stepper, seed: int, progress: Progress, recorder: Recorder) -> None:
-    """Add to `found` the loss of the step after the next one, or the error that it failed with: of a single process,
-    which first counts and saves the step that comes before it."""
+    """Compute the gradients of the step after `progress.step`, and append its loss to `found`. A single process appends
+    an error too, to count and save the current step before raising it; several processes raise it at once."""
     try:
         following = replace(progress, step=progress.step + 1)
         found.append(compute_gradients(feed, stepper, seed, following, recorder))
@@ -176,8 +176,8 @@ def compute_ahead(found: list, feed: Any, stepper: Stepper, seed: int, progress:
 def evaluate_and_keep_the_best(
     feed: Any, held_out: Rows, patience: int, progress: Progress, recorder: Recorder
 ) -> None:
-    """Evaluate on the held-out rows, and keep the adapter with the lowest loss: the untrained one, if training never
-    improves on it; the last, if there are none. Stop after `patience` evaluations in a row without improvement."""
+    """Evaluate on the held-out rows, and keep the adapter with the lowest loss, which may be the untrained one; without
+    such rows, keep the last. Stop after `patience` evaluations in a row without improvement."""
     engine, processes, evaluation, improved = feed.engine, feed.processes, None, True
     processes.check_equal_adapters(engine.adapter.weights)
     if any(processes.gather(len(held_out))):
@@ -206,8 +206,8 @@ def copies(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def check_that_all_moved(initial: dict[str, Tensor], model: torch.nn.Module, stepper: Stepper) -> None:
-    """Is it really training? Raises TrainingError if a matrix is as it was: its layer gets no gradient, or, if B moved
-    and A did not, steps are so small that they are lost in fp32's rounding."""
+    """Raise TrainingError if a trained matrix has not changed: its layer gets no gradient, or, if B has changed and A
+    has not, the learning rate is so small that updates are lost in fp32's rounding."""
     now, lr = copies(model), max(stepper.learning_rate * stepper.lr_factor(step) for step in range(MOVED_BY))
     still = [n for n, w in initial.items() if torch.equal(w, now[n])]
     why = "those layers take no part in the model's output, or get no gradient"

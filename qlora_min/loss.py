@@ -2,9 +2,9 @@
 
     L(step) = sum over supervised tokens of -log p(token | what precedes it)  /  number of supervised tokens
 
-Both sums run over all micro-batches of one optimizer step. The mean of the micro-batches' means is another number as
-soon as they supervise different counts of tokens, and its gradient another gradient (measured 206% off on ragged
-batches), so this module never divides: the trainer, which knows the step's total beforehand, hands in `factor`.
+Both sums run over all micro-batches of one optimizer step. The mean of the micro-batches' means is something else
+where their numbers of supervised tokens differ, and so is its gradient (206% off, measured on ragged batches). So this
+module never divides: the trainer, which knows the step's total beforehand, passes in `factor`.
 
 Why logits only at supervised positions: at Qwen2's V = 151,936 a 512-token row has 0.3 GB of them in fp32, and the
 softmax and its gradient need as much again each, while MedQA supervises about 11 tokens of 274. Selecting the hidden

@@ -4,12 +4,12 @@
 
 Which W? The adapter was trained against the dequantised NF4 weights and has learned to correct their error too, so by
 default BA is added to those, and every other linear layer of the decoder gets its dequantised weight as well. With
-`onto="original"` BA is added to the 16-bit weights: a model that was never trained; how far it is from the trained one
-is measured.
+`onto="original"` BA is added to the 16-bit weights. The result is a model that was never trained; its distance from the
+trained one is measured.
 
-The sum is computed in fp32 and rounded once, to the file's dtype. The check computes logits in fp32. It fails if the
-merge is wrong: the sum must compute what the adapter does, and the file that is read back what the rounded sum does.
-What rounding costs grows with what was learned, and is measured: the file against the adapter.
+The sum is computed in fp32 and rounded once, to the file's dtype. The check compares logits, computed in fp32: the sum
+must give those of the adapter, and the file, read back, those of the rounded sum. The error of rounding to the file's
+dtype grows with the size of the update; it is measured (the file against the adapter), not bounded.
 """
 
 import gc

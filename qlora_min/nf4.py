@@ -5,10 +5,10 @@ The trainer itself uses bitsandbytes; `tests/test_nf4.py` compares this text wit
 ## The levels
 Trained weights look normal, so the levels are quantiles Q of a normal. The paper's equation 4 as printed,
 q_i = (Q(i/17) + Q((i+1)/17)) / 2, is infinite at i = 0 and 16. That leaves 15 levels, symmetric around 0, and wastes
-one code of 16. A 16th breaks the symmetry if -1, 0 and 1 are all to be exact (0 for padding and pruned weights, the
-ends because each block has one of them), so the text below the equation estimates the two sides apart and merges their
-zeros. What bitsandbytes ships:
-    8 levels Q(p) and 7 levels -Q(p), p in even steps from 1 - delta down to, not at, 1/2; and 0; all over Q(1 - delta)
+one code of 16. A 16th breaks the symmetry if -1, 0 and 1 are all to be exact (0 for padding and pruned weights, -1 and
+1 because each block has one of them), so the paper's text estimates the two sides separately and merges their zeros.
+bitsandbytes ships
+    8 levels Q(p) and 7 levels -Q(p), p in even steps from 1 - delta down to 1/2 exclusive, and 0; all / Q(1 - delta)
 with delta = (1/32 + 1/30) / 2, half a bin's mass for 16 bins and for 15, averaged (arXiv 2306.06965). The positive side
 is thus the finer one: 0.0796 next to 0, against -0.0911.
 

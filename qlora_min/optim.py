@@ -3,17 +3,17 @@
 fp16 loss scaling: gradients below 6e-8 vanish in fp16, so the loss is multiplied by a scale S (65,536 at first) and
 the gradients are divided by it again in fp32. When they overflow, the step is skipped and S halved; after 2,000 good
 steps S doubles. A skipped step changes neither weights, optimizer state nor the learning rate; its rows count as seen,
-so a run with skips ends before its schedule. A GradScaler by itself goes on for ever when every step overflows, its
-scale sinking to 0; we end the run after 20 skips in a row. The same rule guards bf16 and fp32, where gradients that are
-not finite mean that something is broken.
+so a run with skips ends before its learning rate schedule does. With GradScaler alone, a run whose steps all overflow
+would go on for ever, S sinking to 0; ours ends after 20 skips in a row. The same rule guards bf16 and fp32, where
+gradients that are not finite mean that something is broken.
 
 8-bit AdamW (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization") keeps both moments in 8 bits, in
 blocks of 256 values with an absmax each: 2.03 bytes a parameter instead of 8. Tensors below 4,096 elements keep fp32
 state. Paging (QLoRA, section 3) lets state move to CPU memory when the GPU runs out, but bitsandbytes pages tensors of
 100,000 elements and more only: at rank 16 on Qwen2-0.5B the largest has 14,336, so nothing is paged.
 
-A GPU is not kept waiting: `Stepper.step` queues the step, and behind it whatever comes next, before it is known whether
-the gradients are finite. Adapters with a matrix of 100,000 elements wait: undoing a step takes a copy of their state.
+The GPU is kept busy: `Stepper.step` queues the step and the work after it before the CPU knows whether the gradients
+are finite; if not, a copy of the state undoes the step. With a matrix of 100,000 elements it waits, to save the copy.
 """
 
 import itertools
@@ -43,7 +43,7 @@ def lr_schedule(config: Config, total: int) -> Callable[[int], float]:
     """step (0-based) -> factor of the peak learning rate, for `total` steps.
 
     Linear over the first w steps, (step + 1) / (w + 1), so that the first step already trains; then as transformers'
-    get_cosine_schedule_with_warmup, and those of the other names. w: warmup_steps, or ceil(warmup_ratio * total).
+    get_{cosine,linear,constant}_schedule_with_warmup. w: warmup_steps, or ceil(warmup_ratio * total).
     """
     ratio = 0.03 if config.warmup_ratio is None else config.warmup_ratio
     warmup = math.ceil(ratio * total) if config.warmup_steps is None else config.warmup_steps

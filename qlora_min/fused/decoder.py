@@ -167,10 +167,10 @@ class Layer:
     def until_gate(self, x: Tensor, delta: Tensor | None, ctx: "Context", known: dict) -> dict:
         """Compute the layer up to its down projection: x (N, D), and delta (N, D) to add to it, or None -> saved.
 
-        In training the last layer goes on after attention with the S supervised positions alone.
+        In training, the last layer continues after attention with the S supervised positions only.
 
         Args:
-            known: what the layer has kept (`CHECKPOINT`), if it is computed again.
+            known: when the layer is recomputed, what it has kept (`CHECKPOINT`); otherwise empty.
         """
         p, keys = ctx.dropout, ctx.keys
         x, n, r = formulas.add_norm(x, delta, self.norm1.weight, self.norm1.variance_epsilon, self.dtype)
@@ -199,8 +199,8 @@ class Layer:
         return saved["x2"], out, saved
 
     def backward(self, saved: dict, dx: Tensor, dx_low: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
-        """The gradient of the layer's output stream, (N, D), or (S, D) of the last layer, in fp32 and in the compute
-        dtype -> that of its input, (N, D)."""
+        """dx, dx_low: the gradient of the layer's output, (N, D), or (S, D) in the last layer, in fp32 and the compute
+        dtype -> the gradient of its input, (N, D), in both."""
         p, keys = ctx.dropout, saved["keys"]
         x_down = self.down.drop(formulas.swiglu(saved["gate_up"]), p, keys) if self.down.enabled else None
         dact = self.down.backward(dx_low, x_down, saved["h_down"], p, keys)

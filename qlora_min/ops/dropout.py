@@ -5,8 +5,8 @@ feature), see masks.py. It is never stored: the backward pass, and a forward pas
 compute it again. It does not depend on how a step is cut into micro-batches or divided among processes.
 
 A stream is a number that distinguishes the dropouts of a model. Layers that share their input (q, k and v; gate and up)
-share a stream and thus a mask, whereas each of PEFT's modules draws its own. They can then be computed as one product
-with one dropout. The effect on what is learned is smaller than that of the choice of a seed.
+share a stream and thus a mask, so they can be computed as one product with one dropout. In PEFT each module draws its
+own mask; the difference affects what is learned less than the choice of a seed does.
 """
 
 from dataclasses import dataclass

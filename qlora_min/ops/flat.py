@@ -19,8 +19,8 @@ class FlatLoRA:
         layers: the LoRA layers of a model, in its order.
 
     Attributes:
-        weights, grads: (n,) fp32. All As, then all Bs, in the model's order; matrices below 4,096 elements come last,
-            unless ranks differ: the As of projections that share an input are adjacent.
+        weights, grads: (n,) fp32. All As, then all Bs, in the model's order; if all ranks are equal, matrices below
+            4,096 elements come last. In either case the As of projections that share an input are adjacent.
         large, small: lists of parameters for the optimizer, of at least and below 4,096 elements. One flat tensor
             each, if all ranks are equal and no block of 8-bit state (256 elements) would then span two matrices; else
             one for each matrix.
@@ -51,6 +51,6 @@ class FlatLoRA:
             self.large, self.small = ([w] if w.numel() else [] for w in flat)
 
     def view(self, flat: Tensor, matrix: nn.Parameter, rows: int | None = None) -> Tensor:
-        """The view of `flat` (n,) that belongs to a matrix; more `rows` than it has include those of the next ones."""
+        """The part of `flat` (n,) that holds a matrix, in its shape; with more `rows` it extends into the next."""
         start, rows = self._starts[id(matrix)], rows or matrix.shape[0]
         return flat[start : start + rows * matrix.shape[1]].view(rows, matrix.shape[1])

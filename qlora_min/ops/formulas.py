@@ -142,7 +142,7 @@ def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, dresidual
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int, norm: HeadNorm) -> Tensor:
     """Rotary position embedding of the first `heads` heads of qkv (N, heads * 2P + ...), after a norm of each head.
 
-    Each pair (a, b) of elements of a head, P apart, is rotated by its angle: (a cos - b sin, b cos + a sin).
+    P is half the size of a head. Each pair (a, b) of elements P apart is rotated to (a cos - b sin, b cos + a sin).
 
     Args:
         cos, sin: (positions, P) fp32. positions: (N,) integers.

@@ -12,9 +12,9 @@ communicates nothing.
 Small objects are exchanged by one collective only, `gather`. It always uses the CPU and gloo, which notices immediately
 that a process has ended. A process that fails takes part in the others' next `gather`, its error in place of a value
 (`together`), so an error in one process ends all of them and none waits forever. This requires that every process calls
-the same collectives in the same order, and that a `gather` precedes any other collective. Between that `gather` and the
-end of the other collective, wherever each layer needs a collective (sharding.py), and if its GPU fails, on which sums
-are only queued, a process that fails exits alone: see `in_step`.
+the same collectives in the same order, and that a `gather` precedes any other collective. A process that fails between
+that `gather` and the end of the other collective exits alone (see `in_step`), as does one whose layers need collectives
+(sharding.py), and one whose GPU fails, since sums may be queued on it.
 """
 
 import atexit
