@@ -125,7 +125,7 @@ def load_base(
     weights.materialise_buffers(model, device)
     place = _Place(model, "none" if packed.quantization else quantization, dtype, device, sharded=shard is not None)
     fingerprint = weights.Fingerprint(model.config)
-    with ThreadPoolExecutor(1) as other:  # hashing takes as long as the rest, and releases the interpreter's lock
+    with ThreadPoolExecutor(1) as other:  # hashing takes as long as the rest, and releases the GIL
         for key, tensor in weights.read_weights(folder):
             hashed = other.submit(fingerprint.add, key, tensor)
             whole = packed.add(key, tensor)

@@ -35,7 +35,7 @@ class Packed:
         cu_seqlens: (R + 1,) int32, where rows begin and end; the last end is repeated for rows without tokens.
         loss_positions, targets: (S,) int64, where a supervised token is predicted, and that token.
         loss_weights: (S,) fp32, 1, or 0 for padding.
-        max_seqlen: an upper bound of the rows' lengths. n_tokens, n_supervised: without padding.
+        max_seqlen: an upper bound on the rows' lengths. n_tokens, n_supervised: without padding.
     """
 
     input_ids: Tensor

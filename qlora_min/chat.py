@@ -145,7 +145,7 @@ class ChatEncoder:
         if at < 0:
             return None
         tail = self._tail(segments[-2][0][-1])
-        encoded = self._with_letters(tail + text[:at], choice.letters, text[at + 1 : at + 3])
+        encoded = self._with_letters(tail + text[:at], choice.letters, text[at + 1 : at + 3])  # with ": ", say
         first = next(i for i, tokens in enumerate(zip(*encoded)) if len({*tokens}) > 1)
         firsts, right = tuple(e[first] for e in encoded), choice.letters.index(choice.correct)
         position = start + first - len(self._tokenise_one(tail))

@@ -122,7 +122,7 @@ class Stepper:
         ahead = meanwhile if state and not self.waits else None
         if ahead or math.isfinite(outcome()):
             self._step(norm.isfinite() if ahead else None)
-        self.scaler.update()
+        self.scaler.update()  # `unscale_` has noted whether the gradients overflowed
         self.optimizer.zero_grad(set_to_none=False)  # they may be views of one flat tensor
         if ahead:
             ahead()

@@ -204,7 +204,7 @@ class Layer:
         p, keys = ctx.dropout, saved["keys"]
         x_down = self.down.drop(formulas.swiglu(saved["gate_up"]), p, keys) if self.down.enabled else None
         dact = self.down.backward(dx_low, x_down, saved["h_down"], p, keys)
-        formulas.swiglu_backward_(dact, saved["gate_up"])
+        formulas.swiglu_backward_(dact, saved["gate_up"])  # which becomes its own gradient
         dn2 = self.gate_up.backward(saved.pop("gate_up"), saved["x_gate_up"], saved["h_gate_up"], p, keys)
         dx, dx_low = formulas.norm_backward(dn2, saved["x2"], saved["r2"], self.norm2.weight, dx)
         da = self.o.backward(dx_low, saved["x_o"], saved["h_o"], p, keys)
@@ -232,7 +232,7 @@ class Decoder(Engine):
     """The decoder and the head of a base with LoRA layers, on packed rows.
 
     Args:
-        max_seqlen: an upper bound of the lengths of rows.
+        max_seqlen: an upper bound on the lengths of rows.
     """
 
     def __init__(self, base: Base, max_seqlen: int):

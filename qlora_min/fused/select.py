@@ -22,7 +22,7 @@ def make_engine(base: Base, name: str, max_seqlen: int) -> tuple[Engine, str, st
     """Returns (engine, its name, a remark on it or "") for a base.
 
     Args:
-        name: auto, modules or fused. max_seqlen: an upper bound of the lengths of rows.
+        name: auto, modules or fused. max_seqlen: an upper bound on the lengths of rows.
 
     Raises:
         ValueError: the requested engine can't compute the model.

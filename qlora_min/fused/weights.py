@@ -51,7 +51,7 @@ class Weights:
         if self.stored:
             return
         size, device = len(self.layers) * self.scratch[0].nbytes, self.scratch.device
-        fits = self.kept or KEPT[device.type] * size <= available(device)
+        fits = self.kept or KEPT[device.type] * size <= available(device)  # what is kept is not available
         wanted = wanted and fits and not self.base.sharded
         if wanted != self.kept:
             self.kept = wanted

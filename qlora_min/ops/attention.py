@@ -16,7 +16,7 @@ def attention(
     GPUs before Ampere and where there is no Triton. On a CPU rows are computed one after the other.
 
     Args:
-        kv_heads: K. cu_seqlens: (R + 1,) int32, the boundaries of the rows. max_seqlen: an upper bound of
+        kv_heads: K. cu_seqlens: (R + 1,) int32, the boundaries of the rows. max_seqlen: an upper bound on
             their lengths.
         scale: the factor of the scores; default 1 / sqrt(P).
         window: the number of tokens that a token attends to, itself included; 0 means all tokens up to itself.
