@@ -86,8 +86,8 @@ def _conversation(offered: Sequence[tuple[str, str]] | None) -> Iterator[tuple[s
     """Read questions: (question, whether it begins a new conversation).
 
     Args:
-        offered: (question, expected answer); Enter asks the next one, in a new conversation. None: stdin is no
-            terminal; each line is a question, until an empty one.
+        offered: (question, expected answer); Enter asks the next one, in a new conversation. None: stdin or stdout is
+            no terminal; each line is a question, until an empty one.
     """
     terminal, rest, shown = offered is not None, list(offered or ()), None
     if terminal:

@@ -74,7 +74,7 @@ def look_at(
         The report, a `care.Care`.
 
     Raises:
-        ValueError: a row that can't be used, or a data set that can't be read.
+        ValueError: a row can't be used, a data set can't be read, or no row is left for `output`.
     """
     from ..run.datasets import encoder_of, read_data, table
     from .care import look

@@ -112,7 +112,7 @@ def one_given(args: argparse.Namespace) -> None:
 
 
 def load_given(args: argparse.Namespace) -> Any:
-    """The `Base` that the options name: with an adapter, or a model alone, not quantised unless asked for."""
+    """The `Base` that the options name: with an adapter, or a model alone, as stored unless --quantization is given."""
     from ..adapter import load_adapter
     from ..base import load_base
 

@@ -255,7 +255,7 @@ def _kind(value: Any) -> str:
 
 
 def _parsed(value: Any) -> Any:
-    """A value, or what it is as JSON, if it is a text that is a JSON list or object: the cell of a table, say."""
+    """A value; a text that is a JSON list or object (a table's cell, say) is decoded, and a blank one is None."""
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
             found = json.loads(value) if value.strip() else None

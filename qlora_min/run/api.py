@@ -114,7 +114,7 @@ class Model:
             top_p: of the likeliest tokens only, which together have this probability.
 
         Raises:
-            ValueError: temperature or top_p is out of range.
+            ValueError: temperature or top_p is out of range, or top_p is below 1 at temperature 0.
         """
         how = sampling(temperature, top_p)
         one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
@@ -132,7 +132,7 @@ def load(
     Args:
         base: the path or hub id of an adapter's base, if it is not the one in the adapter's files.
         precision: auto, fp16, bf16 or fp32.
-        quantization: of the base: nf4, fp4 or none; by default what the adapter was trained on, or none if unknown.
+        quantization: of the base: nf4, fp4 or none; by default what the adapter was trained on, else as it is stored.
 
     Raises:
         ValueError: no such adapter or model, or another base than the adapter was trained on.

@@ -283,8 +283,8 @@ def split(questions: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         questions: (n,) the `Example.question_hash` of each row.
 
     Returns:
-        (n,) bool, True where held out. It depends on the questions and the seed, not on the order of the rows; unless
-        questions repeat so much that rows are held out.
+        (n,) bool, True where held out. It depends on the questions and the seed, not on the order of the rows, unless
+        questions repeat so often that single rows are drawn, whatever their questions.
     """
     _, group, sizes = np.unique(questions, return_inverse=True, return_counts=True)
     order = np.random.RandomState(seed).permutation(len(sizes))  # RandomState: the same in all versions of numpy

@@ -88,7 +88,7 @@ def stored_bytes(model: torch.nn.Module) -> int:
 
 
 def measure(engine: Engine, work: Workload, tokens: int) -> Footprint:
-    """Measure two micro-batches: of at most `tokens` tokens, as many as fit, and half of that. Zeroes the gradients.
+    """Measure a micro-batch of as many tokens as fit, up to `tokens`, and one of half as many. Zeroes the gradients.
 
     Raises:
         MemoryError: not even a few tokens fit.
@@ -138,7 +138,7 @@ def plan(
 ) -> tuple[bool, int, Footprint]:
     """The fastest way to compute that fits: (gradient checkpointing, tokens of a micro-batch, its footprint).
 
-    Without checkpointing if that fits, and with as many tokens as an optimizer step can have.
+    Prefers no checkpointing, then the largest micro-batch. If nothing fits, returns the last that was tried.
 
     Args:
         fits: whether a peak of that many bytes fits. checkpointing: auto, on or off. tokens: the tokens of a

@@ -138,7 +138,7 @@ def sampling(temperature: float, top_p: float) -> dict[str, Any]:
     a probability of `top_p`; none, to take the likeliest token, at temperature 0.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or `top_p` is below 1 at temperature 0.
     """
     if temperature and not 0.01 <= temperature <= 100:
         raise ValueError(f"--temperature: got {temperature}, expected 0 (the likeliest answer), or from 0.01 to 100")

@@ -94,7 +94,7 @@ def _computing(trainer: Any) -> tuple[str, str]:
 
 
 def imbalance(schedule: Any, processes: int) -> float:
-    """The excess of the busiest process's tokens in a step over the mean, in the first 200 steps: 0.02 is 2% more."""
+    """How far the busiest process's tokens exceed the mean, averaged over the first 200 steps: 0.02 is 2% more."""
     found = []
     for step in range(min(200, schedule.steps_per_epoch)):
         lengths = np.array([len(r) for r in schedule[step]])

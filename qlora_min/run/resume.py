@@ -175,7 +175,7 @@ def compare(folder: Path, recorded: dict[str, Any], record: dict[str, Any]) -> N
     """Compare a run's config.json with what it would be now, and print a note for each difference that is allowed.
 
     Raises:
-        ValueError: the base, the data, the engine or the precision changed; the message names what changed.
+        ValueError: the base, data, engine or precision changed (the message says how), or an old version began the run.
     """
     if "engine" not in recorded:
         raise ValueError(
@@ -194,7 +194,7 @@ def restore(trainer: Any) -> Progress:
     """Restore the newest intact checkpoint; returns its `Progress`, or a new one if there is no checkpoint yet.
 
     Raises:
-        ValueError: all checkpoints are damaged, or it was saved with other options or by another version.
+        ValueError: all are damaged, or the newest intact one has other options or another version; or as `_load_again`.
     """
     folder, writer = trainer.folder, trainer.writer
     found = from_main(lambda: checkpoint.newest_checkpoint(folder))

@@ -28,7 +28,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     A plain `torch.cuda.is_bf16_supported()` is True even on a T4, which emulates bf16 slowly, so emulation is excluded.
 
     Raises:
-        ValueError: bf16 is requested on a GPU whose hardware does not support it.
+        ValueError: `precision` is unknown, or is bf16 on a GPU whose hardware does not support it.
     """
     if precision not in ("auto", *DTYPES):
         raise ValueError(f"precision: got {precision!r}, expected auto, {', '.join(DTYPES)}")

@@ -165,7 +165,7 @@ def trained_on(folder: Path, recorded: str | None, given: str | None = None, ins
 
 
 def said_to_merge(folder: Path, given: str | None, onto: str | None) -> str | None:
-    """What an adapter was trained on by its files; where they don't say it, by --quantization, or --base (`onto`)."""
+    """What an adapter was trained on: as its files say, else `given`, or by `onto`. ValueError if `given` differs."""
     recorded = read_adapter_config(folder)["quantization"]
     if given and recorded not in (None, given):
         raise ValueError(f"--quantization {given}: adapter '{folder}' was trained on {recorded}; leave it out")

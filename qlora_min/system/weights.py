@@ -123,7 +123,7 @@ class PackedWeights:
         self._parts, self._read = Counter(self.owner.values()), defaultdict(dict)
 
     def agree(self, model: str, quantization: str | None) -> str:
-        """The quantization of a model, if None or this one is asked for; raises ValueError if another one is."""
+        """The quantization of a model: as asked for, else as stored. Raises ValueError if it is stored in another."""
         if self.quantization and quantization not in (None, self.quantization):
             raise ValueError(
                 f"model '{model}' is stored in {self.quantization} and has no other weights: --quantization "
