@@ -2,7 +2,7 @@
 
 Speeds count real tokens, never padding. The first steps are a warm-up, which is timed separately. The steps after it
 are timed in `--repeats` blocks of `--steps`, and the median of the blocks is reported; during a few further steps the
-GPU's kernels are counted. The rows are random tokens of real lengths; only here are rows over --max-length cut.
+GPU's kernels are counted. The rows are random tokens of real lengths; unlike in training, long rows are truncated.
 
 `scripts/bench_peers.py` measures other trainers with the same rows and the same `Clock`; `scripts/bench_sweep.py` draws
 how time and memory grow.

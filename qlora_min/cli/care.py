@@ -38,8 +38,8 @@ class Care:
     alike_pairs: Sequence[Pair] = ()
     leaks: int = 0  # training questions that are held out too, or with rensa: near-duplicates of a held-out one
     leak_pairs: Sequence[Pair] = ()
-    # What --drop leaves out -> (n,) bool of the training rows: all rows with a question that is alike or leaks, and all
-    # that contradict the first with their question and options.
+    # Kind of --drop -> (n,) bool, the training rows to drop. For alike and leaking, all rows that have such a question;
+    # for contradicting, all rows that contradict the first one with their question and options.
     drops: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:

@@ -64,10 +64,10 @@ def run_parsed(args: argparse.Namespace, command: Callable[[argparse.Namespace, 
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Call a script's main and exit. A ValueError (an error of the user) or OSError: one line on stderr, exit code 2.
+    """Call a script's main and exit. A ValueError (a user error) or OSError: one line on stderr, exit code 2.
 
     A ValueError with an attribute `lines` shows these lines instead. If torchrun started several processes, only the
-    first one shows them. `Failed`, or want of memory: its message, exit code 1.
+    first one shows them. `Failed` or MemoryError: its message, exit code 1.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe: no process is forked after tokenizing
     show_everything()

@@ -1,7 +1,7 @@
 """qlora-min merge
 
---gguf: a merged checkpoint as the one file that llama.cpp and Ollama read, made by llama.cpp's own converter. It
-has the checkpoint's dtype: quantising a merged model again all but erases the adapter.
+--gguf converts the merged checkpoint to the single file that llama.cpp and Ollama read, by llama.cpp's own converter.
+The file keeps the checkpoint's dtype: quantising a merged model again all but erases the adapter.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def convert(merged: Path, path: Path, dtype: str) -> None:
 
 
 def answers(merged: Path, path: Path) -> tuple[str, str] | None:
-    """The greedy answers to QUESTION of the checkpoint, and of the file in llama.cpp, by the template that it holds;
+    """The greedy answers to QUESTION of the checkpoint, and of the GGUF file in llama.cpp, by the template in the file;
     None if llama-cpp-python is not installed."""
     try:
         from llama_cpp import Llama
@@ -121,8 +121,8 @@ def answers(merged: Path, path: Path) -> tuple[str, str] | None:
 def modelfile(merged: Path, path: Path) -> str:
     """The Modelfile of an Ollama model: the file, the chat template in Ollama's language, the token that ends answers.
 
-    Ollama can't read the file's template. This one writes the same prompts of users' and assistants' messages; the text
-    that the model's own begins with, where no system message is given, is always there.
+    Ollama can't read the template in the GGUF file. The Modelfile's makes the same prompts of user and assistant
+    messages; it always begins with what the model's own begins with if there is no system message.
     """
     from ..base import load_encoder
 

@@ -148,9 +148,9 @@ def demo_options(parser: Parser, what: str) -> None:
 
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Values for Config: of the command line, else of the file, else of the demo, whose data go to the user's cache.
+    """Values for Config: from the command line, else from --config, else from --demo.
 
-    With a --dataset the demo is its model and that one's settings only.
+    The demo's data are written to the user's cache. With --dataset, --demo gives only its model and settings for it.
     """
     from ..demo import world
     from ..run.options import read_toml

@@ -172,8 +172,8 @@ def permute_options(example: Example, order: Sequence[int]) -> Example | None:
         order: a permutation; letter i gets the option of letter order[i]. The letter of the answer is adapted.
 
     Returns:
-        The new example; None if it is not multiple choice, or its meaning could change: an option refers to others ("A
-        and C", "all of the above"), or the answer has more than a letter and its option, such as an explanation.
+        The new example; None if it is not multiple choice, or its meaning could change: an option refers to others
+        ("A and C", "all of the above"), or the answer has more than a letter and its option, such as an explanation.
     """
     choice = example.choice
     if choice is None:

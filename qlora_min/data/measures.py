@@ -58,7 +58,7 @@ class Evaluation:
 
     @property
     def majority(self) -> list | None:
-        """[the letter that is right most often, how often]: what always saying it would reach."""
+        """[the letter that is right most often, the accuracy of always choosing it]."""
         if not self.choices:
             return None
         ((letter, count),) = Counter(sorted(c.right for c in self.choices)).most_common(1)

@@ -218,7 +218,7 @@ class _Json:
         )
 
     def _mark(self, what: str) -> "_Json":
-        """Store an error. The value is replaced by this decoder itself, from which `_object` tells the field."""
+        """Store an error. Returns this decoder in place of the value, so that `_object` can find the value's field."""
         self.odd = self.odd or what
         return self
 

@@ -83,10 +83,10 @@ class Template:
     """A tokenizer's chat template.
 
     Args:
-        date: the day that a template which asks for it sees, as YYYY-MM-DD; today if not given.
+        date: what the template is told if it asks for today's date, as YYYY-MM-DD; today if not given.
 
     Attributes:
-        date: that day; None if the template does not ask for it.
+        date: that date; None if the template does not ask for it.
         notes: what the template did to answers -> their number.
     """
 
@@ -135,9 +135,9 @@ class Template:
         return "it can't render one of these messages"
 
     def segments(self, example: Example, ask: bool = False) -> list[Segment]:
-        """A conversation's text, cut where each answer begins whose prompt is how the text begins.
+        """A conversation's text, cut at the beginning of each answer whose prompt is a prefix of the text.
 
-        A part of a segment ends within a control token that a message spells, so that it stays text.
+        A segment is split into parts inside every control token that a message spells, so that the token stays text.
 
         Args:
             ask: the conversation waits for its answer, the text is its prompt.

@@ -68,7 +68,7 @@ def train(
         dataset: hub ids or files, or the rows themselves: dicts, or a `datasets.Dataset`.
         resume: the directory of a run to continue. If its data set was rows in memory, pass the same rows again.
         on_event: called with each event of metrics.jsonl ("train", "eval", "end") as soon as it is added.
-        options: any field of `Config`; adapter goes on from an adapter's folder; eval_dataset takes what dataset does.
+        options: any field of `Config`. adapter: a folder whose adapter is trained further. eval_dataset: as dataset.
 
     Raises:
         ValueError: an option, the model or the data is not usable; nothing has been written.
@@ -111,7 +111,7 @@ class Model:
         Args:
             max_new_tokens: an answer is cut at this many tokens.
             temperature: 0 takes the likeliest tokens; above, tokens are drawn, by torch's generator.
-            top_p: of the likeliest tokens only, which together have this probability.
+            top_p: draw only from the likeliest tokens that together have this probability.
 
         Raises:
             ValueError: temperature or top_p is out of range, or top_p is below 1 at temperature 0.

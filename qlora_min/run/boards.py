@@ -1,8 +1,8 @@
 """Where else a run is shown: TensorBoard and Weights & Biases, made from metrics.jsonl and from nothing else.
 
-A board shows the lines that are safely on disk, as scalars `train/NAME` and `eval/NAME` over optimizer steps. Each
-process begins by showing all of them again: a resumed run, whose last lines were cut, and a disk that failed and came
-back are one case. A board that fails ends no run.
+A board shows the lines that are safely on disk, as scalars `train/NAME` and `eval/NAME` over optimizer steps. It first
+shows all of them again whenever it is opened: after a resume, which cuts the last lines, and after a disk failed and
+came back. A board that fails does not end the run.
 """
 
 import os
@@ -19,9 +19,9 @@ NO_SCALARS = ("step", "seconds")
 
 
 class Board:
-    """A board of a run. Each kind has: `opener()`, which imports its package and returns a function that begins to show
-    the run; `show(scalars, step, time)`, where the time is in seconds since 1970, the run's start plus the seconds of
-    training, so that pauses do not show; and `end()`, called when training has ended, in whichever way.
+    """A board of a run. A subclass has `opener()`, which imports a package and returns a function to open the board;
+    `show(scalars, step, time)`, with the time in seconds since 1970: the run's start plus the seconds of training, so
+    that pauses do not show; and `end()`, called when training has ended in any way.
 
     Raises:
         ValueError: its package is not installed.
@@ -110,8 +110,8 @@ class WeightsAndBiases(Board):
             self.begin()
 
     def show(self, scalars: dict[str, float], step: int, time: float) -> None:
-        """Keep scalars until their step is complete, since W&B takes none of an earlier step than its last: what a
-        stopped run does not know yet of its last step (the evaluation), a resumed one could not add."""
+        """Keep scalars until their step is complete. W&B refuses scalars of earlier steps than its last, so a resumed
+        run could not add what the stopped run did not know yet of its last step (the evaluation)."""
         if step != self.row[0]:
             self._log_row()
         self.row = step, self.row[1] | scalars

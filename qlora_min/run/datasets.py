@@ -27,8 +27,8 @@ NO_TOKENS = Row(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.bo
 def encoder_of(
     config: Config, revision: str | None = None, date: str | None = None, resumed: Path | None = None
 ) -> ChatEncoder:
-    """The encoder of a run. revision: of the model. date: that the run's template saw (`ChatEncoder`). resumed: the
-    directory of a run that goes on; it has a copy of the tokenizer of --adapter."""
+    """The encoder of a run. revision: of the model. date: the one that the run's template was given (`ChatEncoder`).
+    resumed: the directory of a resumed run, whose adapter/ has a copy of the tokenizer of --adapter."""
     own = config.adapter and Path(config.adapter)
     if own and resumed and (resumed / "adapter").is_dir():
         own = resumed / "adapter"
@@ -293,7 +293,7 @@ def split(questions: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     held = np.isin(group, order[before < wanted])
     if held.sum() - wanted <= max(1, wanted / 2) and not held.all():
         return held
-    chosen, room = [], wanted  # a large group was among them: of the same order, those that fit
+    chosen, room = [], wanted  # a large group exceeds the target: in the same order, take those that fit
     for i in order:
         if sizes[i] <= room:
             chosen.append(i)

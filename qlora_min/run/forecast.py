@@ -2,7 +2,7 @@
 
 At the peak, in the backward pass, these are on the device:
 
-    program       on a CPU, where a process's resident memory is what can be measured: all that is none of the others
+    program       the rest of the process; on a CPU only, where just the whole resident memory can be measured
     base          the frozen weights as stored, the dequantised weights that are kept, cuBLAS's workspaces
     adapter       A and B, their gradients and AdamW's two moments (8 bits, or fp32)
     tokens        forward and backward of a micro-batch: nearly linear in its number of tokens
@@ -88,7 +88,7 @@ def stored_bytes(model: torch.nn.Module) -> int:
 
 
 def measure(engine: Engine, work: Workload, tokens: int) -> Footprint:
-    """Measure a micro-batch of as many tokens as fit, up to `tokens`, and one of half as many. Zeroes the gradients.
+    """Measure a micro-batch as large as fits, up to `tokens` or TRIED_TOKENS, and a smaller one. Zeroes the gradients.
 
     Raises:
         MemoryError: not even a few tokens fit.

@@ -134,8 +134,8 @@ def config_from(values: Mapping[str, Any], source: str) -> Config:
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    """Fields of transformers' GenerationConfig: to draw tokens at this temperature, of the likeliest that together have
-    a probability of `top_p`; none, to take the likeliest token, at temperature 0.
+    """The fields of transformers' GenerationConfig for drawing tokens at `temperature` from the likeliest ones, which
+    together have a probability of `top_p`; no fields at temperature 0, which takes the likeliest token.
 
     Raises:
         ValueError: a value is out of range, or `top_p` is below 1 at temperature 0.

@@ -71,7 +71,7 @@ def describe(trainer: Any) -> str:
 
 
 def too_little(schedule: Any, lr_factor: Callable[[int], float]) -> str:
-    """What to do where the data make fewer than 50 optimizer steps, of which lr_factor(step) is the schedule; or ""."""
+    """Advice if training has fewer than FEW_STEPS steps, else "". lr_factor: step -> factor of the learning rate."""
     c, steps = schedule.config, math.ceil(schedule.config.epochs * schedule.steps_per_epoch)
     if steps >= FEW_STEPS:
         return ""

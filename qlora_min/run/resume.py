@@ -116,7 +116,7 @@ def run_config(directory: str | None, given: dict[str, Any]) -> tuple[Config, Pa
 
 
 def with_adapter(given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a new run, where those that are not given are as the adapter of --adapter has them.
+    """The options of a new run; with --adapter, those that are not given are taken from the adapter.
 
     Raises:
         ValueError: there is no such adapter.

@@ -64,8 +64,8 @@ class RunWriter(Recorder):
     # -----------------------------------------------------------------------------------------------------------------
 
     def guarded(self, compute: Callable[[Callable[[], None]], Evaluation]) -> Evaluation | None:
-        """A signal abandons an evaluation, which a resumed run repeats. With a sharded base no process may leave it
-        alone, so the processes agree before each batch whether to stop."""
+        """Evaluate; None if a signal came, since a resumed run repeats the evaluation. With a sharded base no process
+        may leave it by itself, so the processes agree before each batch whether to stop."""
         trainer = self.trainer
 
         def stop_together() -> None:

@@ -122,7 +122,7 @@ class AdamW8bit(bnb.optim.PagedAdamW8bit):
         return super().get_config(gindex, pindex, group) | {k: group[k] for k in ("optim_bits",) if k in group}
 
     def step(self) -> None:
-        """As bitsandbytes', but without its waiting for the device after each tensor, unless the state is paged."""
+        """As bitsandbytes', but does not wait for the device after each tensor, unless the state is paged."""
         if self.is_paged or not self.state:
             return super().step()
         for g, group in enumerate(self.param_groups):

@@ -1,8 +1,8 @@
 """Console output: progress bars, lines above them, and tables, as wide as the terminal at most. Of several processes,
 only the first prints.
 
-Nothing fails for its characters: a console that is not UTF-8 (Windows' cp1252, LC_ALL=C) shows those that it lacks as
-"?", and our own signs in ASCII; that is the codecs' error handler "shown". What comes in is read as UTF-8 there.
+No character makes printing fail: a console that is not UTF-8 (Windows' cp1252, LC_ALL=C) shows our own signs in ASCII,
+and others that it lacks as "?", by the codecs error handler "shown". Its input is read as UTF-8.
 """
 
 import codecs
@@ -73,7 +73,7 @@ class Bar(tqdm):
     """tqdm's bar. Where the terminal is narrow, details are left out from the last, to leave the bar 10 characters.
 
     Attributes:
-        label: what is done; None for a bar that has lines of its own, or none.
+        label: begins the lines that `update` prints where stderr is no terminal; None if it prints none.
         told_at: when the last line was printed, where stderr is no terminal.
     """
 

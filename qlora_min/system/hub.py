@@ -171,7 +171,7 @@ def _refusal(error: BaseException, name: str, kind: str) -> Any:
 
 
 def _check_folder(folder: Path, name: str) -> None:
-    """Check the files of a model that are not safe to pass to a library.
+    """Check a model's files before any of them is passed to a library.
 
     Raises:
         ValueError: a file links out of the folder, config.json is unreadable, the architecture would need the model's
@@ -197,7 +197,7 @@ def _check_folder(folder: Path, name: str) -> None:
 def _refuse_quantization(config: dict[str, Any], name: str) -> None:
     """Raise ValueError if config.json names another quantization than bitsandbytes' 4 bits.
 
-    Of 4 bits the weights decide: files that were dequantised may still name them.
+    The weights tell whether they are in 4 bits: the config.json of a dequantised model may still say so.
     """
     how = config.get("quantization_config")
     if not how or not isinstance(how, dict):

@@ -120,7 +120,7 @@ class PerLayer:
 
     rank_pattern, alpha_pattern: a regular expression for the end of a layer's name -> its own rank or alpha.
     layers_to_transform: the indices of the decoder layers that have updates, if not all. layers_pattern: the names of
-    the lists of layers that these count.
+    the module lists that these indices refer to.
     """
 
     rank_pattern: Mapping[str, int] = field(default_factory=dict)

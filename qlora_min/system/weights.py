@@ -133,7 +133,7 @@ class PackedWeights:
         return quantization or self.quantization or "none"
 
     def add(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor | dict[str, torch.Tensor]] | None:
-        """Take what was read; returns it, or of a packed weight (NAME, its parts) with the last part, None before."""
+        """Take a tensor; returns (name, tensor). For packed weights: None, and with the last part (NAME, its parts)."""
         owner = self.owner.get(name)
         if owner is None:
             return name, tensor
