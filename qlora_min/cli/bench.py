@@ -233,7 +233,7 @@ class Clock:
         self.cuda, self.block, warm_up = torch.cuda.is_available(), args.steps, args.warm_up or warm_up
         self.marks = range(warm_up, warm_up + args.repeats * self.block + 1, self.block)  # around the timed blocks
         self.profiled = self.marks[-1] + PROFILED
-        self.steps = self.profiled + 1 if self.cuda else self.marks[-1]  # one more, which may be computed ahead
+        self.steps = self.profiled + 1 if self.cuda else self.marks[-1]  # one more, computed ahead
         self.start, self.at = time.perf_counter(), {}
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()

@@ -28,7 +28,7 @@ from .rows import Rows
 ALIKE = 0.7  # the smallest J of near-duplicates
 WORDS = 5  # of a shingle
 HASHES, BANDS, TRIED = 64, 16, 8  # hashes of a question; bands of hashes; candidates whose J is computed
-COMMON, AT_LEAST = 0.05, 10  # shingles of more than this fraction of the questions, and of at least 10, are ignored
+COMMON, AT_LEAST = 0.05, 10  # shingles in at least this fraction of the questions, and in 10 or more, are ignored
 Pair = tuple[str, str, float]  # the locations of two rows, and J
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 Events = Sequence[dict[str, Any]]  # of a run's metrics.jsonl
 
 
-def draw_curves(runs: Mapping[str, Events], path: Path) -> str | None:
-    """Draw loss and learning rate over optimizer steps into a PNG: of one run, or of several, by label.
+def draw_curves(runs: Mapping[str, Events], path: Path | IO) -> str | None:
+    """Draw loss and learning rate over optimizer steps into a file: of one run, or of several, by label.
 
     The axis of losses is logarithmic for several runs, or if the losses span more than a decade.
 

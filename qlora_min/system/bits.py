@@ -123,7 +123,7 @@ class AdamW8bit(bnb.optim.PagedAdamW8bit):
 
     def step(self) -> None:
         """As bitsandbytes', but does not wait for the device after each tensor, unless the state is paged."""
-        if self.is_paged or not self.state:
+        if self.is_paged or not self.state:  # the first step makes the state
             return super().step()
         for g, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
