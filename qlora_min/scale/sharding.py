@@ -98,11 +98,10 @@ def shard(model: PreTrainedModel, device: torch.device, layers: nn.ModuleList) -
         module.register_buffer("shard", _part([m.weight.data for m in linears]).to(device), persistent=False)
     buffer = torch.empty(max(len(m.shard) for m in owners) * world_size(), dtype=torch.uint8, device=device)
     for module, linears in owners.items():
-        module.whole, start = buffer[: len(module.shard) * world_size()], 0
-        for m in linears:
-            end = start + m.weight.numel() * m.weight.element_size()
-            m.weight.data = buffer[start:end].view(m.weight.dtype).view(m.weight.shape)
-            start = end
+        module.whole = buffer[: len(module.shard) * world_size()]
+        sizes = [m.weight.nbytes for m in linears]
+        for m, part in zip(linears, buffer[: sum(sizes)].split(sizes)):
+            m.weight.data = part.view(m.weight.dtype).view(m.weight.shape)
     # For the modules' own forward, which `generate` calls; fused/decoder.py calls `unshard` itself.
     for layer in layers:
         layer.register_forward_pre_hook(lambda layer, _: unshard(layer))
@@ -121,5 +120,4 @@ def _part(weights: Sequence[Tensor]) -> Tensor:
     """This process's part of the concatenated bytes of `weights`. All parts have the same length, by padding."""
     flat = torch.cat([w.contiguous().flatten().view(torch.uint8) for w in weights])
     each = -(-len(flat) // (16 * world_size())) * 16
-    start = process_index() * each
-    return F.pad(flat, (0, each * world_size() - len(flat)))[start : start + each].clone()
+    return F.pad(flat, (0, each * world_size() - len(flat))).view(-1, each)[process_index()].clone()
