@@ -116,12 +116,7 @@ def all_gather(whole: Tensor, mine: Tensor) -> Callable[[], None]:
     """Start to fill `whole` with the `mine` of all processes, concatenated in their order; what is returned waits."""
     with _answered():
         work = dist.all_gather_into_tensor(whole, mine, async_op=True)
-
-    def wait() -> None:
-        with _answered():
-            work.wait()
-
-    return wait
+    return _answered()(work.wait)
 
 
 class Processes:
