@@ -9,11 +9,9 @@ MOVED = {
 }
 
 
-class _Moved:
-    @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> None:
-        if name in MOVED:
-            raise ModuleNotFoundError(f"{name} has moved: it is now {MOVED[name]}", name=name)
+def find_spec(name: str, path: object = None, target: object = None) -> None:
+    if name in MOVED:
+        raise ModuleNotFoundError(f"{name} has moved: it is now {MOVED[name]}", name=name)
 
 
-sys.meta_path.append(_Moved)
+sys.meta_path.append(sys.modules[__name__])  # a finder is any object with `find_spec`
