@@ -517,7 +517,7 @@ def test_cleaned_rows_are_encoded_as_before(script, write_rows, tmp_path):
            "--max-length", 4096)  # fmt: skip
     before, after = (list(readers.read(str(tmp_path / name))) for name in ("rows.jsonl", "clean.jsonl"))
     assert len(before) == len(after) == len(rows)
-    assert [e.as_json() for e in before] == [e.as_json() for e in after]
+    assert [e.as_row() for e in before] == [e.as_row() for e in after]
     for a, b in zip(*(encoder().encode_examples(examples) for examples in (before, after))):
         assert a.input_ids.tolist() == b.input_ids.tolist() and a.supervised.tolist() == b.supervised.tolist()
 

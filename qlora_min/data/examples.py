@@ -3,7 +3,6 @@
 import ast
 import functools
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -27,15 +26,6 @@ class Example:
     location: str
     tools: tuple[dict[str, Any], ...] = ()
     unlearned: tuple[int, ...] = ()
-
-    def as_json(self) -> str:
-        """The example as JSON, without its location."""
-        return json.dumps([self.messages, self.tools, self.unlearned])
-
-    @classmethod
-    def from_json(cls, text: str, location: str) -> "Example":
-        messages, tools, unlearned = map(tuple, json.loads(text))
-        return cls(messages, location, tools, unlearned)
 
     def as_row(self) -> dict[str, Any]:
         """The example as a row that `layouts.to_example` reads as the same again."""

@@ -1,6 +1,7 @@
 """Encoded rows in memory-mapped Arrow files."""
 
 import itertools
+import json
 import mmap
 import tempfile
 from array import array
@@ -14,6 +15,7 @@ import torch
 
 from ..system.text import refusing
 from .examples import Example
+from .layouts import to_example
 
 Choices = tuple[tuple[int, ...], int, int]
 
@@ -27,7 +29,7 @@ class Row:
         location: the file and line it was read from.
         choices: the first token of each option, the index of the right one, and the position of the token that chooses;
             None if it is not multiple choice.
-        text: the `Example` as JSON if `encode_dataset` was to keep them, otherwise "".
+        text: `Example.as_row` as JSON if `encode_dataset` was to keep them, otherwise "".
     """
 
     input_ids: torch.Tensor
@@ -39,7 +41,7 @@ class Row:
     @property
     def example(self) -> Example:
         """The row before it was encoded; only for rows with `text`."""
-        return Example.from_json(self.text, self.location)
+        return to_example(json.loads(self.text), self.location)
 
     def __len__(self) -> int:
         return len(self.input_ids)

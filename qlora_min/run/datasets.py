@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,7 +105,7 @@ def encode_dataset(
                 questions.append(example.question_hash)
                 lengths.append(len(row))
                 if len(row) <= max_length:
-                    yield replace(row, text=example.as_json()) if texts else row
+                    yield replace(row, text=json.dumps(example.as_row())) if texts else row
 
     rows = Rows.write(kept())
     encoder.template.say_notes(name)
