@@ -413,7 +413,7 @@ def test_table():
 
 
 def choice(question: str, answer: str = "B: two") -> examples.MultipleChoice | None:
-    return examples.multiple_choice(says(("user", question), ("assistant", answer)))
+    return examples.Example(tuple(says(("user", question), ("assistant", answer))), "").choice
 
 
 def test_multiple_choice_as_medqa_writes_it():

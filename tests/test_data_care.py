@@ -25,7 +25,7 @@ from qlora_min.cli.data import preview
 from qlora_min.config import Config
 from qlora_min.data import duplicates, layouts, readers
 from qlora_min.data.epochs import epoch_rows, shuffle_options
-from qlora_min.data.examples import Example, multiple_choice, permute_options
+from qlora_min.data.examples import Example, permute_options
 from qlora_min.data.rows import Rows
 from qlora_min.demo import world
 from qlora_min.run import datasets
@@ -72,7 +72,7 @@ def test_a_permuted_question_reads_as_one_written_so(options, data):
     permuted = permute_options(example, order)
     if permuted is None:  # by chance an option that names others
         return
-    choice = multiple_choice(permuted.messages)
+    choice = permuted.choice
     wanted = dict(zip(letters, [options[i] for i in order]))
     assert ast.literal_eval(choice.literal) == wanted
     assert wanted[choice.correct] == options[right]

@@ -57,7 +57,7 @@ def _check_output(config: Config, output: Path, drop: Sequence[str]) -> Config:
     if {"alike", "leaking"} & set(drop):
         with needed("--drop alike or leaking", "care"):
             import rensa  # noqa: F401
-    return config if config.eval_dataset else replace(config, eval_fraction=0.0)
+    return replace(config, eval_fraction=0.0)
 
 
 def look_at(

@@ -34,7 +34,17 @@ class Example:
 
     @functools.cached_property
     def choice(self) -> "MultipleChoice | None":
-        return multiple_choice(self.messages)
+        """The options of a question written as in MedQA (text with {'A': '...'}, answer "B: ..."), or None."""
+        asked, answer = ([{"content": ""}, *self.messages][-i]["content"] or "" for i in (2, 1))
+        answer = re.match(r"([A-Z])\b", answer)
+        literal = re.search(r"\{\s*'[A-Z]'\s*:.*\}", asked, re.DOTALL)
+        if not answer or not literal:
+            return None
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            options = ast.literal_eval(_parsed(literal[0]))
+            if isinstance(options, dict) and answer[1] in options and all(isinstance(k, str) for k in options):
+                return MultipleChoice(tuple(options), answer[1], literal[0])
+        return None
 
     @property
     def question(self) -> str:
@@ -132,20 +142,6 @@ def _parsed(text: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(text, mode="eval").body
-
-
-def multiple_choice(messages: Sequence[Message]) -> MultipleChoice | None:
-    """The options of a question written as in MedQA (text with {'A': '...'}, answer "B: ..."), or None."""
-    asked, answer = ([{"content": ""}, *messages][-i]["content"] or "" for i in (2, 1))
-    answer = re.match(r"([A-Z])\b", answer)
-    literal = re.search(r"\{\s*'[A-Z]'\s*:.*\}", asked, re.DOTALL)
-    if not answer or not literal:
-        return None
-    with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        options = ast.literal_eval(_parsed(literal[0]))
-        if isinstance(options, dict) and answer[1] in options and all(isinstance(k, str) for k in options):
-            return MultipleChoice(tuple(options), answer[1], literal[0])
-    return None
 
 
 # Options that refer to other options or to the order have another meaning in another order.

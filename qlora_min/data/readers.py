@@ -121,8 +121,7 @@ def _open_name(source: str, columns: Columns) -> Raw:
 
 def kind_of(path: str | Path) -> str | None:
     """Which of FILE_KINDS a file is, by its name; None if it is none."""
-    suffixes = [s.lower() for s in Path(path).suffixes]
-    kind = "".join(suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+    kind = Path(Path(path).name.lower().removesuffix(".gz")).suffix
     return kind if kind in FILE_KINDS else None
 
 

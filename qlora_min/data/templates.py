@@ -149,8 +149,6 @@ class Template:
         try:
             text = self.render(messages, tools, ask)
         except ValueError:  # a template may expect the arguments of calls as the JSON text that they were
-            if not any("tool_calls" in m for m in messages):
-                raise
             messages, tools, mark = self._prepared(example, objects=False)
             text = self.render(messages, tools, ask)
         if not ask:
