@@ -14,7 +14,7 @@ from typing import Any
 
 from ..system import started
 from .options import Emit, Parser, needed, new_file
-from .push import checked_repository, hub_options, push_if_asked
+from .push import check_repository, hub_options, push_if_asked
 
 QUESTION = "Which vitamin deficiency causes scurvy?"  # asked of a GGUF file, too
 TOKENS = 32  # of its answers that are compared
@@ -49,7 +49,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
 
     from ..run.api import merge
 
-    repository = checked_repository(args)
+    check_repository(args)
     if args.gguf:
         new_file("--gguf", args.gguf)
         with needed("--gguf", "gguf"):
@@ -67,7 +67,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     emit({"output_dir": args.output_dir, **vars(r)})
     if args.gguf:
         _write_gguf(Path(args.output_dir), Path(args.gguf), r.dtype, emit)
-    push_if_asked(Path(args.output_dir), repository, args, emit)
+    push_if_asked(Path(args.output_dir), args, emit)
 
 
 def _write_gguf(merged: Path, path: Path, dtype: str, emit: Emit) -> None:

@@ -18,16 +18,16 @@ def hub_options(parser: Parser, what: str) -> None:
     parser.add_argument("--public", action="store_true", help="for --push-to-hub: the repository may be public")
 
 
-def push_if_asked(folder: Path, repo: str | None, args: argparse.Namespace, emit: Emit) -> None:
+def push_if_asked(folder: Path, args: argparse.Namespace, emit: Emit) -> None:
     """Push a folder, and print the address of the repository."""
-    if repo:
-        url = push(folder, repo, args.public)
+    if args.push_to_hub:
+        url = push(folder, args.push_to_hub, args.public)
         print(f"pushed to {url} ({'public' if args.public else 'private'})")
         emit({"event": "push", "url": url, "public": args.public})
 
 
-def checked_repository(args: argparse.Namespace, base: str | None = None) -> str | None:
-    """The repository to push to, if any. The hub is asked, before any work, whether a push can succeed.
+def check_repository(args: argparse.Namespace, base: str | None = None) -> None:
+    """Check the repository to push to, if any: the hub is asked, before any work, whether a push can succeed.
 
     Nothing is changed on the hub.
 
@@ -41,7 +41,7 @@ def checked_repository(args: argparse.Namespace, base: str | None = None) -> str
     if args.public and not args.push_to_hub:
         raise ValueError("--public needs --push-to-hub OWNER/NAME (see --help)")
     if not (repo := args.push_to_hub):
-        return None
+        return
     refuse_secrets(repo, "--push-to-hub")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -63,7 +63,6 @@ def checked_repository(args: argparse.Namespace, base: str | None = None) -> str
     if base and Path(base).is_dir():
         path = Path(base).resolve()
         print(f"note: the adapter will name its base as '{path}', and those who load it must give theirs")
-    return repo
 
 
 def push(folder: Path, repo: str, public: bool) -> str:

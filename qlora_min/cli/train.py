@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import Config
 from ..system.console import colours, is_first_process
 from .options import Emit, Parser, add_options, config_options, demo_options
-from .push import checked_repository, hub_options, push_if_asked
+from .push import check_repository, hub_options, push_if_asked
 
 
 def options(parser: Parser) -> None:
@@ -43,12 +43,11 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
     from ..scale.processes import from_main, join, together
 
     gc.freeze()  # what has been imported is no garbage: passing over it takes 0.2 s each time
-    repository = None
     with together():
         join()
         config, folder = from_main(lambda: run_config(args.resume, given))
         if not args.dry_run and not args.preview:
-            repository = from_main(lambda: checked_repository(args, config.model))
+            from_main(lambda: check_repository(args, config.model))
     if args.preview:
         _preview(config, args.preview, folder)
         return
@@ -59,7 +58,7 @@ def command(args: argparse.Namespace, emit: Emit) -> None:
         return
     trainer.train()
     if is_first_process():
-        push_if_asked(trainer.folder / "adapter", repository, args, emit)
+        push_if_asked(trainer.folder / "adapter", args, emit)
 
 
 def _preview(config: Config, count: int, run: Path | None) -> None:
