@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 from typing import Any
 
 from qlora_min.cli.bench import Clock, draw_rows, ours, prepared, shared_options, show
@@ -67,7 +68,7 @@ def train(args: argparse.Namespace, who: str, batch_size: int, grad_accum: int, 
         if clock.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            trainer.utils._ChunkedLogProbFunction = LogProb
+            trainer.utils._ChunkedLogProbFunction = SimpleNamespace(apply=log_prob)
         count = batch_size * grad_accum
         most = max(1, config.max_length // min(n for n, _ in args.lengths)) if best else 1  # rows packed into one
         drawn = draw_rows(config, args.lengths, most * count * clock.steps)
@@ -121,15 +122,14 @@ def load(config: Any, who: str, checkpointing: bool) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(config.model)
 
 
-class LogProb:
-    """A PyTorch version of the function with which trl 1.15 computes the loss, which needs a GPU."""
+def log_prob(hidden, weight, bias, targets, *_):
+    """A PyTorch version of the function with which trl 1.15 computes the loss, which needs a GPU.
 
-    @staticmethod
-    def apply(hidden, weight, bias, targets, *_):
-        """(N, D), (V, D), None, (N,) -> the targets' log p (N,), then the other values that trl logs."""
-        log_p = (hidden @ weight.T).float().log_softmax(-1)
-        top = log_p.argmax(-1) == targets
-        return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1), None, None, top
+    (N, D), (V, D), None, (N,) -> the targets' log p (N,), then the other values that trl logs.
+    """
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    top = log_p.argmax(-1) == targets
+    return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1), None, None, top
 
 
 if __name__ == "__main__":
