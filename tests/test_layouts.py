@@ -1,5 +1,6 @@
 """Data as people have them: layouts, names of columns, kinds of files, folders, what `datasets` saved, the hub."""
 
+import csv
 import gzip
 import json
 import os
@@ -237,6 +238,15 @@ def test_what_is_not_used_is_listed_once(write_rows, capsys):
     list(read(str(write_rows([*rows, {"messages": PLAIN, "source": "x"}]))))
     notes = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
     assert [note.partition(": columns")[2] for note in notes] == [" not used: id, ..., messages[].turn, source"]
+
+
+def test_a_column_whose_name_is_no_text(capsys):
+    """As csv.DictReader makes of the fields too many of a line, and pandas of columns without a header."""
+    rows = [{"prompt": "a", "completion": "b"}, *csv.DictReader(["prompt,completion", "c,d,e,f"])]
+    assert [e.messages[1]["content"] for e in read(give(rows))] == ["b", "d"]
+    assert capsys.readouterr().out.endswith(": columns not used: None\n")
+    rows = [{0: "a", 1: "b"}]
+    assert [e.messages[1]["content"] for e in read(give(rows), columns=["prompt=0", "completion=1"])] == ["b"]
 
 
 @pytest.mark.parametrize("depth", [450, 900])

@@ -47,7 +47,7 @@ Raw = Iterator[tuple[Any, str]]  # (row, or a BadRow for one that can't be read;
 
 def give(rows: Iterable[Any]) -> str:
     """Rows in memory as a data set, as long as this process lives; returns its name, made from their hash."""
-    rows = [dict(row) if isinstance(row, Mapping) else row for row in rows]
+    rows = [{str(k): v for k, v in row.items()} if isinstance(row, Mapping) else row for row in rows]
     name = "rows-" + hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
     GIVEN[name] = rows
     return name
