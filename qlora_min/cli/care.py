@@ -113,7 +113,8 @@ def _compare(rows: Rows, apart: Rows) -> tuple[dict[str, list[Pair]], dict[str, 
     questions, (repeated, contradicting) = np.zeros(len(rows), np.uint64), np.zeros((2, len(rows)), bool)
     seen: dict[tuple, int] = {}  # (question,), (question, options), (question, options, answer) -> the first row
     for i, row in enumerate(console.bar(len(rows), "answers", "row", iterable=rows)):
-        key = (row.example.question_hash, *_options_and_answer(row.example))
+        example = row.example  # parsed at each access
+        key = (example.question_hash, *_options_and_answer(example))
         _, first, same = (seen.setdefault(key[:n], i) for n in (1, 2, 3))
         if same < i:
             pairs["repeated"].append((row.location, rows[same].location, 1.0))

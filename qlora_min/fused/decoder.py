@@ -102,6 +102,7 @@ class Projections:
         return any(m.enabled for m in self.loras)
 
     def drop(self, x: Tensor, p: float, keys: Tensor) -> Tensor:
+        """x (N, in) -> drop(x), the input of A."""
         return formulas.dropout(x, p, keys, self.stream) if p else x
 
     def forward(
